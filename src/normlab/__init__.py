@@ -1,0 +1,1 @@
+"""Batch-normalised image classifiers, measured honestly."""

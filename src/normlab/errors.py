@@ -1,0 +1,27 @@
+"""Errors that a person can act on.
+
+Every message names the value received and the remedy, in one line. The command line prints the
+message without a traceback and leaves with `exit_code`.
+"""
+
+
+class NormlabError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UserError(NormlabError, ValueError):
+    """A mistake in what was asked for: an option, a file, a folder."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """A data set that is missing, damaged or not what it claims to be."""
+
+
+class NonFiniteError(NormlabError, ArithmeticError):
+    """The loss or a weight became NaN or infinite."""
+
+    exit_code = 3
