@@ -1,0 +1,36 @@
+"""Layers with their conventions stated where they bite."""
+
+from torch import nn
+
+from normlab.errors import UserError
+from normlab.layers.batchnorm import CONVENTIONS, BatchNorm, Convention, moments, normalize
+from normlab.layers.dropout import Dropout
+from normlab.layers.weights import Conv2d, Dense, Flatten
+
+NORMS = {"batch": BatchNorm, "none": lambda num_features: nn.Identity()}
+
+
+def normalizer(norm: str, num_features: int) -> nn.Module:
+    """Make the normaliser called `norm` for C = `num_features` channels.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if norm not in NORMS:
+        raise UserError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}")
+    return NORMS[norm](num_features)
+
+
+__all__ = [
+    "CONVENTIONS",
+    "NORMS",
+    "BatchNorm",
+    "Conv2d",
+    "Convention",
+    "Dense",
+    "Dropout",
+    "Flatten",
+    "moments",
+    "normalize",
+    "normalizer",
+]

@@ -1,0 +1,64 @@
+"""The seed notebook's network, layer for layer."""
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn.functional import relu
+
+from normlab.errors import UserError
+from normlab.layers import Conv2d, Dense, Dropout, Flatten, normalizer
+from normlab.random import stream
+
+
+class NotebookNet(nn.Module):
+    """Three convolutions and two dense layers, a normaliser before each of the five.
+
+    Every layer's initial values come from a stream named after the layer, so networks with
+    different `norm` start with the same kernels. ReLU comes after the pooling where the notebook
+    has it before: the maximum commutes with it, and it touches a quarter of the values.
+
+    Args:
+        num_classes: K.
+        image_size: H = W, at least 8.
+        norm: `batch` or `none`.
+        seed: of the initial values.
+    """
+
+    def __init__(
+        self, *, num_classes: int = 10, image_size: int = 32, norm: str = "batch", seed: int = 0
+    ) -> None:
+        super().__init__()
+        if image_size < 8:
+            raise UserError(f"image size {image_size}: this network needs at least 8 × 8 pixels")
+        side = (image_size - 2) // 2 // 2
+
+        def rng(layer: str) -> np.random.Generator:
+            return stream(seed, "init", layer)
+
+        self.batch_normalization = normalizer(norm, 3)
+        self.conv1 = Conv2d(3, 32, padding=0, rng=rng("conv1"))
+        self.dropout = Dropout(0.2)
+        self.batch_normalization_1 = normalizer(norm, 32)
+        self.conv2 = Conv2d(32, 32, padding=1, rng=rng("conv2"))
+        self.pool1 = nn.MaxPool2d(2)
+        self.batch_normalization_2 = normalizer(norm, 32)
+        self.conv3 = Conv2d(32, 64, padding=1, rng=rng("conv3"))
+        self.pool2 = nn.MaxPool2d(2)
+        self.flatten = Flatten()
+        self.dropout_1 = Dropout(0.2)
+        self.batch_normalization_3 = normalizer(norm, side * side * 64)
+        self.hidden = Dense(side * side * 64, 512, rng=rng("hidden"))
+        self.dropout_2 = Dropout(0.2)
+        self.batch_normalization_4 = normalizer(norm, 512)
+        self.output = Dense(512, num_classes, rng=rng("output"))
+
+    def forward(self, x: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+        """Logits (N, K) of pixels (N, 3, H, W) in [0, 1]; `rng` draws the dropout masks."""
+        h = relu(self.conv1(self.batch_normalization(x)))  # (N, 32, 30, 30)
+        h = self.dropout(h, rng)
+        h = relu(self.pool1(self.conv2(self.batch_normalization_1(h))))  # (N, 32, 15, 15)
+        h = relu(self.pool2(self.conv3(self.batch_normalization_2(h))))  # (N, 64, 7, 7)
+        h = self.dropout_1(self.flatten(h), rng)  # (N, 3136)
+        h = relu(self.hidden(self.batch_normalization_3(h)))  # (N, 512)
+        h = self.dropout_2(h, rng)
+        logits: Tensor = self.output(self.batch_normalization_4(h))  # (N, K)
+        return logits
