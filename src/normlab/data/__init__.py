@@ -1,0 +1,7 @@
+"""Data sets: CIFAR-10 from wherever it can be had, its sample, and data of your own."""
+
+from normlab.data.cache import Fetched, Info, Verified, fetch, info, verify
+from normlab.data.images import ImageData
+from normlab.data.loading import load
+
+__all__ = ["Fetched", "ImageData", "Info", "Verified", "fetch", "info", "load", "verify"]
