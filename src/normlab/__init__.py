@@ -18,30 +18,30 @@ if TYPE_CHECKING:
     from normlab.errors import NonFiniteError as NonFiniteError
     from normlab.errors import NormlabError as NormlabError
     from normlab.errors import UserError as UserError
-    from normlab.evaluate import Evaluation as Evaluation
-    from normlab.evaluate import evaluate as evaluate
+    from normlab.evaluation import Evaluation as Evaluation
+    from normlab.evaluation import evaluate as evaluate
     from normlab.layers import BatchNorm as BatchNorm
     from normlab.recipes import Recipe as Recipe
     from normlab.runs import Run as Run
     from normlab.runs import open_run as open_run
-    from normlab.train import resume as resume
-    from normlab.train import train as train
+    from normlab.training import resume as resume
+    from normlab.training import train as train
 
 _HOMES = {
     "BatchNorm": "layers",
     "DataError": "errors",
-    "Evaluation": "evaluate",
+    "Evaluation": "evaluation",
     "ImageData": "data",
     "NonFiniteError": "errors",
     "NormlabError": "errors",
     "Recipe": "recipes",
     "Run": "runs",
     "UserError": "errors",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
     "load": "data",
     "open_run": "runs",
-    "resume": "train",
-    "train": "train",
+    "resume": "training",
+    "train": "training",
 }
 
 __all__ = list(_HOMES)

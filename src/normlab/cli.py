@@ -74,8 +74,7 @@ def train(
 
     Options override the recipe; `normlab recipes` lists recipes.
     """
-    from normlab import recipes
-    from normlab import train as training
+    from normlab import recipes, training
 
     observer = _progress()
     observers: list[Observer] = [observer]

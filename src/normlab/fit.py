@@ -176,9 +176,7 @@ def score(model: nn.Module, split: Split, device: torch.device) -> tuple[float, 
     return loss, (logits.argmax(1) == labels).double().mean().item()
 
 
-def fit(
-    plan: Plan, state: State, device: torch.device, observers: Sequence[Observer] = ()
-) -> None:
+def fit(plan: Plan, state: State, device: torch.device, observers: Sequence[Observer] = ()) -> None:
     """Train from where `state` stands to the recipe's end.
 
     Raises:

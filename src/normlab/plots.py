@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from normlab.evaluate import Calibration, Evaluation
+from normlab.evaluation import Calibration, Evaluation
 
 TRAIN, VALIDATION = "#7a8699", "#c8442c"
 
@@ -29,9 +29,7 @@ def plot_curve(ax: Axes, history: list[dict[str, Any]], key: str) -> Axes:
     """Draw `loss` or `accuracy` over the epochs, in training and on the validation images."""
     epochs = [row["epoch"] for row in history]
     marker = "o" if len(epochs) < 30 else ""
-    ax.plot(
-        epochs, [r[key] for r in history], color=TRAIN, marker=marker, ms=3, label="training"
-    )
+    ax.plot(epochs, [r[key] for r in history], color=TRAIN, marker=marker, ms=3, label="training")
     validation = [row[f"val_{key}"] for row in history]
     if validation and validation[0] is not None:
         ax.plot(epochs, validation, color=VALIDATION, marker=marker, ms=3, label="validation")

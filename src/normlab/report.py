@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from normlab import plots
 from normlab.data import ImageData
-from normlab.evaluate import Evaluation
+from normlab.evaluation import Evaluation
 from normlab.files import write_atomic, write_json
 from normlab.runs import Run
 

@@ -1,13 +1,13 @@
 """A run is a folder; this is what stands in it and how it is found again.
 
-    recipe.json        what was asked for, resolved: recipe, seed, data
-    environment.json   on what: versions, processor, threads
-    history.jsonl      one line an epoch
-    checkpoint.safetensors, checkpoint.previous.safetensors   while unfinished: where to go on
-    last.safetensors   weights after the last step
-    best.safetensors   weights at the lowest validation loss
-    result.json        the scores; there once the run is finished
-    curves.png, report.html
+recipe.json        what was asked for, resolved: recipe, seed, data
+environment.json   on what: versions, processor, threads
+history.jsonl      one line an epoch
+checkpoint.safetensors, checkpoint.previous.safetensors   while unfinished: where to go on
+last.safetensors   weights after the last step
+best.safetensors   weights at the lowest validation loss
+result.json        the scores; there once the run is finished
+curves.png, report.html
 """
 
 import json
@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from normlab.files import read_tensors
 from normlab.errors import DataError, UserError
+from normlab.files import read_tensors
 from normlab.models import MODELS
 from normlab.recipes import Recipe
 
 if TYPE_CHECKING:
-    from normlab.evaluate import Evaluation
+    from normlab.evaluation import Evaluation
 
 RUNS = Path("runs")
 NUMBERED = re.compile(r"(\d{4,})-.+")
@@ -111,7 +111,9 @@ class Run:
         path = self.path / f"{weights}.safetensors"
         if not path.exists():
             why = "it held out no images to choose by" if self.result else "it is unfinished"
-            raise UserError(f"run {self.path} has no {path.name}: {why}; use another run or weights")
+            raise UserError(
+                f"run {self.path} has no {path.name}: {why}; use another run or weights"
+            )
         tensors, _ = read_tensors(path)
         model = self.task.build()
         try:
@@ -123,7 +125,7 @@ class Run:
 
     def evaluate(self, data: Any = None, *, weights: str = "last") -> "Evaluation":
         """Score the run on the test images; see `normlab.evaluate`."""
-        from normlab.evaluate import evaluate
+        from normlab.evaluation import evaluate
 
         return evaluate(self, data, weights=weights)
 

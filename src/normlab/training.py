@@ -84,7 +84,9 @@ def _claim(folder: Path, task: Task) -> None:
             json.dump(task.as_dict(), f, indent=2)
             f.write("\n")
     except FileExistsError:
-        raise UserError(f"folder {str(folder)!r} is not empty: choose a new one for --out") from None
+        raise UserError(
+            f"folder {str(folder)!r} is not empty: choose a new one for --out"
+        ) from None
 
 
 def resume(
