@@ -148,7 +148,7 @@ def train_step(
     if not np.isfinite(value):
         raise NonFiniteError(f"the loss is {value}")
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return value, int((logits.detach().argmax(1) == labels).sum())
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from normlab.evaluation import Calibration, Evaluation
@@ -34,7 +35,7 @@ def plot_curve(ax: Axes, history: list[dict[str, Any]], key: str) -> Axes:
     if validation and validation[0] is not None:
         ax.plot(epochs, validation, color=VALIDATION, marker=marker, ms=3, label="validation")
     ax.set(xlabel="epoch", ylabel=key)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.25)
     ax.legend(frameon=False)
     return ax

@@ -142,7 +142,8 @@ def _differences(run: Run, images: ImageData, now: dict[str, Any]) -> list[str]:
 
 
 def _new_state(task: Task, device: torch.device) -> State:
-    model = task.build().to(device=device, memory_format=torch.channels_last)
+    model = task.build().to(device)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return State(model=model, optimizer=make_optimizer(task.recipe, model))
 
 
