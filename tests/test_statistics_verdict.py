@@ -34,6 +34,8 @@ SPREAD = np.array([-0.004, 0.003, -0.001, 0.002, -0.003, 0.003])
         (SPREAD - 0.05, 1, "worse"),
         (SPREAD, 1, "no_difference"),
         (SPREAD * 3, 1, "not_enough_seeds"),
+        (SPREAD * 1.5 - 0.0035, 1, "not_enough_seeds"),  # beyond the margin on one side alone
+        (0.0035 - SPREAD * 1.5, 1, "not_enough_seeds"),
         (SPREAD[:5] + 0.05, 1, "not_enough_seeds"),  # five pairs show nothing,
         (SPREAD[:5] / 100, 1, "not_enough_seeds"),  # not even that there is nothing
         (SPREAD + 0.05, 2, "not_enough_seeds"),  # nor do six on a second look
