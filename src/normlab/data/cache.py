@@ -28,7 +28,7 @@ from normlab.errors import DataError
 
 _FOLDER = "cifar10"
 _PARTIAL = ".partial-"
-_LOCK_WAIT = 3600.0  # seconds; no longer than all sources together may take
+_LOCK_WAIT = 5400.0  # seconds; more than all sources together may take by default
 
 Report = Callable[[str], None]
 

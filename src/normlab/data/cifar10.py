@@ -74,8 +74,8 @@ def sha256(array: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
-def image_data(arrays: Arrays, *, name: str = "cifar10") -> ImageData:
-    return ImageData(name=name, class_names=CLASS_NAMES, **arrays)
+def image_data(arrays: Arrays) -> ImageData:
+    return ImageData(name="cifar10", class_names=CLASS_NAMES, **arrays)
 
 
 def read(path: Path, reference: Reference = CIFAR10) -> dict[str, NDArray[np.uint8]]:

@@ -59,4 +59,4 @@ def _load_path(data: str | Path) -> ImageData:
         raise DataError(f"{data} does not exist; give 'cifar10', 'sample' or a path to data")
     if path.suffix == ".npz":
         return read_npz(path)
-    return cifar10.image_data(cifar10.read(path), name=path.name)
+    return cifar10.image_data(cifar10.read(path))
