@@ -22,8 +22,9 @@ import pytest
 import normlab
 from cifar_files import ARRAYS, TINY, npm_version, python_version, send, serving, tar, write_folder
 from normlab.data import cache, sources
-from normlab.data.cache import cache_folder, fetch, info, read_cache, verify
+from normlab.data.cache import cache_folder, info, read_cache, verify
 from normlab.data.download import Limits
+from normlab.data.fetching import fetch
 from normlab.data.sources import Archive, LocalCopy, NpmPackage
 from normlab.errors import DataError
 
@@ -463,7 +464,7 @@ SCRIPT = """
     import sys
     sys.path[:0] = {path!r}
     from cifar_files import TINY
-    from normlab.data.cache import fetch
+    from normlab.data.fetching import fetch
     from normlab.data.sources import Archive
     fetched = fetch(sources=[Archive({url!r}, {sha256!r}, {size})], reference=TINY)
     print("waited" if fetched.source is None else "fetched")

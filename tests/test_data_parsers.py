@@ -112,6 +112,7 @@ def test_a_batch_that_calls_a_function_is_refused_and_not_run(tmp_path, protocol
         (BATCH_PICKLE[:-9], "damaged pickle"),
         (b"\x80\x02Pid\n.", "uses PERSID"),
         (b"\x80\x02(lp0\n.", "uses LIST"),
+        (b"S'\\d'\n.", "uses STRING"),  # pickletools warns of the escape
         (pickle.dumps({"data": 1, "labels": []}), "no array"),
         (pickle.dumps({"data": ROWS.astype(">u2"), "labels": []}, 2), "not uint8"),
         (pickle.dumps({"data": ROWS[:2], "labels": []}, 2), "pixels have shape"),

@@ -148,6 +148,7 @@ def _session(*, secure: bool) -> "requests.Session":
         def get_redirect_target(self, resp: requests.Response) -> str | None:
             target: str | None = super().get_redirect_target(resp)
             if target and secure and urlsplit(target).scheme == "http":
+                resp.close()
                 raise DataError("the server redirects from https to plain http; refused")
             return target
 

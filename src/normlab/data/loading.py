@@ -9,7 +9,8 @@ from pathlib import Path
 from numpy.typing import ArrayLike
 
 from normlab.data import cifar10
-from normlab.data.cache import fetch, read_cache
+from normlab.data.cache import read_cache
+from normlab.data.fetching import fetch
 from normlab.data.images import ImageData, from_mapping
 from normlab.data.npz import read_npz
 from normlab.errors import DataError
