@@ -73,10 +73,7 @@ def test_a_run_is_a_folder_with_these_files(run: normlab.Run) -> None:
     ]
     result = run.result
     assert result is not None
-    for key in (
-        "run recipe norm seed steps test_accuracy test_accuracy_interval test_loss val_accuracy "
-        "val_loss train_seconds images_per_second weights_sha256"
-    ).split():
+    for key in ["run", "recipe", "norm", "seed", "steps", "test_accuracy", "test_accuracy_interval", "test_loss", "val_accuracy", "val_loss", "train_seconds", "images_per_second", "weights_sha256"]:
         assert key in result
     assert result["steps"] == 2 * 6  # 360 images in batches of 64
     low, high = result["test_accuracy_interval"]
@@ -89,8 +86,7 @@ def test_the_reports_fetch_nothing(run: normlab.Run) -> None:
     page = (run.path / "report.html").read_text(encoding="utf-8")
     assert "http://" not in page
     assert "https://" not in page
-    assert page.count("data:image/png;base64,") >= 4
-    assert "src='" not in page
+    assert page.count("data:image/png;base64,") >= 3 + 24
 
 
 def test_the_scores_are_those_of_the_kept_weights(
@@ -233,9 +229,7 @@ def test_a_huge_learning_rate_stops_at_the_first_non_finite_step(
     sample: normlab.ImageData, tmp_path: Path
 ) -> None:
     with pytest.raises(normlab.NonFiniteError, match=r"step \d+ of epoch \d+.*learning-rate") as e:
-        normlab.train(
-            "notebook-plain", data=sample, out=tmp_path / "a", learning_rate=1e30, **TINY
-        )
+        normlab.train("notebook-plain", data=sample, out=tmp_path / "a", learning_rate=1e30, **TINY)
     assert e.value.exit_code == 3
     assert not (tmp_path / "a" / "result.json").exists()
     assert not (tmp_path / "a" / "last.safetensors").exists()
@@ -319,7 +313,7 @@ def test_recipes_refuse_values_out_of_range(field: str) -> None:
 def test_unknown_recipe_settings_fail() -> None:
     from normlab import recipes
 
-    with pytest.raises(normlab.UserError, match="lerning_rate.*learning_rate"):
+    with pytest.raises(normlab.UserError, match=r"lerning_rate.*learning_rate"):
         recipes.get("notebook").override(lerning_rate=1)
     for name in recipes.RECIPES:
         recipe = recipes.get(name)

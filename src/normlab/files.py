@@ -65,7 +65,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Any = Non
     """Write tensors and a JSON document as one file, atomically, with the hash of both."""
     plain = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
     text = json.dumps(document, sort_keys=True, allow_nan=False)
-    # One key only: safetensors writes several in an order of its own, and equal files are a promise.
+    # One key only: safetensors writes several in no fixed order, and equal files are a promise.
     envelope = json.dumps({"document": text, "sha256": digest(plain, text)})
     write_atomic(path, save(plain, metadata={"normlab": envelope}))
 
