@@ -156,9 +156,7 @@ def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
     """2 × 2 maxima of `x` (N, C, H, W), channels-last, and which of the four values each is."""
     n, c, h, w = x.shape
     y, which = (
-        torch.empty(
-            (n, c, h // 2, w // 2), dtype=dtype, memory_format=torch.channels_last
-        )
+        torch.empty((n, c, h // 2, w // 2), dtype=dtype, memory_format=torch.channels_last)
         for dtype in (torch.float32, torch.uint8)
     )
     _call("pool", x, n, h, w, c, y, which)

@@ -119,7 +119,13 @@ class _BatchNormalize(torch.autograd.Function):
             grads = kernels.gradient(
                 x, g, mean, var, weight, ctx.eps, x_grad=ctx.needs_input_grad[0]
             )
-            return (*(d if need else None for d, need in zip(grads, ctx.needs_input_grad, strict=False)), None)
+            return (
+                *(
+                    d if need else None
+                    for d, need in zip(grads, ctx.needs_input_grad, strict=False)
+                ),
+                None,
+            )
         dims = [0, *range(2, x.ndim)]
         count = x.numel() // x.shape[1]
         x_hat = normalize(x, mean, var, None, None, ctx.eps)

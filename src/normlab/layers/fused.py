@@ -29,9 +29,7 @@ def relu_dropout_norm(
     assert isinstance(norm, BatchNorm)
     norm.check(z)
     source = None if dropout is None else dropout.source(rng)
-    y, mean, var = _ReluDropoutBatchNorm.apply(
-        z, norm.weight, norm.bias, norm.eps, dropout, source
-    )
+    y, mean, var = _ReluDropoutBatchNorm.apply(z, norm.weight, norm.bias, norm.eps, dropout, source)
     norm.track(mean, var, z.numel() // z.shape[1])
     return y  # type: ignore[no-any-return]
 
