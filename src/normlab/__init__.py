@@ -1,1 +1,59 @@
-"""Batch-normalised image classifiers, measured honestly."""
+"""Batch-normalised image classifiers on CIFAR-10 and your own pictures, measured honestly.
+
+    import normlab
+
+    run = normlab.train("notebook", epochs=3)
+    run.evaluate()
+
+The names below load what they need when they are first used, so that importing this is instant.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from normlab.data import ImageData as ImageData
+    from normlab.data import load as load
+    from normlab.errors import DataError as DataError
+    from normlab.errors import NonFiniteError as NonFiniteError
+    from normlab.errors import NormlabError as NormlabError
+    from normlab.errors import UserError as UserError
+    from normlab.evaluation import Evaluation as Evaluation
+    from normlab.evaluation import evaluate as evaluate
+    from normlab.layers import BatchNorm as BatchNorm
+    from normlab.recipes import Recipe as Recipe
+    from normlab.runs import Run as Run
+    from normlab.runs import open_run as open_run
+    from normlab.training import resume as resume
+    from normlab.training import train as train
+
+_HOMES = {
+    "BatchNorm": "layers",
+    "DataError": "errors",
+    "Evaluation": "evaluation",
+    "ImageData": "data",
+    "NonFiniteError": "errors",
+    "NormlabError": "errors",
+    "Recipe": "recipes",
+    "Run": "runs",
+    "UserError": "errors",
+    "evaluate": "evaluation",
+    "load": "data",
+    "open_run": "runs",
+    "resume": "training",
+    "train": "training",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'normlab' has no attribute {name!r}")
+    value = getattr(import_module(f"normlab.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

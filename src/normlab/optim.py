@@ -25,12 +25,11 @@ class Adam(torch.optim.Adam):
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=keras_eps, fused=True)
         self.keras_eps = keras_eps
-        self.steps_done = 0
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter from its gradient."""
-        self.steps_done += 1
         for group in self.param_groups:
+            done = self.state[group["params"][0]].get("step", 0)
             beta2 = group["betas"][1]
-            group["eps"] = self.keras_eps / math.sqrt(1 - beta2**self.steps_done)
+            group["eps"] = self.keras_eps / math.sqrt(1 - beta2 ** (int(done) + 1))
         super().step()

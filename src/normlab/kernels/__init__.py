@@ -90,7 +90,7 @@ def layout(x: Tensor) -> tuple[int, int, int] | None:
         or x.device.type != "cpu"
         or x.numel() == 0
         or not available()
-        or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
         or torch.compiler.is_compiling()
     ):
         return None
@@ -211,8 +211,8 @@ def gradient(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients with respect to x, γ and β, from `g` = dL/dy.
 
-    With `keep_scale`, `x` is the h that `relu_dropout_batch_norm` returned, and the first gradient is the
-    one with respect to its z. Without `x_grad` the first is None.
+    With `keep_scale`, `x` is the h that `relu_dropout_batch_norm` returned, and the first gradient
+    is the one with respect to its z. Without `x_grad` the first is None.
     """
     g = like(g, x)
     dx = torch.empty_like(x) if x_grad else None

@@ -66,7 +66,9 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         μ and σ², both (C,).
     """
     dims = [0, *range(2, x.ndim)]
-    first = x.detach()[(0, slice(None), *[0] * (x.ndim - 2))]  # (C,)
+    first = x.detach()[0]
+    while first.ndim > 1:
+        first = first[..., 0]  # (C,) in the end
     d = x - per_channel(first, x)
     d_mean = d.mean(dims)
     var = (d - per_channel(d_mean, x)).square_().mean(dims)
@@ -87,6 +89,11 @@ def normalize(
 def per_channel(v: Tensor, x: Tensor) -> Tensor:
     """View `v` (C,) so that it broadcasts along the channels of `x` (N, C, *)."""
     return v.view(1, -1, *[1] * (x.ndim - 2))
+
+
+def needed(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Drop the gradients that autograd did not ask for: it refuses one for a missing γ."""
+    return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=True))
 
 
 class _BatchNormalize(torch.autograd.Function):
@@ -116,26 +123,27 @@ class _BatchNormalize(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var = ctx.saved_tensors
-        x_needs, *_ = ctx.needs_input_grad
         if ctx.compiled:
-            return (*kernels.gradient(x, g, mean, var, weight, ctx.eps, x_grad=x_needs), None)
+            x_needs = ctx.needs_input_grad[0]
+            grads = kernels.gradient(x, g, mean, var, weight, ctx.eps, x_grad=x_needs)
+            return needed(ctx, *grads, None)
         dims = [0, *range(2, x.ndim)]
         count = x.numel() // x.shape[1]
         x_hat = normalize(x, mean, var, None, None, ctx.eps)
         bias_grad = g.sum(dims)
         weight_grad = (g * x_hat).sum(dims)
         x_grad = None
-        if x_needs:
+        if ctx.needs_input_grad[0]:
             scale = (var + ctx.eps).rsqrt()
             if weight is not None:
                 scale = scale * weight
             x_grad = g - per_channel(bias_grad / count, x)
             x_grad = x_grad - x_hat * per_channel(weight_grad / count, x)
             x_grad = x_grad * per_channel(scale, x)
-        return x_grad, weight_grad, bias_grad, None
+        return needed(ctx, x_grad, weight_grad, bias_grad, None)
 
 
 class BatchNorm(nn.Module):
@@ -217,7 +225,7 @@ class BatchNorm(nn.Module):
         self.check(x)
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         if self.uses_batch():
-            y: Tensor = _BatchNormalize.apply(wide, self.weight, self.bias, self)
+            y: Tensor = _BatchNormalize.apply(wide, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
         else:
             y = self._normalize_running(wide)
         return y.to(x.dtype)
@@ -225,7 +233,7 @@ class BatchNorm(nn.Module):
     def standardize(self, x: Tensor) -> Tensor:
         """x̂ of a training batch that needs no gradient; moves the running statistics."""
         with torch.no_grad():
-            y: Tensor = _BatchNormalize.apply(x, None, None, self)
+            y: Tensor = _BatchNormalize.apply(x, None, None, self)  # type: ignore[no-untyped-call]
         return y
 
     def uses_batch(self) -> bool:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, relu
 
 from normlab import kernels
-from normlab.layers.batchnorm import BatchNorm
+from normlab.layers.batchnorm import BatchNorm, needed
 from normlab.layers.dropout import Dropout, draws
 
 
@@ -27,9 +27,10 @@ def relu_dropout_norm(
         return norm(h if dropout is None else dropout(h, rng))  # type: ignore[no-any-return]
     norm.check(z)
     source = None if dropout is None else dropout.source(rng)
-    return _ReluDropoutBatchNorm.apply(  # type: ignore[no-any-return]
+    y: Tensor = _ReluDropoutBatchNorm.apply(  # type: ignore[no-untyped-call]
         z, norm.weight, norm.bias, norm, dropout, source
     )
+    return y
 
 
 class _ReluDropoutBatchNorm(torch.autograd.Function):
@@ -57,11 +58,11 @@ class _ReluDropoutBatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         h, weight, mean, var = ctx.saved_tensors
         grads = kernels.gradient(h, g, mean, var, weight, ctx.eps, keep_scale=ctx.scale)
-        return (*grads, None, None, None)
+        return needed(ctx, *grads, None, None, None)
 
 
 def norm_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d) -> Tensor:
@@ -103,7 +104,8 @@ class MaxPool2d(nn.MaxPool2d):
         plain = (self.kernel_size, self.stride, self.padding, self.dilation) == (2, 2, 0, 1)
         if shape is None or shape[2] > 1 or not plain or self.ceil_mode or self.return_indices:
             return super().forward(x)  # type: ignore[no-any-return]
-        return _MaxPool.apply(x)  # type: ignore[no-any-return]
+        y: Tensor = _MaxPool.apply(x)  # type: ignore[no-untyped-call]
+        return y
 
 
 class _MaxPool(torch.autograd.Function):
@@ -115,7 +117,7 @@ class _MaxPool(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return kernels.max_pool_gradient(g, ctx.saved_tensors[0], ctx.x_shape)
 

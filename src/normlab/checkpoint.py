@@ -1,0 +1,113 @@
+"""Checkpoints: one file that holds weights and loop state of the same step, or nothing.
+
+What is random is not in it: every draw is a function of the seed and the step, so the step's
+number is the position in every stream, the permutation of the images included.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normlab.errors import DataError
+from normlab.files import read_tensors, write_atomic, write_tensors
+from normlab.fit import Plan, State, Totals
+
+CHECKPOINT = "checkpoint.safetensors"
+PREVIOUS = "checkpoint.previous.safetensors"
+SECONDS_BETWEEN = 45.0
+
+
+@dataclass
+class Keeper:
+    """Writes down what must survive: history and best weights each epoch, a checkpoint at times."""
+
+    folder: Path
+    saved_at: float = 0.0
+
+    def before_training(self, plan: Plan) -> None:
+        """Nothing yet: the start can be had from the seed."""
+
+    def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
+        if batch == batches:
+            lines = [json.dumps(row) + "\n" for row in state.history]
+            write_atomic(self.folder / "history.jsonl", "".join(lines).encode())
+            if state.best_epoch == epoch + 1:
+                write_tensors(self.folder / "best.safetensors", state.best_weights)
+        if state.seconds - self.saved_at >= SECONDS_BETWEEN:
+            save(self.folder, state)
+            self.saved_at = state.seconds
+
+
+def save(folder: Path, state: State) -> None:
+    """Write a checkpoint; the last good one is kept beside it."""
+    tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
+    tensors |= {f"best.{k}": v for k, v in state.best_weights.items()}
+    for index, values in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
+    target = folder / CHECKPOINT
+    if target.exists():
+        os.replace(target, folder / PREVIOUS)
+    write_tensors(target, tensors, state.loop_state())
+
+
+def restore(folder: Path, state: State) -> str | None:
+    """Bring `state`, fresh from its seed, to the last good checkpoint in `folder`.
+
+    Returns:
+        Why an older checkpoint, or the start, had to do; None if the newest one is good.
+    """
+    problem = None
+    for name in (CHECKPOINT, PREVIOUS):
+        if not (folder / name).exists():
+            continue
+        try:
+            _restore(folder / name, state)
+            return problem
+        except DataError as e:
+            problem = str(e)
+    return problem
+
+
+def _restore(path: Path, state: State) -> None:
+    tensors, loop = read_tensors(path)
+    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "best": {}}
+    for name, tensor in tensors.items():
+        part, rest = name.split(".", 1)
+        parts[part][rest] = tensor
+    state.model.load_state_dict(parts["model"])
+    state.optimizer.load_state_dict(_optimizer_state(state.optimizer, parts["optimizer"]))
+    state.best_weights = parts["best"]
+    state.step, state.seconds = loop["step"], loop["seconds"]
+    state.totals, state.history = Totals(**loop["totals"]), loop["history"]
+    state.best_epoch = loop["best_epoch"]
+    if state.best_epoch is not None:
+        state.best_val_loss = state.history[state.best_epoch - 1]["val_loss"]
+
+
+def _optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Undo the flat names, and lay each moment out as its parameter lies in memory.
+
+    Fused updates walk both in memory order; moments in another layout would meet wrong weights.
+    """
+    whole = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    restored: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        parameter = parameters[int(index)]
+        if tensor.shape == parameter.shape:
+            tensor = torch.empty_like(parameter).copy_(tensor)
+        restored.setdefault(int(index), {})[key] = tensor.detach()
+    return {**whole, "state": restored}
+
+
+def remove(folder: Path) -> None:
+    """Remove the checkpoints of a finished run."""
+    for name in (CHECKPOINT, PREVIOUS):
+        (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,63 @@
+"""From arrays of pixels to the batches that a step takes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from normlab.errors import UserError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, H, W, 3) uint8 and labels (N,) of one part of a data set."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def split_validation(
+    images: NDArray[np.uint8], labels: NDArray[np.integer], fraction: float
+) -> tuple[Split, Split]:
+    """Hold out the last `fraction` of the images, before any shuffling, as Keras does.
+
+    Raises:
+        UserError: nothing would be left to train on, or nothing to validate on.
+    """
+    classes: NDArray[np.int64] = labels.astype(np.int64)
+    cut = int(len(labels) * (1 - fraction))
+    if cut < 1:
+        raise UserError(f"validation={fraction} of {len(labels)} images leaves none to train on")
+    if fraction > 0 and cut == len(labels):
+        raise UserError(f"validation={fraction} of {len(labels)} images is none: raise it or use 0")
+    return Split(images[:cut], classes[:cut]), Split(images[cut:], classes[cut:])
+
+
+def batch_bounds(n: int, batch_size: int, *, join_single: bool) -> list[tuple[int, int]]:
+    """Cut 0…n into batches, the last one partial.
+
+    A last batch of a single image has no variance to normalise by; with `join_single` it joins the
+    batch before it.
+
+    >>> batch_bounds(7, 3, join_single=True)
+    [(0, 3), (3, 7)]
+    """
+    bounds = [(a, min(a + batch_size, n)) for a in range(0, n, batch_size)]
+    if join_single and len(bounds) > 1 and batch_size > 1 and bounds[-1][1] - bounds[-1][0] == 1:
+        bounds[-2:] = [(bounds[-2][0], n)]
+    return bounds
+
+
+def to_input(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> Tensor:
+    """Scale pixels (N, H, W, 3) as the notebook does: float32 in [0, 1], as (N, 3, H, W).
+
+    The one place where pixels become numbers for a network, in training and everywhere else. The
+    result is laid out channels-last.
+    """
+    x = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    return x.float().div_(255).permute(0, 3, 1, 2)

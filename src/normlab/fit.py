@@ -1,0 +1,271 @@
+"""The training loop: forward, loss, backward, update."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from normlab.data.batches import Split, batch_bounds, to_input
+from normlab.errors import NonFiniteError, NormlabError
+from normlab.optim import Adam
+from normlab.random import stream
+from normlab.recipes import Recipe
+
+EVALUATION_BATCH = 250
+
+
+@dataclass
+class Totals:
+    """Sums over the images of an epoch so far."""
+
+    loss: float = 0.0
+    correct: int = 0
+    images: int = 0
+
+    def add(self, loss: float, correct: int, images: int) -> None:
+        self.loss += loss * images
+        self.correct += correct
+        self.images += images
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / self.images
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.images
+
+
+@dataclass
+class State:
+    """Everything that a training remembers from one step to the next.
+
+    Randomness is not part of it: every draw is a function of the seed and of `step`.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    seconds: float = 0.0
+    totals: Totals = field(default_factory=Totals)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int | None = None
+    best_val_loss: float = float("inf")
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def loop_state(self) -> dict[str, Any]:
+        """The part that is not tensors, as JSON."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "totals": asdict(self.totals),
+            "history": self.history,
+            "best_epoch": self.best_epoch,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is about to happen; told to observers before the first step."""
+
+    recipe: Recipe
+    folder: Path
+    seed: int
+    threads: int
+    train: Split
+    validation: Split
+
+    @cached_property
+    def bounds(self) -> list[tuple[int, int]]:
+        """Where each batch of an epoch begins and ends in the order of the images."""
+        return batch_bounds(len(self.train), self.recipe.batch_size, join_single=True)
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.epochs * len(self.bounds)
+
+    def describe(self) -> str:
+        """One line, or two when the last batch would have been a single image."""
+        text = (
+            f"{self.recipe.name}: norm {self.recipe.norm}, seed {self.seed}, "
+            f"{len(self.train):,} training and {len(self.validation):,} validation images, "
+            f"{self.recipe.epochs} epochs of {len(self.bounds):,} steps, {self.threads} threads, "
+            f"into {self.folder}"
+        )
+        if self.bounds[-1][1] - self.bounds[-1][0] > self.recipe.batch_size:
+            text += "\nThe last batch, of one image, joins the one before it: one has no variance."
+        return text
+
+
+class Observer(Protocol):
+    """What is told of a training while it goes on."""
+
+    def before_training(self, plan: Plan) -> None:
+        """The first step is next."""
+
+    def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
+        """`batch` of `batches` of `epoch` (from 0) is done; after the last one, so is the epoch."""
+
+
+class Interrupted(NormlabError):
+    """A signal asked the training to end; it ended between two steps."""
+
+    def __init__(self, signum: int, remedy: str = "") -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}{remedy}")
+        self.signum = signum
+        self.exit_code = 128 + signum
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """Make the optimiser that the recipe names."""
+    return Adam([p for p in model.parameters() if p.requires_grad], lr=recipe.learning_rate)
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,  # (N, 3, H, W)
+    labels: Tensor,  # (N,)
+    rng: np.random.Generator,
+) -> tuple[float, int]:
+    """One update of the weights; returns the batch's mean loss and how many were right.
+
+    Raises:
+        NonFiniteError: the loss is NaN or infinite; the weights are as before the step.
+    """
+    logits = model(x, rng)
+    loss = cross_entropy(logits, labels)
+    value = loss.item()
+    if not np.isfinite(value):
+        raise NonFiniteError(f"the loss is {value}")
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return value, int((logits.detach().argmax(1) == labels).sum())
+
+
+@torch.no_grad()
+def predict_logits(
+    model: nn.Module, images: np.ndarray, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Logits (N, K) of images (N, H, W, 3) uint8, in evaluation mode, on the CPU."""
+    was_training = model.training
+    model.eval()
+    parts = [
+        model(to_input(images[a:b], device)).cpu()
+        for a, b in batch_bounds(len(images), EVALUATION_BATCH, join_single=False)
+    ]
+    model.train(was_training)
+    return torch.cat(parts)
+
+
+def score(model: nn.Module, split: Split, device: torch.device) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy on `split`, in evaluation mode."""
+    logits = predict_logits(model, split.images, device)
+    labels = torch.from_numpy(split.labels)
+    loss = cross_entropy(logits.double(), labels).item()
+    return loss, (logits.argmax(1) == labels).double().mean().item()
+
+
+def fit(plan: Plan, state: State, device: torch.device, observers: Sequence[Observer] = ()) -> None:
+    """Train from where `state` stands to the recipe's end.
+
+    Raises:
+        NonFiniteError: naming epoch and step, and what to try.
+        Interrupted: SIGINT or SIGTERM came; observers have seen the last step.
+    """
+    recipe, seed, train, bounds = plan.recipe, plan.seed, plan.train, plan.bounds
+    order = np.empty(0, np.int64)
+    for observer in observers:
+        observer.before_training(plan)
+    started = time.perf_counter() - state.seconds
+    with _signals() as interrupted:
+        for step in range(state.step, plan.steps):
+            epoch, batch = divmod(step, len(bounds))
+            if batch == 0 and _out_of_patience(recipe, state):
+                break
+            if batch == 0 or not len(order):
+                order = stream(seed, "order", epoch).permutation(len(train))
+                state.model.train()
+            chosen = order[slice(*bounds[batch])]
+            x = to_input(train.images[chosen], device)
+            labels = torch.from_numpy(train.labels[chosen]).to(device)
+            try:
+                loss, correct = train_step(
+                    state.model, state.optimizer, x, labels, stream(seed, "dropout", step)
+                )
+            except NonFiniteError as e:
+                raise NonFiniteError(
+                    f"{e} at step {batch + 1} of epoch {epoch + 1}: training stopped there; "
+                    f"try a lower --learning-rate than {recipe.learning_rate:g}"
+                ) from None
+            state.totals.add(loss, correct, len(chosen))
+            state.step = step + 1
+            state.seconds = time.perf_counter() - started
+            if batch + 1 == len(bounds):
+                _finish_epoch(state, epoch, plan.validation, device)
+                state.seconds = time.perf_counter() - started
+                state.history[-1]["seconds"] = state.seconds
+            for observer in observers:
+                observer.after_step(state, epoch, batch + 1, len(bounds))
+            if interrupted:
+                raise Interrupted(interrupted[0])
+
+
+def _finish_epoch(state: State, epoch: int, validation: Split, device: torch.device) -> None:
+    """Score the validation images, note the epoch, keep the weights if they are the best so far."""
+    row: dict[str, Any] = {
+        "epoch": epoch + 1,
+        "steps": state.step,
+        "loss": state.totals.mean_loss,
+        "accuracy": state.totals.accuracy,
+        "val_loss": None,
+        "val_accuracy": None,
+    }
+    if len(validation):
+        row["val_loss"], row["val_accuracy"] = score(state.model, validation, device)
+        if row["val_loss"] < state.best_val_loss:
+            state.best_val_loss, state.best_epoch = row["val_loss"], epoch + 1
+            state.best_weights = {k: v.clone() for k, v in state.model.state_dict().items()}
+    state.history.append(row)
+    state.totals = Totals()
+
+
+def _out_of_patience(recipe: Recipe, state: State) -> bool:
+    if recipe.patience is None or state.best_epoch is None:
+        return False
+    return len(state.history) - state.best_epoch >= recipe.patience
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them; a second one ends at once.
+
+    Outside the main thread, where Python allows no handlers, signals are left as they are.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(signum: int, _: object) -> None:
+        if received:
+            raise Interrupted(signum)
+        received.append(signum)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

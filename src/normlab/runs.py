@@ -1,0 +1,231 @@
+"""A run is a folder; this is what stands in it and how it is found again.
+
+recipe.json        what was asked for, resolved: recipe, seed, data
+environment.json   on what: versions, processor, threads
+history.jsonl      one line an epoch
+checkpoint.safetensors, checkpoint.previous.safetensors   while unfinished: where to go on
+last.safetensors   weights after the last step
+best.safetensors   weights at the lowest validation loss
+result.json        the scores; there once the run is finished
+curves.png, report.html
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from normlab.errors import DataError, UserError
+from normlab.files import read_tensors
+from normlab.models import MODELS
+from normlab.recipes import Recipe
+
+if TYPE_CHECKING:
+    from normlab.evaluation import Evaluation
+
+RUNS = Path("runs")
+NUMBERED = re.compile(r"(\d{4,})-.+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What `recipe.json` holds: all that decides the weights."""
+
+    recipe: Recipe
+    seed: int
+    data: str
+    data_sha256: str
+    class_names: tuple[str, ...]
+    image_size: int
+
+    def build(self) -> nn.Module:
+        """Make the network with its initial values."""
+        return MODELS[self.recipe.model](
+            num_classes=len(self.class_names),
+            image_size=self.image_size,
+            norm=self.recipe.norm,
+            seed=self.seed,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.as_dict(),
+            "seed": self.seed,
+            "data": self.data,
+            "data_sha256": self.data_sha256,
+            "class_names": list(self.class_names),
+            "image_size": self.image_size,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Task":
+        return cls(
+            recipe=Recipe.from_dict(values["recipe"]),
+            seed=int(values["seed"]),
+            data=str(values["data"]),
+            data_sha256=str(values["data_sha256"]),
+            class_names=tuple(map(str, values["class_names"])),
+            image_size=int(values["image_size"]),
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, opened."""
+
+    path: Path
+    task: Task
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The scores, or None while the run is unfinished."""
+        path = self.path / "result.json"
+        return read_json(path) if path.exists() else None
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One entry an epoch: losses, accuracies, seconds."""
+        path = self.path / "history.jsonl"
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        return read_json(self.path / "environment.json")
+
+    def model(self, weights: str = "last") -> nn.Module:
+        """Return the trained network in evaluation mode.
+
+        Args:
+            weights: `last` (after the last step) or `best` (at the lowest validation loss).
+
+        Raises:
+            UserError: other weights, or a run that does not have these.
+        """
+        if weights not in ("last", "best"):
+            raise UserError(f"weights {weights!r}: choose last or best")
+        path = self.path / f"{weights}.safetensors"
+        if not path.exists():
+            why = "it held out no images to choose by" if self.result else "it is unfinished"
+            raise UserError(
+                f"run {self.path} has no {path.name}: {why}; use another run or weights"
+            )
+        tensors, _ = read_tensors(path)
+        model = self.task.build()
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as e:
+            reason = str(e).splitlines()[-1].strip()
+            raise DataError(f"{path} does not fit the recipe beside it: {reason}") from None
+        return model.eval()
+
+    def evaluate(self, data: Any = None, *, weights: str = "last") -> "Evaluation":
+        """Score the run on the test images; see `normlab.evaluate`."""
+        from normlab.evaluation import evaluate
+
+        return evaluate(self, data, weights=weights)
+
+    def _repr_html_(self) -> str:
+        """Show the report's heart in a notebook cell."""
+        from normlab.report import run_summary_html
+
+        return run_summary_html(self)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        DataError: it is missing, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: name the folder of a run") from None
+    except (ValueError, OSError, RecursionError) as e:
+        raise DataError(f"{path} cannot be read as JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds no JSON object: it is not one that normlab wrote")
+    return value
+
+
+def open_run(path: str | Path | None = None) -> Run:
+    """Open the run at `path`; without one, the run in `runs/` with the highest number.
+
+    Raises:
+        UserError: there is none, or its files are damaged.
+    """
+    folder = latest() if path is None else Path(path)
+    if not folder.is_dir():
+        raise UserError(f"run {str(folder)!r} is not a folder: name one that `normlab train` made")
+    values = read_json(folder / "recipe.json")
+    try:
+        return Run(folder, Task.from_dict(values))
+    except (KeyError, TypeError, ValueError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise DataError(f"{folder / 'recipe.json'} is not a run's recipe ({e!r})") from None
+
+
+def latest(runs: Path = RUNS) -> Path:
+    """Return the run with the highest number; the clock has no say.
+
+    Raises:
+        UserError: there is none.
+    """
+    numbered = _numbered(runs)
+    if not numbered:
+        raise UserError(f"no run in {str(runs)!r}: `normlab train` makes one, or name a run")
+    return max(numbered)[1]
+
+
+def create_folder(out: str | Path | None, recipe: str) -> Path:
+    """Make a run's folder: `out`, new or empty, or the next number in `runs/`.
+
+    Raises:
+        UserError: it is not empty or cannot be written.
+    """
+    try:
+        return _create_numbered(RUNS, recipe) if out is None else _create(Path(out))
+    except OSError as e:
+        where = e.filename or out or RUNS
+        raise UserError(
+            f"cannot make the folder {str(where)!r} ({e.strerror}): choose another --out"
+        ) from None
+
+
+def _create(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise UserError(f"folder {str(folder)!r} is not empty: choose a new one for --out")
+    return folder
+
+
+def _create_numbered(runs: Path, recipe: str) -> Path:
+    """Take the next number. A reservation `.NNNN` keeps two processes from taking the same one."""
+    runs.mkdir(parents=True, exist_ok=True)
+    while True:
+        number = max((n for n, _ in _numbered(runs)), default=0) + 1
+        reservation = runs / f".{number:04d}"
+        try:
+            reservation.mkdir()
+        except FileExistsError:
+            continue
+        try:
+            if all(n < number for n, _ in _numbered(runs)):
+                folder = runs / f"{number:04d}-{recipe}"
+                folder.mkdir()
+                return folder
+        finally:
+            reservation.rmdir()
+
+
+def _numbered(runs: Path) -> list[tuple[int, Path]]:
+    if not runs.is_dir():
+        return []
+    found = [(NUMBERED.fullmatch(p.name), p) for p in runs.iterdir() if p.is_dir()]
+    return [(int(match[1]), path) for match, path in found if match]

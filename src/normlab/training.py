@@ -1,0 +1,207 @@
+"""Train a recipe: data in, a run's folder with an honest score out."""
+
+import json
+import shlex
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normlab import checkpoint, recipes
+from normlab.data import ImageData, load
+from normlab.data.batches import split_validation
+from normlab.environment import describe, resolve_device, resolve_threads, settings
+from normlab.errors import UserError
+from normlab.files import digest, write_json, write_tensors
+from normlab.fit import Interrupted, Observer, Plan, State, fit, make_optimizer
+from normlab.recipes import Recipe
+from normlab.runs import Run, Task, create_folder, open_run
+
+
+def train(
+    recipe: str | Recipe = recipes.DEFAULT,
+    *,
+    data: str | Path | Mapping[str, Any] | ImageData | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    observers: tuple[Observer, ...] = (),
+    **changes: Any,
+) -> Run:
+    """Train `recipe` from `seed`, score it once on the test images, and keep it as a run.
+
+        run = normlab.train("notebook", epochs=1, data="sample")
+        run.result["test_accuracy"]
+
+    Args:
+        recipe: a name that `normlab recipes` lists, or a `Recipe`.
+        data: as `normlab.data.load` takes it; None for CIFAR-10.
+        out: the run's folder, new or empty; None for the next number in `runs/`.
+        seed: of everything random.
+        threads: of the CPU; None for all cores.
+        device: `auto`, `cpu` or `cuda`.
+        observers: told after each step.
+        **changes: fields of `Recipe` to replace: `epochs`, `batch_size`, `norm`, ….
+
+    Raises:
+        UserError: something asked for is not possible; raised before any work is done.
+        NonFiniteError: the loss became NaN or infinite. The best weights so far are kept.
+        Interrupted: SIGINT or SIGTERM came; `resume` goes on from there.
+    """
+    chosen = recipes.get(recipe).override(**changes)
+    threads, where = resolve_threads(threads), resolve_device(device)
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed}: choose a whole number from 0 to 2⁶³ − 1")
+    started = time.perf_counter()
+    images = load(data)
+    data_seconds = time.perf_counter() - started
+    task = Task(
+        recipe=chosen,
+        seed=seed,
+        data=images.name if data is None or not isinstance(data, (str, Path)) else str(data),
+        data_sha256=images.sha256,
+        class_names=images.class_names,
+        image_size=images.x_train.shape[1],
+    )
+    with settings(threads, where):
+        started = time.perf_counter()
+        task.build()  # refuses what the network cannot take before a folder is made
+        split_validation(images.x_train, images.y_train, chosen.validation)
+        folder = create_folder(out, chosen.name)
+        _claim(folder, task)
+        write_json(folder / "environment.json", describe(threads, where))
+        state = _new_state(task, where)
+        state.seconds = time.perf_counter() - started
+        return _finish(Run(folder, task), images, data_seconds, state, where, observers)
+
+
+def _claim(folder: Path, task: Task) -> None:
+    """Write `recipe.json`; of two runs given the same folder the second one fails here."""
+    try:
+        with open(folder / "recipe.json", "x", encoding="utf-8") as f:
+            json.dump(task.as_dict(), f, indent=2)
+            f.write("\n")
+    except FileExistsError:
+        raise UserError(
+            f"folder {str(folder)!r} is not empty: choose a new one for --out"
+        ) from None
+
+
+def resume(
+    run: str | Path | None = None,
+    *,
+    data: str | Path | Mapping[str, Any] | ImageData | None = None,
+    allow_changes: bool = False,
+    observers: tuple[Observer, ...] = (),
+) -> Run:
+    """Go on with an interrupted run; it ends with the bits it would have ended with.
+
+    Args:
+        run: its folder; None for the highest number in `runs/`.
+        data: where the images are now, if not where they were.
+        allow_changes: go on although the data or the environment differ, where the end will not be
+            bit-identical.
+        observers: told after each step.
+
+    Raises:
+        UserError: it is finished already, or something differs and `allow_changes` is off.
+    """
+    opened = open_run(run)
+    if opened.result is not None:
+        raise UserError(f"run {str(opened.path)!r} is finished: nothing is left to resume")
+    environment = opened.environment
+    threads = resolve_threads(min(environment["threads"], resolve_threads(None)))
+    where = resolve_device(str(environment["device"]))
+    started = time.perf_counter()
+    images = load(opened.task.data if data is None else data)
+    data_seconds = time.perf_counter() - started
+    differs = _differences(opened, images, describe(threads, where))
+    if differs and not allow_changes:
+        raise UserError(
+            f"run {str(opened.path)!r} began with other {'; '.join(differs)}: "
+            "--allow-changes goes on all the same, but the end will differ"
+        )
+    with settings(threads, where):
+        state = _new_state(opened.task, where)
+        checkpoint.restore(opened.path, state)
+        return _finish(opened, images, data_seconds, state, where, observers)
+
+
+def _differences(run: Run, images: ImageData, now: dict[str, Any]) -> list[str]:
+    then = run.environment
+    found = [
+        f"{key} ({then.get(key)} then, {now[key]} now)"
+        for key in ("torch", "threads", "device", "cpu", "cpu_capability")
+        if then.get(key) != now[key]
+    ]
+    if images.sha256 != run.task.data_sha256:
+        found.append(f"data ({run.task.data_sha256[:12]}… then, {images.sha256[:12]}… now)")
+    return found
+
+
+def _new_state(task: Task, device: torch.device) -> State:
+    model = task.build().to(device)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return State(model=model, optimizer=make_optimizer(task.recipe, model))
+
+
+def _finish(
+    run: Run,
+    images: ImageData,
+    data_seconds: float,
+    state: State,
+    device: torch.device,
+    observers: tuple[Observer, ...],
+) -> Run:
+    """Train to the end, write weights, score the test images once, draw the report."""
+    from normlab.report import write_run_report
+
+    recipe, folder = run.task.recipe, run.path
+    train, validation = split_validation(images.x_train, images.y_train, recipe.validation)
+    plan = Plan(
+        recipe=recipe,
+        folder=folder,
+        seed=run.task.seed,
+        threads=run.environment["threads"],
+        train=train,
+        validation=validation,
+    )
+    keeper = checkpoint.Keeper(folder, saved_at=state.seconds)
+    try:
+        fit(plan, state, device, (keeper, *observers))
+    except Interrupted as e:
+        checkpoint.save(folder, state)
+        raise Interrupted(
+            e.signum,
+            f" after step {state.step:,} of {plan.steps:,}; nothing is lost, go on with: "
+            f"normlab train --resume {shlex.quote(str(folder))}",
+        ) from None
+    write_tensors(folder / "last.safetensors", state.model.state_dict())
+    started = time.perf_counter()
+    evaluation = run.evaluate(images)
+    evaluation_seconds = time.perf_counter() - started
+    result = {
+        "run": str(folder),
+        "recipe": recipe.name,
+        "norm": recipe.norm,
+        "seed": run.task.seed,
+        "steps": state.step,
+        "test_accuracy": evaluation.accuracy,
+        "test_accuracy_interval": list(evaluation.interval),
+        "test_loss": evaluation.loss,
+        "val_accuracy": state.history[-1]["val_accuracy"],
+        "val_loss": state.history[-1]["val_loss"],
+        "train_seconds": state.seconds,
+        "images_per_second": len(train) * len(state.history) / state.seconds,
+        "weights_sha256": digest(state.model.state_dict()),
+        "data_seconds": data_seconds,
+        "evaluation_seconds": evaluation_seconds,
+        "evaluation": evaluation.as_dict(),
+    }
+    write_json(folder / "result.json", result)
+    write_run_report(run, evaluation, images)
+    checkpoint.remove(folder)
+    return run
