@@ -76,11 +76,11 @@ class GroupNorm(nn.Module):
         """Normalise `x` (N, C) or (N, C, *); same shape, type and memory layout out."""
         self._check(x)
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        shape = (self.num_groups, -1, *[1] * (x.ndim - 2))
-        groups = wide.unflatten(1, shape[:2])  # (N, G, C/G, *)
+        groups = wide.view(len(x), self.num_groups, -1, *x.shape[2:])  # (N, G, C/G, *)
+        per_channel = (self.num_groups, -1, *[1] * (x.ndim - 2))  # (G, C/G, 1, …)
         mean, var = group_moments(groups)
-        scale = (var + self.eps).rsqrt() * self.weight.view(shape)  # (N, G, C/G, 1, …)
-        y: Tensor = (groups - mean) * scale + self.bias.view(shape)
+        scale = (var + self.eps).rsqrt() * self.weight.view(per_channel)  # (N, G, C/G, 1, …)
+        y = (groups - mean) * scale + self.bias.view(per_channel)
         return y.flatten(1, 2).to(x.dtype)
 
     def _check(self, x: Tensor) -> None:
