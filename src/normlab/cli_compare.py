@@ -12,20 +12,6 @@ if TYPE_CHECKING:
     from normlab.study.progress import Lines
 
 
-class Numbers(click.ParamType):
-    """Numbers with commas between them."""
-
-    name = "numbers"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
-        try:
-            return tuple(float(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not numbers with commas between them", param, ctx)
-
-
 @click.command()
 @click.argument("recipe", required=False)
 @click.option("--arms", metavar="NORM,NORM,…", help="Normalisers to compare, the first with each.")
@@ -57,7 +43,9 @@ class Numbers(click.ParamType):
     help="First choose each arm's own value, such as learning_rate=0.3,1,3 (factors).",
 )
 @click.option("--margin", type=float, help="Points that count as no difference; 0.5 by default.")
-@click.option("--thresholds", type=Numbers(), help="Validation accuracies whose steps are counted.")
+@click.option(
+    "--thresholds", metavar="A,A,…", help="Validation accuracies whose steps are counted."
+)
 @click.option("--checks", type=int, help="At least so many checks of validation a run; 10.")
 @click.option("--data", metavar="DATA", help="As for `normlab train`.")
 @click.option("--jobs", type=int, help="Runs side by side; cores ÷ threads by default.")
@@ -71,11 +59,13 @@ class Numbers(click.ParamType):
 @click.pass_context
 def compare(
     context: click.Context,
+    /,
     recipe: str | None,
     arms: str | None,
     described: tuple[str, ...],
     contrasts: tuple[str, ...],
     margin: float | None,
+    thresholds: str | None,
     show: Path | None,
     as_json: bool,
     **options: Any,
@@ -97,6 +87,8 @@ def compare(
     given = {key: value for key, value in options.items() if value is not None}
     if margin is not None:
         given["margin"] = margin / 100
+    if thresholds is not None:
+        given["thresholds"] = _numbers(thresholds)
     result = study.compare(
         recipe or recipes.DEFAULT,
         arms=[*names, *described],
@@ -112,6 +104,13 @@ def compare(
 def _pair(text: str) -> tuple[str, str]:
     first, _, other = (part.strip() for part in text.partition(","))
     return first, other
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not numbers with commas between them") from None
 
 
 def _refuse_with_show(context: click.Context) -> None:

@@ -44,7 +44,9 @@ def dask_backend(address: str) -> Iterator[Any]:
             return super().retrieve_result_callback(out)
 
     try:
-        client = Client(address, timeout=TIMEOUT, set_as_default=False)
+        client: Any = Client(  # type: ignore[no-untyped-call]
+            address, timeout=TIMEOUT, set_as_default=False
+        )
     except (OSError, ValueError) as e:
         reason = " ".join(str(e).split())
         raise UserError(
@@ -53,4 +55,5 @@ def dask_backend(address: str) -> Iterator[Any]:
     with client:
         if not client.ncores():
             raise UserError(f"scheduler {address!r} has no workers: start `dask worker {address}`")
-        yield Backend(client=client)
+        backend: Any = Backend
+        yield backend(client=client)

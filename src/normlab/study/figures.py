@@ -2,6 +2,7 @@
 
 import io
 import re
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,7 +17,7 @@ from normlab.study.result import Study
 
 INK = "#1c2431"  # in a page it becomes the colour of the text around it
 COLORS = ("#c8442c", "#3274b5", "#4d9a48", "#a06ab8", "#c99116", "#2fa3a0", "#8f6d5d", "#8089a0")
-STYLE = {
+STYLE: Any = {
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -85,7 +86,7 @@ def plot_differences(ax: Axes, study: Study) -> Axes:
 
 
 def plot_curves(ax: Axes, study: Study) -> Axes:
-    """Each arm's accuracy over the steps: mean over the seeds, and a band from lowest to highest."""
+    """Each arm's accuracy over the steps: mean over the seeds, and a band over all of them."""
     validation = all(o.curve or o.diverged for o in study.outcomes)
     for arm, color in zip(study.design.arm_names, _colors(study.design), strict=True):
         steps, curves = _curves(list(study.arm(arm).values()), study.design, validation)

@@ -157,6 +157,11 @@ def train_one(
     )
 
 
+def pack(right: NDArray[np.bool_]) -> str:
+    """Which images were right (N,), one bit each, as text."""
+    return base64.b64encode(np.packbits(right).tobytes()).decode()
+
+
 def first_step(curve: Curve, accuracy: float) -> int | None:
     """Step of the first check at or above `accuracy`; None for never."""
     return next((step for step, value in curve if value >= accuracy), None)
@@ -174,7 +179,7 @@ def _test_scores(
     return {
         "test_accuracy": float(right.mean()),
         "test_loss": cross_entropy(logits.double(), labels).item(),
-        "test_correct": base64.b64encode(np.packbits(right).tobytes()).decode(),
+        "test_correct": pack(right),
     }
 
 

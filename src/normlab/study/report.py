@@ -1,4 +1,4 @@
-"""A study as people read it: a page that fetches nothing, lines for the terminal, a table of runs."""
+"""A study as people read it: a page that fetches nothing, lines for a terminal, a table."""
 
 import csv
 import io
@@ -10,14 +10,15 @@ from markupsafe import Markup
 
 from normlab import recipes
 from normlab.files import write_atomic, write_json
+from normlab.statistics import level_of_look
 from normlab.study import figures
 from normlab.study.arms import Arm
 from normlab.study.design import OUTCOMES, Design
 from normlab.study.result import Study
 
 CAPTIONS = {
-    "differences": "Difference in test accuracy. Dots are pairs, the diamond is their mean, the bar "
-    "its interval, grey the margin of no difference.",
+    "differences": "Difference in test accuracy. Dots are pairs, the diamond is their mean, the "
+    "bar its interval, grey the margin of no difference.",
     "curves": "Accuracy while training: mean over the seeds, and a band from the lowest to the "
     "highest run. A diverged run counts as chance from there on.",
     "pairs": "Test accuracy of each run; a line joins the runs of one seed. Crosses diverged.",
@@ -177,8 +178,9 @@ def methods(study: Study) -> str:
         f"The outcome, fixed beforehand, was test accuracy after the last epoch; diverged runs "
         f"counted as accuracy 1/{len(d.class_names)}. Contrasts ({contrasts}) were judged {looks} "
         f"by the exact sign-flip permutation test on paired differences (100,000 random flips "
-        f"beyond 20 pairs) at level {study.comparisons[0].level:.3g} after Holm's correction, with "
-        f"0.04 spent on the first look and 0.01/2^(k-1) on look k; intervals invert the same test. "
+        f"beyond 20 pairs) at level {level_of_look(d.look):.3g}, shared between the contrasts by "
+        f"Holm's correction, with 0.04 spent on the first look and 0.01/2^(k-1) on look k; "
+        f"intervals invert the same test. "
         f"Software: normlab {env['normlab']}, PyTorch {env['torch']}, Python {env['python']}, on "
         f"{env['cpu']}, {d.threads} thread(s) a run."
     )

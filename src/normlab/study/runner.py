@@ -11,14 +11,14 @@ import signal
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
-from joblib import Parallel, delayed, parallel_config
+from joblib import Parallel, delayed, effective_n_jobs, parallel_config
 
 from normlab.data import ImageData
 from normlab.data import load as load_data
@@ -81,8 +81,8 @@ class Pool:
     scheduler: str | None = None
 
     @contextmanager
-    def parallel(self, alone: bool) -> Iterator[Parallel]:
-        """A joblib pool that hands out its results as they come, one run a call.
+    def parallel(self, alone: bool) -> Iterator[tuple[Parallel, int]]:
+        """A joblib pool that hands out its results as they come, and how many runs it does at once.
 
         With n_jobs=1 joblib would run in this process, which a run could then take with it; so
         there are two workers at least, and `pre_dispatch` decides how many runs are under way.
@@ -95,11 +95,12 @@ class Pool:
             from normlab.study.cluster import dask_backend
 
             with dask_backend(self.scheduler) as backend, parallel_config(backend=backend):
-                yield Parallel(n_jobs=-1, pre_dispatch=1 if alone else "n_jobs", **how)
+                width = 1 if alone else effective_n_jobs(-1)
+                yield Parallel(n_jobs=-1, pre_dispatch=width, **how), width
             return
-        under_way = 1 if alone else self.jobs
+        width = 1 if alone else self.jobs
         with parallel_config(backend="loky", inner_max_num_threads=self.threads):
-            yield Parallel(n_jobs=max(2, self.jobs), pre_dispatch=under_way, **how)
+            yield Parallel(n_jobs=max(2, self.jobs), pre_dispatch=width, **how), width
 
 
 def run_all(
@@ -128,47 +129,49 @@ def run_all(
         while waiting or suspects:
             alone = bool(suspects)
             batch = [suspects.pop(0)] if alone else list(waiting.values())
-            for job, result, in_flight in _results(batch, data, pool, alone):
-                waiting.pop(job.name, None)
-                if isinstance(result, Outcome):
-                    keep(result)
-                    reporter.finished(job, result, in_flight)
-                    continue
-                failures[job.name] += 1
-                if failures[job.name] < ATTEMPTS:
-                    suspects.append(job)
-                    reporter.repeated(job, result)
-                else:
-                    given_up[job.name] = result
-                    reporter.given_up(job, result)
+            with closing(_results(batch, data, pool, alone)) as results:
+                for job, result, in_flight in results:
+                    waiting.pop(job.name, None)
+                    if isinstance(result, Outcome):
+                        keep(result)
+                        reporter.finished(job, result, in_flight)
+                        continue
+                    failures[job.name] += 1
+                    if failures[job.name] < ATTEMPTS:
+                        suspects.append(job)
+                        reporter.repeated(job, result)
+                    else:
+                        given_up[job.name] = result
+                        reporter.given_up(job, result)
     return given_up
 
 
 def _results(
     batch: list[Job], data: str | ImageData, pool: Pool, alone: bool
-) -> Iterator[tuple[Job, Outcome | str, int]]:
+) -> Generator[tuple[Job, Outcome | str, int], None, None]:
     """Each job with its outcome, or why there is none, and how many more are under way.
 
     When a worker dies the runs under way are reported as failed; those behind them not at all.
     """
-    under_way: dict[str, Job] = {}
+    taken: dict[str, Job] = {}  # by joblib, which takes a few more than it has begun
     parent = None if pool.scheduler else os.getpid()
 
     def calls() -> Iterator[Any]:
         for job in batch:
-            under_way[job.name] = job  # asked for only when a worker is free to take it
+            taken[job.name] = job
             yield delayed(attempt)(job, data, parent)
 
-    with pool.parallel(alone) as parallel, warnings.catch_warnings():
+    with pool.parallel(alone) as (parallel, width), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
         try:
-            for name, result in parallel(calls()):
-                job = under_way.pop(name)
-                yield job, result, len(under_way)
+            with closing(parallel(calls())) as finished:
+                for name, result in finished:
+                    job = taken.pop(name)
+                    yield job, result, min(width, len(taken))
         except (BrokenExecutor, WorkerDied) as e:
             codes = re.search(r"\{(.+?)\}", str(e))
             reason = "its worker died" if alone else "a worker died while it was under way"
-            for job in list(under_way.values()):
+            for job in list(taken.values())[:width]:
                 yield job, reason + (f", {codes[1]}" if codes else ""), 0
 
 
