@@ -71,15 +71,16 @@ def make_outcome(design: Design, arm: str, seed: int, accuracy: float | None) ->
     )
 
 
-def make_study(
-    folder: Path, scores: Mapping[str, Sequence[float | None]], **fields: Any
-) -> Study:
-    """Write a study in which each arm's runs, from seed 0 on, end with the given accuracies."""
+def make_study(folder: Path, scores: Mapping[str, Sequence[float | None]], **fields: Any) -> Study:
+    """Write a study in which each arm's runs, from seed 0 on, end with the given accuracies.
+
+    The keys of `scores` describe arms, as `--arm` takes them.
+    """
     fields.setdefault("seeds", max(map(len, scores.values())))
     design = make_design(list(scores), **fields)
-    (folder / "runs").mkdir(parents=True)
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
     plans.save(folder, design)
-    for arm, accuracies in scores.items():
+    for arm, accuracies in zip(design.arm_names, scores.values(), strict=True):
         for seed, accuracy in enumerate(accuracies):
             runs.save(folder / "runs", make_outcome(design, arm, seed, accuracy))
     return open_study(folder)
