@@ -28,6 +28,7 @@ from normlab.study.arms import Arm
 from normlab.study.outcomes import Outcome, train_one
 from normlab.study.runner import Job, Pool, run_all
 
+pytestmark = pytest.mark.timeout(900)  # processes that load PyTorch: slow on a busy machine
 TINY: dict[str, Any] = {"epochs": 1, "batch_size": 16, "checks": 2}
 
 
@@ -261,7 +262,10 @@ def test_a_failure_in_a_worker_is_told_and_given_up(tiny: Path) -> None:
     assert len(notes.repeats) == 2
 
 
-COMPARE = ["notebook", "--arms", "batch,none", "--batch-size", "8", "--epochs", "6", "--seeds", "3"]
+SMALL: dict[str, Any] = {"epochs": 2, "batch_size": 16, "seeds": 4}
+COMPARE = ["notebook", "--arms", "batch,none", "--epochs", "2", "--batch-size", "16"]
+COMPARE += ["--seeds", "4"]
+PATIENCE = 240.0  # seconds; a busy machine takes long to start processes
 
 
 @contextlib.contextmanager
@@ -283,7 +287,7 @@ def process(*arguments: str) -> Iterator["subprocess.Popen[str]"]:
 
 
 def wait_for_runs(folder: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while len(list((folder / "runs").glob("*.json"))) < count:
         assert time.monotonic() < deadline, "no run was finished in time"
         time.sleep(0.02)
@@ -298,15 +302,12 @@ def workers_of(pid: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    study = normlab.compare(
-        "notebook", seeds=3, data=tiny, out=tmp_path_factory.mktemp("whole") / "s", jobs=2,
-        batch_size=8, epochs=6,
-    )  # fmt: skip
-    return figures(study)
+    folder = tmp_path_factory.mktemp("whole") / "s"
+    return figures(normlab.compare("notebook", data=tiny, out=folder, jobs=2, **SMALL))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds workers through /proc")
-def test_a_study_survives_the_death_of_a_worker_its_own_and_ctrl_c(
+def test_a_study_survives_its_own_death_that_of_a_worker_and_ctrl_c(
     tiny: Path, in_tmp: Path, uninterrupted: dict[str, Any]
 ) -> None:
     command = ["normlab", "compare", *COMPARE, "--data", str(tiny), "--out", "s", "--jobs", "2"]
@@ -316,34 +317,31 @@ def test_a_study_survives_the_death_of_a_worker_its_own_and_ctrl_c(
         assert workers
         study.kill()
         study.wait()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while any(Path(f"/proc/{w}/cmdline").exists() for w in workers):
             assert time.monotonic() < deadline, "workers outlive their study"
             time.sleep(0.05)
     kept = len(list((in_tmp / "s" / "runs").glob("*.json")))
-    assert 1 <= kept < 6
+    assert 1 <= kept < 8
 
-    with process(*command) as study:  # Ctrl-C
-        wait_for_runs(in_tmp / "s", kept + 1)
-        os.kill(study.pid, signal.SIGINT)
-        output, _ = study.communicate(timeout=60)
-    assert study.returncode == 130, output
-    assert "the same command goes on from there" in output.splitlines()[-1]
-    assert "Traceback" not in output
-    kept = len(list((in_tmp / "s" / "runs").glob("*.json")))
-    assert kept < 6
-
-    with process(*command) as study:  # a worker killed: its run is done again
-        deadline = time.monotonic() + 60
+    with process(*command) as study:  # a worker is killed: its run is done again; then Ctrl-C
+        deadline = time.monotonic() + PATIENCE
         while not (workers := workers_of(study.pid)):
             assert time.monotonic() < deadline, "no worker came up"
             time.sleep(0.02)
         os.kill(workers[0], signal.SIGKILL)
-        output, _ = study.communicate(timeout=120)
-    assert study.returncode == 0, output
+        wait_for_runs(in_tmp / "s", kept + 1)
+        os.kill(study.pid, signal.SIGINT)
+        output, _ = study.communicate(timeout=PATIENCE)
+    assert study.returncode == 130, output
     assert "a worker died while it was under way" in output
     assert "it is done again" in output
-    assert figures(normlab.open_study("s")) == uninterrupted
+    assert "the same command goes on from there" in output.splitlines()[-1]
+    assert "Traceback" not in output
+    assert len(list((in_tmp / "s" / "runs").glob("*.json"))) < 8
+
+    whole = normlab.compare("notebook", data=tiny, out="s", jobs=2, **SMALL)
+    assert figures(whole) == uninterrupted
 
 
 def test_runs_go_to_the_workers_of_a_dask_scheduler(
@@ -359,7 +357,7 @@ def test_runs_go_to_the_workers_of_a_dask_scheduler(
         process(*worker) as mortal,
         process(*worker),
     ):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not where.exists() or not where.read_text():
             assert time.monotonic() < deadline, "the scheduler did not come up"
             time.sleep(0.05)
@@ -369,7 +367,7 @@ def test_runs_go_to_the_workers_of_a_dask_scheduler(
         with process(*command, "--scheduler", address) as study:
             wait_for_runs(in_tmp / "s", 1)
             mortal.kill()
-            output, _ = study.communicate(timeout=180)
+            output, _ = study.communicate(timeout=2 * PATIENCE)
         assert study.returncode == 0, output
     assert figures(normlab.open_study("s")) == uninterrupted
 
@@ -377,8 +375,8 @@ def test_runs_go_to_the_workers_of_a_dask_scheduler(
 def wait_for_workers(address: str, count: int) -> None:
     from distributed import Client
 
-    with Client(address, timeout="30s", set_as_default=False) as client:
-        client.wait_for_workers(count, timeout=60)
+    with Client(address, timeout=f"{PATIENCE}s", set_as_default=False) as client:
+        client.wait_for_workers(count, timeout=PATIENCE)
 
 
 def test_a_scheduler_that_does_not_answer_is_named(tiny: Path, in_tmp: Path) -> None:
