@@ -23,7 +23,7 @@ from normlab.study import outcomes as runs
 from normlab.study.arms import Arm, check_arm, make_arms
 from normlab.study.design import Design, default_contrasts
 from normlab.study.progress import Lines, Progress
-from normlab.study.result import RUNS, TUNING, Study, data_name, open_study
+from normlab.study.result import RUNS, TUNING, Study, open_study
 from normlab.study.runner import Job, Pool, Reporter, run_all
 from normlab.study.tuning import choose, parse_tuning, trials
 
@@ -86,10 +86,10 @@ def compare(
     wanted = _design(
         recipes.get(recipe).override(**changes),
         make_arms(arms),
-        data_name(data, images),
+        _name(data, images),
         images,
         contrasts=contrasts,
-        seeds=seeds or SEEDS,
+        seeds=SEEDS if seeds is None else seeds,
         first_seed=first_seed,
         threads=resolve_threads(threads),
         tune=tune,
@@ -101,7 +101,7 @@ def compare(
         raise UserError(f"jobs={jobs}: choose 1 or more")
     pool = Pool(jobs=jobs or max(1, cores() // threads), threads=threads, scheduler=scheduler)
     folder = Path(out) if out is not None else default_folder(wanted)
-    source = str(wanted.data) if isinstance(data, str | Path | None) else images
+    source = wanted.data if isinstance(data, str | Path | None) else images
     with _only_one(folder):
         design = _claim(folder, wanted, seeds)
         return _work(folder, design, source, pool, progress or Lines())
@@ -138,6 +138,13 @@ def _design(
         environment=describe(plan["threads"], torch.device("cpu")),
         **plan,
     )
+
+
+def _name(data: object, images: ImageData) -> str:
+    """How a study and its workers name the data."""
+    if data is None or data in ("cifar10", "sample"):
+        return str(data or "cifar10")
+    return str(Path(data).absolute()) if isinstance(data, (str, Path)) else images.name
 
 
 def default_folder(design: Design) -> Path:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from normlab.data import ImageData
 from normlab.errors import UserError
 from normlab.evaluation import CIFAR10_LIMITS, OWN_LIMITS
 from normlab.random import stream
@@ -221,15 +220,6 @@ def open_study(path: str | Path, given_up: dict[str, str] | None = None) -> Stud
 def differences(pairs: list[Pair]) -> list[float]:
     """Test accuracy of first minus other, pair by pair; whole images over N, so ties stay ties."""
     return [round(first.accuracy - other.accuracy, 12) for first, other in pairs]
-
-
-def data_name(data: object, images: ImageData) -> str:
-    """How a study and its workers name the data."""
-    if data is None or data == "cifar10":
-        return "cifar10"
-    if data == "sample":
-        return "sample"
-    return str(Path(data).absolute()) if isinstance(data, (str, Path)) else images.name
 
 
 def _diverged(arm: dict[int, Outcome]) -> int:
