@@ -170,7 +170,7 @@ def _finish(
     )
     keeper = checkpoint.Keeper(folder, saved_at=state.seconds)
     try:
-        fit(plan, state, device, (keeper, *observers))
+        fit(plan, state, device, (*observers, keeper))
     except Interrupted:
         checkpoint.save(folder, state)
         raise
