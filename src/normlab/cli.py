@@ -91,7 +91,9 @@ def train(
     if three_way:
         from normlab.recalibration import ThreeWayScores
 
-        observers.append(ThreeWayScores())
+        if changes["validation"] == 0:
+            raise click.UsageError("--three-way scores validation images: --validation 0 has none")
+        observers.insert(0, ThreeWayScores())  # before those who tell of the epoch
     install_seconds = os.environ.get("NORMLAB_INSTALL_SECONDS")
     with observer if isinstance(observer, AbstractContextManager) else nullcontext():
         if resume is not None:

@@ -116,8 +116,9 @@ def population_moments(
     def hook_for(name: str) -> Any:
         def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             (x,) = inputs
-            mean, var = moments(x.double())
-            parts.setdefault(name, []).append(Moments(mean, var, x.numel() // x.shape[1]))
+            mean, var = moments(x if x.dtype == torch.float64 else x.float())
+            found = Moments(mean.double(), var.double(), x.numel() // x.shape[1])
+            parts.setdefault(name, []).append(found)
 
         return note
 

@@ -61,17 +61,16 @@ class Diagnosis:
             groups.setdefault((f.severity, f.rule), []).append(f)
         for (severity, rule), found in groups.items():
             lines += ["", _wrap(f"{severity.upper()}  {rule}", width)]
-            lines += [_wrap(f"{f.where}: {f.evidence}", width, "  ") for f in found[:6]]
-            if len(found) > 6:
-                lines.append(_wrap(f"… and {len(found) - 6} more", width, "  "))
+            lines += [_wrap(line, width, "  ") for line in _evidence(found)]
             lines.append(_wrap(f"Remedy: {found[0].remedy}", width, "  "))
             lines.append(_wrap(f"Source: {found[0].source}", width, "  "))
-        lines += ["", _wrap(self._summary(), width)]
         reasons: dict[str, list[str]] = {}
         for rule, reason in self.not_checked.items():
             reasons.setdefault(reason, []).append(rule)
-        for reason, rules in reasons.items():
-            lines.append(_wrap(f"Not checked, for want of {reason}: {', '.join(rules)}", width))
+        lines += ["", _wrap(self._summary(), width)]
+        if reasons:
+            missing = "; ".join(f"{', '.join(r)} (need {reason})" for reason, r in reasons.items())
+            lines.append(_wrap(f"Not checked: {missing}.", width))
         return "\n".join(lines)
 
     def _summary(self) -> str:
@@ -87,5 +86,23 @@ class Diagnosis:
         return self.text()
 
 
+def _evidence(found: list[Finding]) -> list[str]:
+    """One line for each thing seen, behind the places where it was; at most six."""
+    places: dict[str, list[str]] = {}
+    for f in found:
+        places.setdefault(f.evidence, []).append(f.where)
+    lines = []
+    for evidence, names in places.items():
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        lines.append(f"{', '.join(names[:4])}{more}: {evidence}")
+    return lines if len(lines) <= 6 else [*lines[:6], f"… and {len(lines) - 6} more such lines"]
+
+
 def _wrap(text: str, width: int, indent: str = "") -> str:
-    return fill(text, max(width, 20), initial_indent=indent, subsequent_indent=indent + "  ")
+    return fill(
+        text,
+        max(width, 20),
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_on_hyphens=False,
+    )

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from normlab.diagnosis.patient import Batches, Node, Normalizer, Patient
 from normlab.errors import DataError, UserError
 
+Arrays = dict[str, NDArray[Any]]
+
 MAX_BYTES = 1 << 33  # of one member, unpacked
 _MODELS = ("Sequential", "Functional", "Model")
 _WEIGHTS = re.compile(r"(Depthwise|Separable)?(Conv[123]D|Dense)(Transpose)?")
@@ -73,23 +75,32 @@ def _describe(path: str, config: dict[str, Any], h5: Any) -> Patient:
             f"{path} holds a {config.get('class_name')!r} of its own making: only Sequential and "
             "functional models say how their layers follow"
         )
-    steps = _steps(h5)
-    normalizers = [_normalizer(x, h5, steps) for x in layers if x.kind == "BatchNormalization"]
-    tensors: dict[str, NDArray[Any]] = {}
-
-    def note(name: str, item: Any) -> None:
-        if hasattr(item, "shape") and not name.startswith("optimizer"):
-            tensors[name] = np.asarray(item)
-
-    h5.visititems(note)
+    stored = _datasets(h5)
+    steps = _steps(stored)
+    normalizers = [_normalizer(x, stored, steps) for x in layers if x.kind == "BatchNormalization"]
     return Patient(
         path=path,
         kind="Keras model",
         normalizers=tuple(normalizers),
-        tensors=tensors,
+        tensors={k: v for k, v in stored.items() if not k.startswith("optimizer/")},
         graph=tuple(_node(x) for x in layers),
         batches=Batches(accumulation=_accumulation(config)),
     )
+
+
+def _datasets(h5: Any) -> Arrays:
+    """All arrays that are in the file itself: links are not followed, nor is outside storage."""
+    found: Arrays = {}
+
+    def note(name: str, item: Any) -> None:
+        if not hasattr(item, "shape"):
+            return
+        if item.external or item.is_virtual or item.nbytes > item.id.get_storage_size():
+            raise ValueError(f"{name} is not stored in the file")
+        found[name] = np.asarray(item)
+
+    h5.visititems(note)
+    return found
 
 
 def _layers(model: dict[str, Any], prefix: str, group: str) -> Iterator[Layer]:
@@ -132,12 +143,11 @@ def _snake_case(name: str) -> str:
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
-def _steps(h5: Any) -> int | None:
+def _steps(stored: Arrays) -> int | None:
     """The optimiser's count of updates, its first variable, where the file has it."""
-    if "optimizer/vars/0" not in h5:
-        return None
-    value = np.asarray(h5["optimizer/vars/0"])
-    return int(value) if value.shape == () and value.dtype.kind in "iu" else None
+    value = stored.get("optimizer/vars/0")
+    counts = value is not None and value.shape == () and value.dtype.kind in "iu"
+    return int(value) if value is not None and counts else None
 
 
 def _accumulation(config: dict[str, Any]) -> int | None:
@@ -148,11 +158,12 @@ def _accumulation(config: dict[str, Any]) -> int | None:
     return int(optimizer["config"].get("gradient_accumulation_steps") or 1)
 
 
-def _normalizer(layer: Layer, h5: Any, steps: int | None) -> Normalizer:
-    config, stored = layer.config, h5[f"{layer.group}/vars"]
+def _normalizer(layer: Layer, stored: Arrays, steps: int | None) -> Normalizer:
+    config = layer.config
     wanted = ["gamma"] * bool(config["scale"]) + ["beta"] * bool(config["center"])
     order = [*wanted, "mean", "var"]
-    values = {key: np.asarray(stored[str(i)], np.float64) for i, key in enumerate(order)}
+    places = {key: f"{layer.group}/vars/{i}" for i, key in enumerate(order)}
+    values = {key: stored[place].astype(np.float64) for key, place in places.items()}
     trainable = bool(config.get("trainable", True))
     return Normalizer(
         name=layer.name,

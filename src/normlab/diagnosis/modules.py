@@ -39,10 +39,11 @@ class Samples:
 def from_module(
     model: nn.Module,
     samples: Samples | None = None,
-    batches: Batches = Batches(),
+    batches: Batches | None = None,
     path: str = "model",
 ) -> Patient:
     """Describe `model`; with samples, run through it what the rules want to know of them."""
+    batches = batches or Batches()
     found: dict[str, Moments] = {}
     scores = None
     layers = normalizers(model)

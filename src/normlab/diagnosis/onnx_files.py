@@ -43,8 +43,11 @@ def _array(tensor: Any, folder: Path) -> NDArray[Any]:
 
     if uses_external_data(tensor):
         place = next((e.value for e in tensor.external_data if e.key == "location"), "")
-        if not (folder / place).resolve().is_relative_to(folder.resolve()):
+        home = (folder / place).resolve()
+        if not home.is_relative_to(folder.resolve()):
             raise DataError(f"tensor {tensor.name!r} lies outside the graph's folder: {place!r}")
+        if not home.is_file():
+            raise DataError(f"tensor {tensor.name!r} lies in {place!r}, which is not there")
     return np.asarray(numpy_helper.to_array(tensor, base_dir=str(folder)))
 
 

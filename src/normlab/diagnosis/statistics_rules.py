@@ -124,7 +124,9 @@ def momentum_turned_round(patient: Patient) -> Iterator[Sign]:
             memory = f"one step keeps {n.old_weight:.3g} of the old statistics"
             yield Sign(n.name, severity, f"{memory}: they are little more than the last batch's")
         elif n.old_weight == 1 and n.updates is not False:
-            yield Sign(n.name, "serious", "a step keeps all of the old statistics")
+            yield Sign(
+                n.name, "serious", "a step keeps all of the old statistics and takes in nothing"
+            )
 
 
 def constant(var: Vector) -> np.ndarray:
