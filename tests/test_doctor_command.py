@@ -5,26 +5,41 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from networks import ResNet
 
 import normlab
+from networks import ResNet
 from normlab.__main__ import run as command
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> normlab.Run:
-    """A run of the recipe `notebook`, long enough for its statistics to come to rest."""
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The sample at half its size, which trains in a quarter of the time."""
+    sample = normlab.load("sample")
+    path = tmp_path_factory.mktemp("data") / "half.npz"
+    np.savez(
+        path,
+        x_train=sample.x_train[:, ::2, ::2],
+        y_train=sample.y_train,
+        x_test=sample.x_test[:, ::2, ::2],
+        y_test=sample.y_test,
+    )
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> normlab.Run:
+    """A run of the recipe `notebook`, 360 steps: its statistics have come to rest."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    options = {"epochs": 8, "batch_size": 8, "threads": 1}
-    return normlab.train("notebook", data="sample", out=out, **options)
+    return normlab.train("notebook", data=data, out=out, epochs=8, batch_size=8, threads=1)
 
 
 def test_a_clean_run_has_nothing_serious(
-    run: normlab.Run, capsys: pytest.CaptureFixture[str]
+    run: normlab.Run, data: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(["doctor", str(run.path), "--data", "sample", "--json"]) == 0
+    assert command(["doctor", str(run.path), "--data", data, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     rules = {f["rule"] for f in told["findings"]}
     assert {"score-gap", "far-from-data", "stale", "last-batch-of-one"} <= {*told["checked"]}

@@ -31,7 +31,7 @@ def doctor(path: str, data: str | None, weights: str, as_json: bool) -> None:
     else:
         click.echo(diagnosis.text(min(shutil.get_terminal_size().columns, 100)))
     if diagnosis.serious:
-        raise SystemExit(1)
+        click.get_current_context().exit(1)
 
 
 @click.command()
