@@ -11,6 +11,7 @@ import click
 
 from normlab.cli_compare import compare
 from normlab.cli_data import data as data_group
+from normlab.cli_doctor import doctor, recalibrate
 
 if TYPE_CHECKING:
     from normlab.fit import Observer
@@ -28,6 +29,8 @@ def cli() -> None:
 
 cli.add_command(data_group)
 cli.add_command(compare)
+cli.add_command(doctor)
+cli.add_command(recalibrate)
 
 DATA = click.option(
     "--data",
@@ -54,6 +57,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="End with one line o
 @click.option("--patience", type=int, help="Stop after so many epochs without a better val_loss.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder, new or empty.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into the run, too.")
+@click.option("--three-way", is_flag=True, help="Score each epoch with three kinds of statistics.")
 @click.option("--resume", metavar="RUN", help="Go on with an interrupted run.")
 @click.option("--allow-changes", is_flag=True, help="With --resume: although something differs.")
 @JSON
@@ -68,6 +72,7 @@ def train(
     data: str | None,
     out: Path | None,
     tensorboard: bool,
+    three_way: bool,
     resume: str | None,
     allow_changes: bool,
     as_json: bool,
@@ -85,6 +90,12 @@ def train(
         from normlab.tensorboard import TensorBoard
 
         observers.append(TensorBoard())
+    if three_way:
+        from normlab.recalibration import ThreeWayScores
+
+        if changes["validation"] == 0:
+            raise click.UsageError("--three-way scores validation images: --validation 0 has none")
+        observers.insert(0, ThreeWayScores())  # before those who tell of the epoch
     install_seconds = os.environ.get("NORMLAB_INSTALL_SECONDS")
     with observer if isinstance(observer, AbstractContextManager) else nullcontext():
         if resume is not None:
@@ -108,7 +119,7 @@ def train(
 
 def _refuse_with_resume(context: click.Context) -> None:
     """A resumed run is decided by its folder; options that would change it are a mistake."""
-    allowed = {"resume", "data", "allow_changes", "tensorboard", "as_json"}
+    allowed = {"resume", "data", "allow_changes", "tensorboard", "three_way", "as_json"}
     for name in context.params:
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
         if given and name not in allowed:
@@ -137,7 +148,7 @@ def _close(run: "Run", install_seconds: float | None, as_json: bool) -> None:
 @cli.command()
 @click.argument("run", required=False)
 @DATA
-@click.option("--weights", default="last", show_default=True, help="last or best.")
+@click.option("--weights", default="last", show_default=True, help="last, best or recalibrated.")
 @JSON
 def evaluate(run: str | None, data: str | None, weights: str, as_json: bool) -> None:
     """Score RUN (by default the latest) on the test images, with plots and its mistakes."""
