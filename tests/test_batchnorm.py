@@ -8,10 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import oracle
 from normlab import BatchNorm, UserError
 from normlab.layers import CONVENTIONS, moments, normalize
-
-import oracle
 
 SHAPES = st.integers(2, 5).flatmap(
     lambda ndim: st.tuples(
@@ -73,9 +72,7 @@ def test_float32_is_within_rounding_of_float64_in_any_layout(
 
 @pytest.mark.parametrize("shape", [(5, 3), (4, 3, 5), (3, 2, 3, 4), (2, 2, 2, 3, 2)])
 @pytest.mark.parametrize(("scale", "center"), [(True, True), (False, True), (True, False)])
-def test_gradients_match_numerical_ones(
-    shape: tuple[int, ...], scale: bool, center: bool
-) -> None:
+def test_gradients_match_numerical_ones(shape: tuple[int, ...], scale: bool, center: bool) -> None:
     layer = random_layer(shape[1], scale=scale, center=center).double()
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     names = [name for name, _ in layer.named_parameters()]

@@ -160,7 +160,15 @@ def test_mistakes_in_what_is_named(tmp_path):
     fails(text, "not a readable tar archive")
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not a zip" * 99])
+def newer_zip():
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays())
+    content = bytearray(buffer.getvalue())
+    content[content.index(b"PK\x01\x02") + 6] = 64  # the zip version needed
+    return bytes(content)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not a zip" * 99, newer_zip()])
 def test_files_that_are_no_npz(tmp_path, content):
     path = tmp_path / "broken.npz"
     path.write_bytes(content)

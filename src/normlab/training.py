@@ -1,6 +1,7 @@
 """Train a recipe: data in, a run's folder with an honest score out."""
 
 import json
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,9 @@ from normlab.data.batches import split_validation
 from normlab.environment import describe, resolve_device, resolve_threads, settings
 from normlab.errors import UserError
 from normlab.files import digest, write_json, write_tensors
-from normlab.fit import Interrupted, Observer, Plan, State, fit, make_optimizer
+from normlab.fit import Interrupted, Observer, Plan, State, fit
+from normlab.models import FastNet
+from normlab.optim import make_optimizer
 from normlab.recipes import Recipe
 from normlab.runs import Run, Task, create_folder, open_run
 
@@ -67,14 +70,34 @@ def train(
     )
     with settings(threads, where):
         started = time.perf_counter()
-        task.build()  # refuses what the network cannot take before a folder is made
-        split_validation(images.x_train, images.y_train, chosen.validation)
+        _refuse_impossible(task, images)
         folder = create_folder(out, chosen.name)
         _claim(folder, task)
         write_json(folder / "environment.json", describe(threads, where))
-        state = new_state(task, where)
+        state = new_state(task, images, where)
         state.seconds = time.perf_counter() - started
         return _finish(Run(folder, task), images, data_seconds, state, where, observers)
+
+
+def _refuse_impossible(task: Task, images: ImageData) -> None:
+    """Find out before a folder is made what the first step could not do.
+
+    Raises:
+        UserError: pictures that are not square or too small, or batches of a single image.
+    """
+    height, width, _ = images.image_shape
+    if height != width:
+        raise UserError(
+            f"data {images.name!r} has images of {height} × {width} pixels: make them square"
+        )
+    task.build()
+    recipe = task.recipe
+    train, _ = split_validation(images.x_train, images.y_train, recipe.validation)
+    if recipe.norm == "batch" and min(recipe.batch_size, len(train)) < 2:
+        raise UserError(
+            f"batch_size={recipe.batch_size} with {len(train):,} training images gives batches of "
+            "one, which have no variance: take two or more, or --norm none"
+        )
 
 
 def _claim(folder: Path, task: Task) -> None:
@@ -124,7 +147,7 @@ def resume(
             "--allow-changes goes on all the same, but the end will differ"
         )
     with settings(threads, where):
-        state = new_state(opened.task, where)
+        state = new_state(opened.task, images, where)
         checkpoint.restore(opened.path, state)
         return _finish(opened, images, data_seconds, state, where, observers)
 
@@ -141,9 +164,12 @@ def _differences(run: Run, images: ImageData, now: dict[str, Any]) -> list[str]:
     return found
 
 
-def new_state(task: Task, device: torch.device) -> State:
+def new_state(task: Task, images: ImageData, device: torch.device) -> State:
     """The network with its initial values and its optimiser, before the first step."""
     model = task.build().to(device)
+    if isinstance(model, FastNet):
+        train, _ = split_validation(images.x_train, images.y_train, task.recipe.validation)
+        model.fit_to(train.images)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return State(model=model, optimizer=make_optimizer(task.recipe, model))
 
@@ -177,9 +203,13 @@ def _finish(
     keeper = checkpoint.Keeper(folder, saved_at=state.seconds)
     try:
         fit(plan, state, device, (keeper, *observers))
-    except Interrupted:
+    except Interrupted as e:
         checkpoint.save(folder, state)
-        raise
+        raise Interrupted(
+            e.signum,
+            f" after step {state.step:,} of {plan.steps:,}; nothing is lost, go on with: "
+            f"normlab train --resume {shlex.quote(str(folder))}",
+        ) from None
     write_tensors(folder / "last.safetensors", state.model.state_dict())
     started = time.perf_counter()
     evaluation = run.evaluate(images)

@@ -7,6 +7,7 @@ from torch import nn
 from normlab.errors import UserError
 from normlab.layers.batchnorm import CONVENTIONS, BatchNorm, Convention, moments, normalize
 from normlab.layers.dropout import Dropout
+from normlab.layers.fused import MaxPool2d, norm_conv, relu_dropout_norm
 from normlab.layers.norms import GroupNorm, InstanceNorm, LayerNorm
 from normlab.layers.weights import Conv2d, Dense, Flatten
 
@@ -42,7 +43,10 @@ __all__ = [
     "GroupNorm",
     "InstanceNorm",
     "LayerNorm",
+    "MaxPool2d",
     "moments",
+    "norm_conv",
     "normalize",
     "normalizer",
+    "relu_dropout_norm",
 ]

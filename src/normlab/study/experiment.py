@@ -54,7 +54,7 @@ def compare(
 ) -> Study:
     """Train every arm from the same seeds and say which is better, and how sure that is.
 
-        study = normlab.compare("notebook-short", arms=["batch", "none"], seeds=6)
+        study = normlab.compare("fast79", arms=["batch", "none"], seeds=6)
         print(study.comparisons[0].sentence)
 
     Called again with the same arguments it goes on where it was stopped; with more seeds it adds
@@ -211,11 +211,11 @@ def _work(
         given_up = _do(folder / RUNS, _jobs(design), data, pool, progress.study(open_study(folder)))
     except Interrupted as e:
         kept = len(open_study(folder).outcomes)
-        e.args = (
-            f"{e}: {kept} of {design.seeds * len(design.arms)} runs are kept in {str(folder)!r}; "
+        raise Interrupted(
+            e.signum,
+            f": {kept} of {design.seeds * len(design.arms)} runs are kept in {str(folder)!r}; "
             "the same command goes on from there",
-        )
-        raise
+        ) from None
     study = open_study(folder, given_up)
     if study.complete:
         from normlab.study.report import write_report

@@ -129,7 +129,7 @@ def train_one(
     device, k = torch.device("cpu"), len(task.class_names)
     watch = _Checks(per_epoch=-(-checks // task.recipe.epochs))
     with settings(threads, device):
-        state = new_state(task, device)
+        state = new_state(task, images, device)
         plan = make_plan(task, images, threads)
         diverged = None
         try:

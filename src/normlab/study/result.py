@@ -35,7 +35,7 @@ Pair = tuple[Outcome, Outcome]
 class Study:
     """A study's folder, opened.
 
-        study = normlab.compare("notebook-short", arms=["batch", "none"], seeds=6)
+        study = normlab.compare("fast79", arms=["batch", "none"], seeds=6)
         study.comparisons[0].sentence
 
     Attributes:
