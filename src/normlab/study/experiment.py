@@ -211,11 +211,11 @@ def _work(
         given_up = _do(folder / RUNS, _jobs(design), data, pool, progress.study(open_study(folder)))
     except Interrupted as e:
         kept = len(open_study(folder).outcomes)
-        e.args = (
-            f"{e}: {kept} of {design.seeds * len(design.arms)} runs are kept in {str(folder)!r}; "
+        raise Interrupted(
+            e.signum,
+            f": {kept} of {design.seeds * len(design.arms)} runs are kept in {str(folder)!r}; "
             "the same command goes on from there",
-        )
-        raise
+        ) from None
     study = open_study(folder, given_up)
     if study.complete:
         from normlab.study.report import write_report
