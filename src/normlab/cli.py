@@ -52,6 +52,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="End with one line o
 @click.option("--patience", type=int, help="Stop after so many epochs without a better val_loss.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder, new or empty.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into the run, too.")
+@click.option("--record", is_flag=True, help="Keep what each layer sees, for `normlab inspect`.")
 @click.option("--resume", metavar="RUN", help="Go on with an interrupted run.")
 @click.option("--allow-changes", is_flag=True, help="With --resume: although something differs.")
 @JSON
@@ -65,6 +66,7 @@ def train(
     data: str | None,
     out: Path | None,
     tensorboard: bool,
+    record: bool,
     resume: str | None,
     allow_changes: bool,
     as_json: bool,
@@ -82,6 +84,10 @@ def train(
         from normlab.tensorboard import TensorBoard
 
         observers.append(TensorBoard())
+    if record or (resume is not None and (Path(resume) / "recording.npz").exists()):
+        from normlab.recording import Recorder
+
+        observers.append(Recorder())
     install_seconds = os.environ.get("NORMLAB_INSTALL_SECONDS")
     with observer if isinstance(observer, AbstractContextManager) else nullcontext():
         if resume is not None:
@@ -105,7 +111,7 @@ def train(
 
 def _refuse_with_resume(context: click.Context) -> None:
     """A resumed run is decided by its folder; options that would change it are a mistake."""
-    allowed = {"resume", "data", "allow_changes", "tensorboard", "as_json"}
+    allowed = {"resume", "data", "allow_changes", "tensorboard", "record", "as_json"}
     for name in context.params:
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
         if given and name not in allowed:

@@ -127,7 +127,10 @@ class Interrupted(NormlabError):
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """Make the optimiser that the recipe names."""
-    return Adam([p for p in model.parameters() if p.requires_grad], lr=recipe.learning_rate)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=recipe.learning_rate, fused=True)
+    return Adam(parameters, lr=recipe.learning_rate)
 
 
 def train_step(

@@ -20,7 +20,7 @@ class Recipe:
         norm: which normaliser, a name in `normlab.layers.NORMS`.
         epochs: passes over the training images.
         batch_size: images a step.
-        optimizer: `adam`.
+        optimizer: `adam` or `sgd`.
         learning_rate: of the optimiser.
         validation: share of the training images, the last ones, held out; 0 for none.
         patience: stop after so many epochs without a lower validation loss; None for never.
@@ -95,10 +95,23 @@ def notebook_short() -> Recipe:
     return replace(notebook(), name="notebook-short", epochs=3)
 
 
+def paper_sigmoid() -> Recipe:
+    """Figure 1 of the batch normalisation paper: 3 × 100 sigmoids, batches of 60, 50,400 steps."""
+    return Recipe(
+        name="paper-sigmoid",
+        model="sigmoid",
+        epochs=56,
+        batch_size=60,
+        optimizer="sgd",
+        learning_rate=0.1,
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "notebook": notebook,
     "notebook-plain": notebook_plain,
     "notebook-short": notebook_short,
+    "paper-sigmoid": paper_sigmoid,
 }
 DEFAULT = "notebook-short"
 
