@@ -27,6 +27,8 @@ class SigmoidNet(nn.Module):
         seed: of the initial values.
     """
 
+    luma: Tensor
+
     def __init__(
         self, *, num_classes: int = 10, image_size: int = 28, norm: str = "batch", seed: int = 0
     ) -> None:
