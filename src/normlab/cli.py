@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normlab.cli_data import data as data_group
+from normlab.cli_inspect import inspect
 
 if TYPE_CHECKING:
     from normlab.fit import Observer
@@ -26,6 +27,7 @@ def cli() -> None:
 
 
 cli.add_command(data_group)
+cli.add_command(inspect)
 
 DATA = click.option(
     "--data",
