@@ -78,7 +78,7 @@ def draw_ridges(runs: Sequence[Inspected]) -> Figure:
     for row, layer in zip(_grid(fig, layers, runs, "value"), layers, strict=True):
         for ax, run in zip(row, runs, strict=True):
             plot_ridges(ax, run, layer)
-        row[0].set_ylabel(layer, fontsize=8)
+        row[0].set_ylabel(f"{layer}, step", fontsize=8)
         limits = [run.recording.arrays[f"{layer}/out/range"] for run in runs]
         low = min(np.quantile(values[:, 0], 0.1) for values in limits)
         high = max(np.quantile(values[:, 1], 0.9) for values in limits)
