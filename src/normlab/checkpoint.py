@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,18 +79,32 @@ def _restore(path: Path, state: State) -> None:
         part, rest = name.split(".", 1)
         parts[part][rest] = tensor
     state.model.load_state_dict(parts["model"])
-    optimizer = state.optimizer.state_dict()
-    optimizer["state"] = {}
-    for name, tensor in parts["optimizer"].items():
-        index, key = name.split(".", 1)
-        optimizer["state"].setdefault(int(index), {})[key] = tensor
-    state.optimizer.load_state_dict(optimizer)
+    state.optimizer.load_state_dict(_optimizer_state(state.optimizer, parts["optimizer"]))
     state.best_weights = parts["best"]
     state.step, state.seconds = loop["step"], loop["seconds"]
     state.totals, state.history = Totals(**loop["totals"]), loop["history"]
     state.best_epoch = loop["best_epoch"]
     if state.best_epoch is not None:
         state.best_val_loss = state.history[state.best_epoch - 1]["val_loss"]
+
+
+def _optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Undo the flat names, and lay each moment out as its parameter lies in memory.
+
+    Fused updates walk both in memory order; moments in another layout would meet wrong weights.
+    """
+    whole = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    restored: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        parameter = parameters[int(index)]
+        if tensor.shape == parameter.shape:
+            tensor = torch.empty_like(parameter).copy_(tensor)
+        restored.setdefault(int(index), {})[key] = tensor.detach()
+    return {**whole, "state": restored}
 
 
 def remove(folder: Path) -> None:

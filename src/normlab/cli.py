@@ -61,6 +61,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="End with one line o
 @click.pass_context
 def train(
     context: click.Context,
+    /,
     recipe: str | None,
     seed: int,
     threads: int | None,

@@ -68,7 +68,8 @@ class Evaluation:
     @property
     def predictions(self) -> NDArray[np.int64]:
         """The most probable class of each image, (N,)."""
-        return self.probabilities.argmax(1)
+        answers: NDArray[np.int64] = self.probabilities.argmax(1)
+        return answers
 
     @property
     def class_accuracy(self) -> NDArray[np.float64]:
@@ -191,9 +192,9 @@ def assess(
     wide = logits.astype(np.float64)
     wide -= wide.max(1, keepdims=True)
     log_probabilities = wide - np.log(np.exp(wide).sum(1, keepdims=True))
-    labels = labels.astype(np.int64)
+    truth: NDArray[np.int64] = labels.astype(np.int64)
     k, predictions = len(class_names), wide.argmax(1)
-    correct = int((predictions == labels).sum())
+    correct = int((predictions == truth).sum())
     probabilities = np.exp(log_probabilities)
     return Evaluation(
         run=run,
@@ -201,12 +202,12 @@ def assess(
         data=data,
         class_names=class_names,
         probabilities=probabilities,
-        labels=labels,
-        loss=float(-log_probabilities[np.arange(len(labels)), labels].mean()),
-        accuracy=correct / len(labels),
-        interval=accuracy_interval(correct, len(labels)),
-        confusion=np.bincount(labels * k + predictions, minlength=k * k).reshape(k, k),
-        calibration=calibrate(probabilities, labels),
+        labels=truth,
+        loss=float(-log_probabilities[np.arange(len(truth)), truth].mean()),
+        accuracy=correct / len(truth),
+        interval=accuracy_interval(correct, len(truth)),
+        confusion=np.bincount(truth * k + predictions, minlength=k * k).reshape(k, k),
+        calibration=calibrate(probabilities, truth),
         limits=limits,
     )
 

@@ -27,7 +27,7 @@ def digest(tensors: Mapping[str, Tensor], document: str = "") -> str:
     for name in sorted(tensors):
         t = tensors[name].detach().cpu().contiguous()
         h.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        h.update(t.reshape(-1).view(torch.uint8).numpy())
+        h.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
 
@@ -65,8 +65,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Any = Non
     """Write tensors and a JSON document as one file, atomically, with the hash of both."""
     plain = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
     text = json.dumps(document, sort_keys=True, allow_nan=False)
-    metadata = {"normlab": text, "sha256": digest(plain, text)}
-    write_atomic(path, save(plain, metadata=metadata))
+    # One key only: safetensors writes several in no fixed order, and equal files are a promise.
+    envelope = json.dumps({"document": text, "sha256": digest(plain, text)})
+    write_atomic(path, save(plain, metadata={"normlab": envelope}))
 
 
 def read_tensors(path: Path) -> tuple[Tensors, Any]:
@@ -83,7 +84,12 @@ def read_tensors(path: Path) -> tuple[Tensors, Any]:
         raise DataError(f"{path} does not exist: name a run that has it") from None
     except (SafetensorError, OSError) as e:
         raise DataError(f"{path} is not a whole safetensors file ({e})") from None
-    text = metadata.get("normlab", "")
-    if metadata.get("sha256") != digest(tensors, text):
-        raise DataError(f"{path} does not match its own SHA-256: it was altered or is not ours")
+    try:
+        envelope = json.loads(metadata["normlab"])
+        text, expected = envelope["document"], envelope["sha256"]
+        altered = expected != digest(tensors, text)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise DataError(f"{path} is not a file that normlab wrote") from None
+    if altered:
+        raise DataError(f"{path} does not match its own SHA-256: it was altered")
     return tensors, json.loads(text)

@@ -120,8 +120,9 @@ class Observer(Protocol):
 class Interrupted(NormlabError):
     """A signal asked the training to end; it ended between two steps."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"interrupted by {signal.Signals(signum).name}")
+    def __init__(self, signum: int, remedy: str = "") -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}{remedy}")
+        self.signum = signum
         self.exit_code = 128 + signum
 
 
@@ -151,7 +152,7 @@ def train_step(
     if not np.isfinite(value):
         raise NonFiniteError(f"the loss is {value}")
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return value, int((logits.detach().argmax(1) == labels).sum())
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from normlab.evaluation import Calibration, Evaluation
@@ -34,7 +35,7 @@ def plot_curve(ax: Axes, history: list[dict[str, Any]], key: str) -> Axes:
     if validation and validation[0] is not None:
         ax.plot(epochs, validation, color=VALIDATION, marker=marker, ms=3, label="validation")
     ax.set(xlabel="epoch", ylabel=key)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.25)
     ax.legend(frameon=False)
     return ax
@@ -78,14 +79,10 @@ def plot_calibration(ax: Axes, calibration: Calibration) -> Axes:
     return ax
 
 
-def draw_pictures(
-    images: NDArray[np.uint8], captions: list[str], *, columns: int = 8, title: str = ""
-) -> Figure:
+def draw_pictures(images: NDArray[np.uint8], captions: list[str], *, columns: int = 8) -> Figure:
     """Show images (N, H, W, 3) in a grid with a caption under each."""
     rows = max(1, -(-len(images) // columns))
     fig = figure(1.35 * columns, 1.75 * rows + 0.3)
-    if title:
-        fig.suptitle(title, fontsize=10)
     axes = fig.subplots(rows, columns, squeeze=False).flat
     for ax in axes:
         ax.axis("off")
@@ -99,14 +96,6 @@ def draw_mistakes(evaluation: Evaluation, images: NDArray[np.uint8]) -> Figure:
     """The 24 surest mistakes: label → answer, and its probability."""
     indices = evaluation.surest_mistakes()
     return draw_pictures(images[indices], [_caption(evaluation, i) for i in indices])
-
-
-def draw_mislabelled(evaluation: Evaluation, images: NDArray[np.uint8], label: int) -> Figure:
-    """The images of one class whose label the classifier believes least."""
-    indices = evaluation.likely_mislabelled(label)
-    captions = [_caption(evaluation, i) for i in indices]
-    name = evaluation.class_names[label]
-    return draw_pictures(images[indices], captions, title=f"labelled {name}")
 
 
 def _caption(evaluation: Evaluation, index: int) -> str:

@@ -1,18 +1,24 @@
 """Results as people read them: a page that fetches nothing, and a dozen lines for the terminal."""
 
 import base64
+import io
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
 
 from normlab import plots
 from normlab.data import ImageData
 from normlab.evaluation import Evaluation
 from normlab.files import write_atomic, write_json
 from normlab.runs import Run
+
+SHOWN_CLASSES = 20
 
 
 def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> None:
@@ -45,7 +51,9 @@ def write_evaluation(evaluation: Evaluation, images: ImageData, folder: Path) ->
     """Write scores, plots and a page of an evaluation into `folder`."""
     folder.mkdir(exist_ok=True)
     write_json(folder / "evaluation.json", evaluation.as_dict())
-    for name, fig in _drawings(evaluation, images).items():
+    drawings = _drawings(evaluation)
+    drawings["mistakes"] = plots.draw_mistakes(evaluation, images.x_test)
+    for name, fig in drawings.items():
         write_atomic(folder / f"{name}.png", plots.png(fig))
     page = _page(evaluation, images, title=f"{evaluation.run} on {evaluation.data}")
     write_atomic(folder / "report.html", page.encode())
@@ -137,8 +145,6 @@ def evaluation_summary_html(evaluation: Evaluation) -> str:
 
 
 def _page(evaluation: Evaluation, images: ImageData, *, title: str, **parts: Any) -> str:
-    pictures = images.x_test
-    labels = [k for k in range(len(images.class_names)) if len(evaluation.likely_mislabelled(k))]
     values = {
         "title": title,
         "subtitle": f"{evaluation.weights} weights of {evaluation.run}",
@@ -147,17 +153,16 @@ def _page(evaluation: Evaluation, images: ImageData, *, title: str, **parts: Any
             (name, "–" if a != a else f"{100 * a:.1f} %")
             for name, a in zip(evaluation.class_names, evaluation.class_accuracy, strict=True)
         ],
+        "mistakes": _gallery(evaluation, images, evaluation.surest_mistakes()),
         "mislabelled": [
-            (
-                images.class_names[k],
-                _embed(plots.png(plots.draw_mislabelled(evaluation, pictures, k))),
-            )
-            for k in labels[:20]
+            (name, _gallery(evaluation, images, doubted))
+            for k, name in enumerate(images.class_names[:SHOWN_CLASSES])
+            if len(doubted := evaluation.likely_mislabelled(k))
         ],
         "curves": None,
         "facts": [],
         "commands": "",
-        **{k: _embed(plots.png(fig)) for k, fig in _drawings(evaluation, images).items()},
+        **{k: _embed(plots.png(fig)) for k, fig in _drawings(evaluation).items()},
         **parts,
     }
     environment = Environment(
@@ -166,14 +171,36 @@ def _page(evaluation: Evaluation, images: ImageData, *, title: str, **parts: Any
     return environment.get_template("report.html").render(values)
 
 
-def _drawings(evaluation: Evaluation, images: ImageData) -> dict[str, Figure]:
+def _gallery(
+    evaluation: Evaluation, images: ImageData, indices: NDArray[np.int64]
+) -> list[dict[str, Any]]:
+    """Pictures with their label, answer and its probability, ready for the page."""
+    names, answers = evaluation.class_names, evaluation.predictions
+    return [
+        {
+            "index": int(i),
+            "label": names[evaluation.labels[i]],
+            "answer": names[answers[i]],
+            "probability": float(evaluation.probabilities[i, answers[i]]),
+            "source": _embed(_picture_png(images.x_test[i])),
+        }
+        for i in indices
+    ]
+
+
+def _picture_png(pixels: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _drawings(evaluation: Evaluation) -> dict[str, Figure]:
     confusion, calibration = plots.figure(5.6, 5), plots.figure(4.4, 4)
     plots.plot_confusion(confusion.subplots(), evaluation)
     plots.plot_calibration(calibration.subplots(), evaluation.calibration)
     return {
         "confusion": confusion,
         "calibration": calibration,
-        "mistakes": plots.draw_mistakes(evaluation, images.x_test),
     }
 
 

@@ -1,6 +1,7 @@
 """Train a recipe: data in, a run's folder with an honest score out."""
 
 import json
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -142,7 +143,8 @@ def _differences(run: Run, images: ImageData, now: dict[str, Any]) -> list[str]:
 
 
 def _new_state(task: Task, device: torch.device) -> State:
-    model = task.build().to(device=device, memory_format=torch.channels_last)
+    model = task.build().to(device)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return State(model=model, optimizer=make_optimizer(task.recipe, model))
 
 
@@ -170,9 +172,13 @@ def _finish(
     keeper = checkpoint.Keeper(folder, saved_at=state.seconds)
     try:
         fit(plan, state, device, (keeper, *observers))
-    except Interrupted:
+    except Interrupted as e:
         checkpoint.save(folder, state)
-        raise
+        raise Interrupted(
+            e.signum,
+            f" after step {state.step:,} of {plan.steps:,}; nothing is lost, go on with: "
+            f"normlab train --resume {shlex.quote(str(folder))}",
+        ) from None
     write_tensors(folder / "last.safetensors", state.model.state_dict())
     started = time.perf_counter()
     evaluation = run.evaluate(images)

@@ -29,13 +29,13 @@ def split_validation(
     Raises:
         UserError: nothing would be left to train on, or nothing to validate on.
     """
-    labels = labels.astype(np.int64)
+    classes: NDArray[np.int64] = labels.astype(np.int64)
     cut = int(len(labels) * (1 - fraction))
     if cut < 1:
         raise UserError(f"validation={fraction} of {len(labels)} images leaves none to train on")
     if fraction > 0 and cut == len(labels):
         raise UserError(f"validation={fraction} of {len(labels)} images is none: raise it or use 0")
-    return Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:])
+    return Split(images[:cut], classes[:cut]), Split(images[cut:], classes[cut:])
 
 
 def batch_bounds(n: int, batch_size: int, *, join_single: bool) -> list[tuple[int, int]]:

@@ -8,10 +8,8 @@ in `cifar10.py`, so a file that changed on disk is always noticed.
 
 import os
 import shutil
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,29 +19,14 @@ from numpy.typing import NDArray
 
 from normlab.data import cifar10
 from normlab.data.cifar10 import CIFAR10, CLASS_NAMES, Arrays, Reference
-from normlab.data.download import Limits
 from normlab.data.images import ARRAYS, ImageData
-from normlab.data.sources import LocalCopy, Source, default_sources, own_copies
 from normlab.errors import DataError
 
 _FOLDER = "cifar10"
 _PARTIAL = ".partial-"
-_LOCK_WAIT = 3600.0  # seconds; no longer than all sources together may take
+_LOCK_WAIT = 5400.0  # seconds; more than all sources together may take by default
 
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fetched:
-    """What `fetch` did. `source` is None if the data were in the cache already."""
-
-    folder: Path
-    source: str | None
-    seconds: float
-
-    def __str__(self) -> str:
-        how = "was already there" if self.source is None else f"came from {self.source}"
-        return f"CIFAR-10 {how}; checked bit for bit; in {self.folder} ({self.seconds:.1f} s)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +87,18 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("normlab"))
 
 
+def location() -> Path:
+    """The folder that holds CIFAR-10, or would."""
+    return cache_folder() / _FOLDER
+
+
 def read_cache(reference: Reference = CIFAR10) -> ImageData | None:
     """CIFAR-10, memory-mapped, after a check of every byte; None if it was never fetched.
 
     Raises:
         DataError: a cached file cannot be read or has changed.
     """
-    folder = cache_folder() / _FOLDER
+    folder = location()
     if not folder.exists():
         return None
     arrays = {name: _map(folder / f"{name}.npy") for name in ARRAYS}
@@ -131,48 +119,9 @@ def _map(path: Path) -> NDArray[np.uint8]:
     return array
 
 
-def fetch(
-    path: str | Path | None = None,
-    *,
-    sources: Sequence[Source] | None = None,
-    reference: Reference = CIFAR10,
-    limits: Limits | None = None,
-    report: Report | None = None,
-) -> Fetched:
-    """Put CIFAR-10 into the cache, from the first source whose data are right bit for bit.
-
-    path: an archive or folder to take it from, and no other.
-    sources: what to try instead of `default_sources()`.
-    report: takes one line for each source tried; by default they go to standard error.
-
-    Safe with many processes at once: one works, the others wait for it.
-
-    Raises:
-        DataError: no source had the data, or the cache cannot be written. The cache is then as
-            it was before.
-    """
-    started = time.monotonic()
-    report = report or _to_stderr
-    limits = limits or Limits()
-    folder = cache_folder() / _FOLDER
-    source = None
-    if path is not None:
-        sources = [LocalCopy(Path(path).expanduser())]
-    if path is not None or not _is_good(reference, None):
-        with _writing(report) as work:
-            # Another process may have done it while this one waited.
-            if path is not None or not _is_good(reference, report):
-                if sources is None:
-                    sources = default_sources()
-                    _report_own_copies(sources, report)
-                source, arrays = _obtain(sources, work, reference, limits, report)
-                _write(arrays, work, folder)
-    return Fetched(folder=folder, source=source, seconds=time.monotonic() - started)
-
-
 def info(reference: Reference = CIFAR10) -> Info:
     """What is in the cache, without reading all of it."""
-    folder = cache_folder() / _FOLDER
+    folder = location()
     files = [folder / f"{name}.npy" for name in ARRAYS]
     present = all(file.is_file() for file in files)
     return Info(
@@ -190,7 +139,7 @@ def verify(reference: Reference = CIFAR10) -> Verified:
     Raises:
         DataError: nothing is in the cache.
     """
-    folder = cache_folder() / _FOLDER
+    folder = location()
     if not folder.exists():
         raise DataError(f"nothing to verify: {folder} does not exist; run `normlab data fetch`")
     found: dict[str, str | None] = {}
@@ -202,7 +151,8 @@ def verify(reference: Reference = CIFAR10) -> Verified:
     return Verified(folder=folder, found=found, expected=dict(reference.sha256))
 
 
-def _is_good(reference: Reference, report: Report | None) -> bool:
+def is_good(reference: Reference, report: Report | None = None) -> bool:
+    """Whether CIFAR-10 is there, bit for bit; what is wrong with it is reported."""
     try:
         return read_cache(reference) is not None
     except DataError as error:
@@ -212,7 +162,7 @@ def _is_good(reference: Reference, report: Report | None) -> bool:
 
 
 @contextmanager
-def _writing(report: Report) -> Iterator[Path]:
+def writing(report: Report) -> Iterator[Path]:
     """The right to write the cache, and a folder in it to work in that is gone afterwards."""
     root = cache_folder()
     try:
@@ -253,37 +203,7 @@ def _lock(path: Path, report: Report) -> Iterator[None]:
         lock.release()
 
 
-def _report_own_copies(sources: Sequence[Source], report: Report) -> None:
-    if not any(isinstance(source, LocalCopy) for source in sources):
-        places = ", ".join(dict.fromkeys(str(path.parent) for path in own_copies()))
-        report(f"no copy of your own in {places}")
-
-
-def _obtain(
-    sources: Sequence[Source], work: Path, reference: Reference, limits: Limits, report: Report
-) -> tuple[str, Arrays]:
-    """The title of the first source that works, and its data."""
-    reasons = []
-    for number, source in enumerate(sources):
-        report(f"trying {source.title}")
-        try:
-            folder = work / str(number)
-            folder.mkdir()
-            return source.title, cifar10.read(source.obtain(folder, limits), reference)
-        except DataError as error:
-            reasons.append(str(error))
-            report(f"  failed: {error}")
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    if len(reasons) == 1:
-        raise DataError(reasons[0])
-    raise DataError(
-        f"none of {len(sources)} sources had CIFAR-10 ({'; '.join(reasons)}); "
-        "get cifar-10-python.tar.gz yourself and give it with --data, or try --data sample"
-    )
-
-
-def _write(arrays: Arrays, work: Path, folder: Path) -> None:
+def write_cache(arrays: Arrays, work: Path, folder: Path) -> None:
     """Write and flush all files in a folder beside the final one, then rename it."""
     new = work / "new"
     new.mkdir()
@@ -306,7 +226,3 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

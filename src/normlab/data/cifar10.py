@@ -10,6 +10,7 @@
 import hashlib
 import io
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,8 +74,8 @@ def sha256(array: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
-def image_data(arrays: Arrays, *, name: str = "cifar10") -> ImageData:
-    return ImageData(name=name, class_names=CLASS_NAMES, **arrays)
+def image_data(arrays: Arrays) -> ImageData:
+    return ImageData(name="cifar10", class_names=CLASS_NAMES, **arrays)
 
 
 def read(path: Path, reference: Reference = CIFAR10) -> dict[str, NDArray[np.uint8]]:
@@ -193,13 +194,17 @@ def _from_rows(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _decode_png(content: bytes, count: int) -> NDArray[np.uint8]:
     from PIL import Image  # deferred: only the npm package needs it
 
+    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
     try:
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            # Before any pixel is unpacked: a PNG of a few bytes can claim any size.
-            if image.size != (32 * 32, count) or image.mode != "RGB":
-                raise DataError(f"a {image.mode} picture of {image.size}, not RGB (1024, {count})")
-            return np.asarray(image).reshape(count, 32, 32, 3)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+                # Before any pixel is unpacked: a PNG of a few bytes can claim any size.
+                if image.size != (32 * 32, count) or image.mode != "RGB":
+                    found = f"a {image.mode} picture of {image.size}"
+                    raise DataError(f"{found}, not RGB (1024, {count})")
+                return np.asarray(image).reshape(count, 32, 32, 3)
+    except (OSError, SyntaxError, ValueError, *bombs) as error:
         if isinstance(error, DataError):
             raise
         raise DataError("a damaged PNG picture") from error

@@ -102,16 +102,13 @@ class _Transfer:
                 return
             except (requests.ConnectTimeout, requests.exceptions.SSLError):
                 raise
-            except (
-                _Interrupted,
-                requests.Timeout,
-                requests.exceptions.ChunkedEncodingError,
-            ):
+            except (_Interrupted, requests.Timeout):
                 if attempt == _RETRIES or self.stop.wait(0.5 * (attempt + 1)):
                     raise
 
     def _receive(self, session: "requests.Session", url: str, output_file: str) -> None:
         import requests
+        from requests.exceptions import ChunkedEncodingError
 
         self.received = 0
         timeouts = (self.limits.connect, self.limits.read)
@@ -125,7 +122,7 @@ class _Transfer:
                 with open(output_file, "wb") as file:
                     for chunk in response.iter_content(_CHUNK):
                         file.write(self._checked(chunk))
-            except requests.ConnectionError as error:  # also a read that timed out
+            except (requests.ConnectionError, ChunkedEncodingError) as error:
                 raise _Interrupted(self._progress("was cut off")) from error
         if self.received < self.size:
             raise _Interrupted(self._progress("ended early"))
@@ -151,6 +148,7 @@ def _session(*, secure: bool) -> "requests.Session":
         def get_redirect_target(self, resp: requests.Response) -> str | None:
             target: str | None = super().get_redirect_target(resp)
             if target and secure and urlsplit(target).scheme == "http":
+                resp.close()
                 raise DataError("the server redirects from https to plain http; refused")
             return target
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from numpy.typing import ArrayLike
 
 from normlab.data import cifar10
-from normlab.data.cache import fetch, read_cache
+from normlab.data.cache import read_cache
+from normlab.data.fetching import fetch
 from normlab.data.images import ImageData, from_mapping
 from normlab.data.npz import read_npz
 from normlab.errors import DataError
@@ -59,4 +60,4 @@ def _load_path(data: str | Path) -> ImageData:
         raise DataError(f"{data} does not exist; give 'cifar10', 'sample' or a path to data")
     if path.suffix == ".npz":
         return read_npz(path)
-    return cifar10.image_data(cifar10.read(path), name=path.name)
+    return cifar10.image_data(cifar10.read(path))

@@ -1,5 +1,7 @@
 """Read a user's `.npz` with no pickles and no more memory than the file warrants."""
 
+import tokenize
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,6 +18,12 @@ from normlab.errors import DataError
 MAX_RATIO = 100
 MAX_UNSUSPECTED = 256 << 20
 
+# What zipfile and NumPy's header parser were seen to raise on damaged files.
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, LookupError, TypeError),
+    *(RuntimeError, SyntaxError, tokenize.TokenError, OverflowError, MemoryError),
+)
+
 _MAX_HEADER = 10_000  # bytes; what NumPy itself accepts from files it does not trust
 
 
@@ -30,7 +38,8 @@ def read_npz(path: Path) -> ImageData:
     """
     try:
         size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
+        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
+            warnings.simplefilter("ignore")  # NumPy on headers of Python 2
             members = {info.filename: info for info in archive.infolist()}
             arrays = {
                 name: _read_array(archive, members[f"{name}.npy"], size)
@@ -41,7 +50,7 @@ def read_npz(path: Path) -> ImageData:
         raise DataError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist; give a .npz file") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, LookupError) as error:
+    except _DAMAGE as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "damaged"
         raise DataError(f"{path}: {reason}; not a readable .npz file") from error
     return from_mapping(arrays, name=path.name)

@@ -9,6 +9,7 @@ of the file and by `MAX_OPCODES`.
 
 import math
 import pickletools
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,17 +63,14 @@ def read_pickle(content: bytes) -> Any:
     Raises:
         DataError: the pickle is damaged, is too long, or mentions a function that no batch needs.
     """
-    reader = _Reader()
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
-            if count >= MAX_OPCODES:
-                raise DataError(f"a pickle of more than {MAX_OPCODES:,} steps is no CIFAR-10 batch")
-            reader.step(opcode.name, argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pickletools on bad escapes in opcodes we refuse
+            return _Reader().read(content)
     except (ValueError, LookupError, TypeError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError("a damaged pickle") from error
-    return reader.result
 
 
 class _Reader:
@@ -82,6 +80,13 @@ class _Reader:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.result: Any = None
+
+    def read(self, content: bytes) -> Any:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+            if count >= MAX_OPCODES:
+                raise DataError(f"a pickle of more than {MAX_OPCODES:,} steps is no CIFAR-10 batch")
+            self.step(opcode.name, argument)
+        return self.result
 
     def step(self, name: str, argument: Any) -> None:
         if name in _ARGUMENT_IS_VALUE:

@@ -112,7 +112,8 @@ def _run(command: Sequence[str], folder: Path, limits: Limits, *, expected: int)
             while process.poll() is None:
                 if time.monotonic() - started > limits.total:
                     raise DataError(f"npm had not finished after {limits.total / 60:.3g} minutes")
-                show(_bytes_below(folder))
+                # npm writes what it receives twice, in its cache and as the package
+                show(min(_bytes_below(folder), expected))
                 time.sleep(0.1)
         finally:
             _end(process)

@@ -5,6 +5,7 @@ from torch import nn
 from normlab.errors import UserError
 from normlab.layers.batchnorm import CONVENTIONS, BatchNorm, Convention, moments, normalize
 from normlab.layers.dropout import Dropout
+from normlab.layers.fused import MaxPool2d, norm_conv, relu_dropout_norm
 from normlab.layers.weights import Conv2d, Dense, Flatten
 
 NORMS = {"batch": BatchNorm, "none": lambda num_features: nn.Identity()}
@@ -30,7 +31,10 @@ __all__ = [
     "Dense",
     "Dropout",
     "Flatten",
+    "MaxPool2d",
     "moments",
+    "norm_conv",
     "normalize",
     "normalizer",
+    "relu_dropout_norm",
 ]

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from normlab import kernels
 from normlab.errors import UserError
 
 
@@ -102,16 +103,29 @@ class _BatchNormalize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var = moments(x)
+        compiled = kernels.layout(x) is not None
+        mean, var = kernels.moments(x) if compiled else moments(x)
         ctx.save_for_backward(x, weight, mean, var)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
-        return normalize(x, mean, var, weight, bias, eps), mean, var
+        apply = kernels.normalize if compiled else normalize
+        return apply(x, mean, var, weight, bias, eps), mean, var
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var = ctx.saved_tensors
+        if kernels.layout(x) is not None:
+            grads = kernels.gradient(
+                x, g, mean, var, weight, ctx.eps, x_grad=ctx.needs_input_grad[0]
+            )
+            return (
+                *(
+                    d if need else None
+                    for d, need in zip(grads, ctx.needs_input_grad, strict=False)
+                ),
+                None,
+            )
         dims = [0, *range(2, x.ndim)]
         count = x.numel() // x.shape[1]
         x_hat = normalize(x, mean, var, None, None, ctx.eps)
@@ -209,11 +223,11 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` (N, C) or (N, C, *); same shape, type and memory layout out."""
-        self._check(x)
+        self.check(x)
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         if self.training and not self.frozen:
             y, mean, var = self._normalize_batch(wide)
-            self._track(mean, var, x.numel() // self.num_features)
+            self.track(mean, var, x.numel() // self.num_features)
         else:
             mean, var = self.running_mean, self.running_var
             y = normalize(wide, mean, var, self.weight, self.bias, self.eps)
@@ -224,7 +238,7 @@ class BatchNorm(nn.Module):
         return y, mean, var
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
+    def track(self, mean: Tensor, var: Tensor, count: int) -> None:
         """Move the running statistics: running ← m·running + (1 − m)·batch."""
         if self.convention.unbiased_running_var:
             var = var * (count / (count - 1))
@@ -232,7 +246,8 @@ class BatchNorm(nn.Module):
         self.running_var.lerp_(var.to(self.running_var.dtype), 1 - self.old_weight)
         self.num_batches_tracked += 1
 
-    def _check(self, x: Tensor) -> None:
+    def check(self, x: Tensor) -> None:
+        """Raise `UserError` unless `x` is what `forward` takes now."""
         if not 2 <= x.ndim <= 5 or x.shape[1] != self.num_features:
             raise UserError(
                 f"an input of shape {tuple(x.shape)}: "

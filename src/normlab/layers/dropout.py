@@ -4,13 +4,22 @@ A value is dropped when its draw is below ⌊rate·2¹⁶⌉, so the realised ra
 survivors are scaled by 1/(1 − realised rate): the expectation is kept exactly.
 """
 
+import math
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from normlab.errors import UserError
 
 STEPS = 1 << 16
+
+
+def draws(size: int, rng: np.random.Generator) -> NDArray[np.uint16]:
+    """Cut `size` 16-bit draws from the generator's next 64-bit words."""
+    words = rng.integers(0, 1 << 64, size=-(-size // 4), dtype=np.uint64, endpoint=False)
+    return words.view(np.uint16)[:size]
 
 
 class Dropout(nn.Module):
@@ -30,21 +39,31 @@ class Dropout(nn.Module):
         self.rate = rate
         self.threshold = round(rate * STEPS)
 
+    @property
+    def scale(self) -> float:
+        """What survivors are multiplied by: 1/(1 − realised rate)."""
+        return STEPS / (STEPS - self.threshold)
+
     def forward(self, x: Tensor, rng: np.random.Generator | None = None) -> Tensor:
         """Drop values of `x` (N, C) or (N, C, H, W); the same shape and layout out."""
-        if not self.training or self.threshold == 0:
+        source = self.source(rng)
+        if source is None:
             return x
+        keep = self.draw(tuple(x.shape), source).to(x.device)
+        return x * (keep * self.scale).to(x.dtype)
+
+    def source(self, rng: np.random.Generator | None) -> np.random.Generator | None:
+        """Return the generator to draw from, or None where nothing is dropped."""
+        if not self.training or self.threshold == 0:
+            return None
         if rng is None:
             raise UserError("dropout in training needs a generator: pass `rng`, or call .eval()")
-        keep = self.draw(tuple(x.shape), rng).to(x.device)
-        return x * (keep * (STEPS / (STEPS - self.threshold))).to(x.dtype)
+        return rng
 
     def draw(self, shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
         """Draw a mask of `shape` (N, C) or (N, C, H, W): True where the value is kept."""
         n, c, *space = shape
-        size = int(np.prod(shape))
-        words = rng.integers(0, 1 << 64, size=-(-size // 4), dtype=np.uint64, endpoint=False)
-        keep = words.view(np.uint16)[:size] >= self.threshold
+        keep = draws(math.prod(shape), rng) >= self.threshold
         return torch.from_numpy(keep.reshape(n, *space, c)).movedim(-1, 1)
 
     def extra_repr(self) -> str:

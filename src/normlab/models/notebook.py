@@ -1,11 +1,20 @@
 """The seed notebook's network, layer for layer."""
 
 import numpy as np
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
 
 from normlab.errors import UserError
-from normlab.layers import Conv2d, Dense, Dropout, Flatten, normalizer
+from normlab.layers import (
+    Conv2d,
+    Dense,
+    Dropout,
+    Flatten,
+    MaxPool2d,
+    norm_conv,
+    normalizer,
+    relu_dropout_norm,
+)
 from normlab.random import stream
 
 
@@ -39,10 +48,10 @@ class NotebookNet(nn.Module):
         self.dropout = Dropout(0.2)
         self.batch_normalization_1 = normalizer(norm, 32)
         self.conv2 = Conv2d(32, 32, padding=1, rng=rng("conv2"))
-        self.pool1 = nn.MaxPool2d(2)
+        self.pool1 = MaxPool2d(2)
         self.batch_normalization_2 = normalizer(norm, 32)
         self.conv3 = Conv2d(32, 64, padding=1, rng=rng("conv3"))
-        self.pool2 = nn.MaxPool2d(2)
+        self.pool2 = MaxPool2d(2)
         self.flatten = Flatten()
         self.dropout_1 = Dropout(0.2)
         self.batch_normalization_3 = normalizer(norm, side * side * 64)
@@ -53,12 +62,14 @@ class NotebookNet(nn.Module):
 
     def forward(self, x: Tensor, rng: np.random.Generator | None = None) -> Tensor:
         """Logits (N, K) of pixels (N, 3, H, W) in [0, 1]; `rng` draws the dropout masks."""
-        h = relu(self.conv1(self.batch_normalization(x)))  # (N, 32, 30, 30)
-        h = self.dropout(h, rng)
-        h = relu(self.pool1(self.conv2(self.batch_normalization_1(h))))  # (N, 32, 15, 15)
-        h = relu(self.pool2(self.conv3(self.batch_normalization_2(h))))  # (N, 64, 7, 7)
-        h = self.dropout_1(self.flatten(h), rng)  # (N, 3136)
-        h = relu(self.hidden(self.batch_normalization_3(h)))  # (N, 512)
-        h = self.dropout_2(h, rng)
-        logits: Tensor = self.output(self.batch_normalization_4(h))  # (N, K)
+        x = x.contiguous(memory_format=torch.channels_last)  # convolutions and kernels like it so
+        h = norm_conv(x, self.batch_normalization, self.conv1)  # (N, 32, 30, 30)
+        h = relu_dropout_norm(h, self.dropout, self.batch_normalization_1, rng)
+        h = self.pool1(self.conv2(h))  # (N, 32, 15, 15)
+        h = relu_dropout_norm(h, None, self.batch_normalization_2)
+        h = self.flatten(self.pool2(self.conv3(h)))  # (N, 3136)
+        h = relu_dropout_norm(h, self.dropout_1, self.batch_normalization_3, rng)
+        h = self.hidden(h)  # (N, 512)
+        h = relu_dropout_norm(h, self.dropout_2, self.batch_normalization_4, rng)
+        logits: Tensor = self.output(h)  # (N, K)
         return logits

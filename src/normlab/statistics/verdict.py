@@ -3,7 +3,7 @@
 The rule. On look k (a look is a report at a new number of pairs) the level is 0.04 for k = 1 and
 0.01/2^(k−1) after; these add up to 0.05, so looking again is paid for. Holm's correction shares
 the level between the contrasts named beforehand. Each contrast's interval is taken at the level
-of the Holm step that decided it, and contrasts behind the first that Holm kept take that one's
+of the Holm step that decided it; contrasts behind the first that is not rejected take its
 level. So an interval excludes zero exactly if its contrast is decided, and each covers with at
 least 1 − level of the look; together they are not a simultaneous family.
 

@@ -1,0 +1,55 @@
+# Everything from a fresh clone with python3, make and a network:
+#   make run     train the default recipe on CIFAR-10 and score it
+#   make test    the whole test suite
+#   make check   format, lint, strict types, import direction
+#   make soak    longer tests
+#
+# TORCH_INDEX=URL installs PyTorch from another package index (for its CPU build, see README.md).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+INPUTS := pyproject.toml constraints.txt $(wildcard setup.py)
+
+.PHONY: run test check soak clean
+.DELETE_ON_ERROR:
+
+run: $(VENV)/.installed
+	@NORMLAB_INSTALL_SECONDS=$$(cat $(VENV)/.installed) $(BIN)/normlab train $(ARGS)
+
+test: $(VENV)/.tested
+	$(BIN)/python -m pytest -n 2 -m "not soak" $(ARGS)
+
+check: $(VENV)/.checked
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+soak: $(VENV)/.tested
+	$(BIN)/python -m pytest -m soak --timeout 1200 $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The file's content is how many seconds the installation took; `make run` tells it at the end.
+$(VENV)/.installed: $(BIN)/python $(INPUTS)
+	@echo "Installing into $(VENV): PyTorch (about 190 MB for its CPU build; up to 3 GB for the CUDA"
+	@echo "build that Linux gets by default: README.md says how to avoid it) and about 90 MB of"
+	@echo "other packages. Then CIFAR-10, once, into your cache folder: 139 to 170 MB."
+	@start=$$(date +%s) && \
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)" && \
+	$(PIP) --editable . && \
+	echo $$(( $$(date +%s) - start )) > $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.checked: $(VENV)/.tested
+	$(PIP) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,32 @@
+"""Build the optional kernels: one C file, compiled for each instruction set of the processor family.
+
+Without a compiler the package installs all the same and uses its PyTorch code.
+`normlab.kernels` chooses among the variants when it is first used.
+"""
+
+import platform
+import sys
+
+from setuptools import Extension, setup
+
+X86 = {
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
+    "avx2": ["-mavx2", "-mfma"],
+    "default": [],
+}
+VARIANTS = X86 if platform.machine().lower() in ("x86_64", "amd64") else {"default": []}
+# Compiled for OpenMP but not linked with a runtime: the symbols come from the one PyTorch loaded.
+FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+
+setup(
+    ext_modules=[
+        Extension(
+            f"normlab.kernels._{name}",
+            ["src/normlab/kernels/kernels.c"],
+            extra_compile_args=[*FLAGS, *flags],
+            optional=True,
+        )
+        for name, flags in VARIANTS.items()
+        if sys.platform == "linux"
+    ]
+)

@@ -1,0 +1,189 @@
+"""Optional compiled passes over memory; without them everything runs on PyTorch alone.
+
+`kernels.c` holds the passes and `setup.py` compiles it when the package is installed, once for each
+instruction set. The variant is the one PyTorch chose for itself (`ATEN_CPU_CAPABILITY` changes
+both). The threads are PyTorch's own: the library has no OpenMP runtime and binds to the one that
+PyTorch has loaded, so there is one pool, and `torch.set_num_threads` holds.
+
+A function here takes tensors for which `layout` is not None; callers ask that first and keep their
+formula in PyTorch beside it.
+"""
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_off = threading.local()
+
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_SHAPE = [_LONG, _LONG, _LONG]
+_SIGNATURES = {
+    "normlab_moments": [*[_POINTER] * 3, ctypes.c_int32, _FLOAT, *_SHAPE, *[_POINTER] * 2, _INT],
+    "normlab_normalize": [*[_POINTER] * 5, _FLOAT, *_SHAPE, _POINTER, _INT],
+    "normlab_gradient": [*[_POINTER] * 5, _FLOAT, _FLOAT, *_SHAPE, *[_POINTER] * 3, _INT],
+    "normlab_pool": [_POINTER, *[_LONG] * 4, *[_POINTER] * 2, _INT],
+    "normlab_pool_gradient": [*[_POINTER] * 2, *[_LONG] * 4, _POINTER, _INT],
+}
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """Load the variant for this processor, or None where none was built or it does not load."""
+    variant = torch.backends.cpu.get_cpu_capability().lower()
+    if variant not in ("avx512", "avx2"):
+        variant = "default"
+    for path in sorted(Path(__file__).parent.glob(f"_{variant}.*")):
+        try:
+            library = ctypes.CDLL(str(path))
+            for name, argtypes in _SIGNATURES.items():
+                getattr(library, name).argtypes = argtypes
+        except (OSError, AttributeError):  # another platform's file, or an older build's
+            continue
+        return library
+    return None
+
+
+def available() -> bool:
+    """Whether compiled kernels were built, load here, and are not disabled."""
+    return not getattr(_off, "depth", 0) and _library() is not None
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Use PyTorch alone inside the block, in this thread."""
+    _off.depth = getattr(_off, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _off.depth -= 1
+
+
+def layout(x: Tensor) -> tuple[int, int, int] | None:
+    """How `x` (N, C, *) lies, as the kernels' N, C, S; None where PyTorch must do the work.
+
+    Channels-last and dense activations are a matrix with S = 1, whose rows are pixels.
+    """
+    if (
+        type(x) is not Tensor
+        or x.dtype != torch.float32
+        or x.device.type != "cpu"
+        or x.numel() == 0
+        or not available()
+        or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        or torch.compiler.is_compiling()
+    ):
+        return None
+    channels = x.shape[1]
+    if x.movedim(1, -1).is_contiguous():
+        return x.numel() // channels, channels, 1
+    if x.is_contiguous():
+        return x.shape[0], channels, x.numel() // (x.shape[0] * channels)
+    return None
+
+
+def like(g: Tensor, x: Tensor) -> Tensor:
+    """`g` itself if it lies in memory as `x` does, else a copy that does."""
+    return g if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) of `x`."""
+    mean, var = x.new_empty(2, x.shape[1])
+    _call("moments", x, None, None, 0, 1.0, *_shape(x), mean, var)
+    return mean, var
+
+
+def relu_dropout_moments(
+    z: Tensor, draws: NDArray[np.uint16] | None, threshold: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h = max(z, 0)·(scale where draw ≥ threshold, else 0), and its moments, in one pass.
+
+    Args:
+        z: of matrix layout.
+        draws: one for each value in memory order; None for no dropout.
+
+    Returns:
+        h like `z`, and its mean and variance (C,).
+    """
+    h = torch.empty_like(z)
+    mean, var = z.new_empty(2, z.shape[1])
+    _call("moments", h, z, draws, threshold, scale, *_shape(z), mean, var)
+    return h, mean, var
+
+
+def normalize(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """γ·(x − μ)/√(σ² + ε) + β."""
+    y = torch.empty_like(x)
+    _call("normalize", x, mean, var, weight, bias, eps, *_shape(x), y)
+    return y
+
+
+def gradient(
+    x: Tensor,
+    g: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    keep_scale: float = 0.0,
+    x_grad: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients with respect to x, γ and β, from `g` = dL/dy.
+
+    With `keep_scale`, `x` is what `relu_dropout_moments` returned, and the first gradient is the
+    one with respect to its z. Without `x_grad` the first is None.
+    """
+    g = like(g, x)
+    dx = torch.empty_like(x) if x_grad else None
+    weight_grad, bias_grad = x.new_empty(2, x.shape[1])
+    arguments = (x, g, mean, var, weight, eps, keep_scale, *_shape(x), dx, weight_grad, bias_grad)
+    _call("gradient", *arguments)
+    return dx, weight_grad, bias_grad
+
+
+def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
+    """2 × 2 maxima of `x` (N, C, H, W), channels-last, and which of the four values each is."""
+    n, c, h, w = x.shape
+    y, which = (
+        torch.empty((n, c, h // 2, w // 2), dtype=dtype, memory_format=torch.channels_last)
+        for dtype in (torch.float32, torch.uint8)
+    )
+    _call("pool", x, n, h, w, c, y, which)
+    return y, which
+
+
+def max_pool_gradient(g: Tensor, which: Tensor, x_shape: torch.Size) -> Tensor:
+    """The gradient of `max_pool` with respect to its input of shape `x_shape`."""
+    n, c, h, w = x_shape
+    dx = torch.empty(x_shape, memory_format=torch.channels_last)
+    _call("pool_gradient", like(g, which), which, n, h, w, c, dx)
+    return dx
+
+
+def _shape(x: Tensor) -> tuple[int, int, int]:
+    shape = layout(x)
+    if shape is None:
+        raise ValueError(f"no kernel for {x.dtype} of shape {tuple(x.shape)}, as it lies")
+    return shape
+
+
+def _call(name: str, *arguments: object) -> None:
+    library = _library()
+    assert library is not None  # `layout` is None without it
+    values = [
+        a.data_ptr() if isinstance(a, Tensor) else a.ctypes.data if isinstance(a, np.ndarray) else a
+        for a in arguments
+    ]
+    if getattr(library, f"normlab_{name}")(*values, torch.get_num_threads()):
+        raise MemoryError(f"normlab_{name}")

@@ -1,0 +1,480 @@
+/* Passes over memory that PyTorch makes one by one, made together.
+ *
+ * Plain C on float32, called through ctypes; no Python or torch headers. It is compiled once for
+ * each instruction set (see setup.py) and knows only the width of a vector register.
+ *
+ * Layout: activations are N x C x S, row-major. Channels-last images and dense activations are the
+ * matrix case, S = 1 and N = number of pixels; contiguous images have S = H*W.
+ *
+ * Determinism: work is cut into items that depend on the shape alone, and their results are merged
+ * in order. The bits do not depend on the number of threads.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define VEC 16
+#elif defined(__AVX__)
+#define VEC 8
+#else
+#define VEC 4
+#endif
+#define LANES 32          /* channels that are summed together, in registers */
+#define REGS (LANES / VEC)
+#define BLOCK 64          /* rows summed in float, in cache, before they join the double sums */
+#define STRIP 128         /* channels of one work item */
+#define CHUNKS 32         /* at most so many work items along the rows */
+#define FOLD 512          /* elementwise passes run over at least so many values at a time */
+
+typedef float vec __attribute__((vector_size(4 * VEC), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * VEC), aligned(4), may_alias));
+typedef uint16_t hvec __attribute__((vector_size(2 * VEC), aligned(2), may_alias));
+typedef uint8_t bvec __attribute__((vector_size(VEC), aligned(1), may_alias));
+typedef int64_t i64;
+
+#define EACH_REG _Pragma("GCC unroll 8") for (int k = 0; k < REGS; k++)
+#define PARALLEL_FOR _Pragma("omp parallel for schedule(static) num_threads(threads)")
+
+static inline vec load(const float *p) { return *(const vec *)p; }
+static inline void store(float *p, vec v) { *(vec *)p = v; }
+static inline i64 min64(i64 a, i64 b) { return a < b ? a : b; }
+static inline i64 max64(i64 a, i64 b) { return a > b ? a : b; }
+
+/* ReLU, then dropout with 16-bit draws: h = max(z, 0) * (draw >= threshold ? scale : 0).
+ * Arithmetic, not selection, so that NaN and infinity stay visible. */
+static void relu_dropout(const float *z, const uint16_t *draws, int32_t threshold, float scale,
+                         float *h, i64 size) {
+    i64 i = 0;
+    for (; i + VEC <= size; i += VEC) {
+        vec v = load(z + i);
+        v = (vec)((ivec)v & ~(v <= 0.0f));
+        if (draws) {
+            ivec draw = __builtin_convertvector(*(const hvec *)(draws + i), ivec);
+            vec factor = (vec)((ivec)((vec){0} + scale) & (draw >= threshold));
+            v *= factor;
+        }
+        store(h + i, v);
+    }
+    for (; i < size; i++) {
+        float v = z[i] <= 0.0f ? 0.0f : z[i];
+        h[i] = draws ? v * (draws[i] >= threshold ? scale : 0.0f) : v;
+    }
+}
+
+/* Mean and sum of squared deviations of `count` values, mergeable (Chan, Golub, LeVeque 1979). */
+typedef struct {
+    double mean[LANES], m2[LANES];
+} lanes_t;
+
+static inline void merge(double *mean, double *m2, double count, double mean_b, double m2_b,
+                         double count_b) {
+    double weight = count_b / (count + count_b), delta = mean_b - *mean;
+    *mean += delta * weight;
+    *m2 += m2_b + delta * delta * count * weight;
+}
+
+/* Moments of LANES columns over at most BLOCK rows, joined to those of `count` earlier rows.
+ * Values are taken relative to the first: a constant column has exactly its value as mean and 0 as
+ * variance. Two passes, the second in cache: nothing cancels. */
+static void block_moments(const float *x, i64 stride, int rows, double count, lanes_t *acc) {
+    vec first[REGS], sum[REGS], squares[REGS];
+    EACH_REG { first[k] = load(x + k * VEC); sum[k] = squares[k] = (vec){0}; }
+    for (int r = 1; r < rows; r++)
+        EACH_REG sum[k] += load(x + r * stride + k * VEC) - first[k];
+    EACH_REG sum[k] /= (float)rows;
+    for (int r = 0; r < rows; r++)
+        EACH_REG {
+            vec d = load(x + r * stride + k * VEC) - first[k] - sum[k];
+            squares[k] += d * d;
+        }
+    double weight = rows / (count + rows);
+    const float *f = (const float *)first, *s = (const float *)sum, *q = (const float *)squares;
+    for (int j = 0; j < LANES; j++) {
+        double delta = (double)f[j] + s[j] - acc->mean[j];
+        acc->mean[j] += delta * weight;
+        acc->m2[j] += q[j] + delta * delta * count * weight;
+    }
+}
+
+/* Sums of g and of g*(x - mean) of LANES columns over at most BLOCK rows. */
+static void block_sums(const float *x, const float *g, i64 stride, int rows, const float *mean,
+                       lanes_t *acc) {
+    vec center[REGS], sum[REGS], product[REGS];
+    EACH_REG { center[k] = load(mean + k * VEC); sum[k] = product[k] = (vec){0}; }
+    for (int r = 0; r < rows; r++)
+        EACH_REG {
+            vec gr = load(g + r * stride + k * VEC);
+            sum[k] += gr;
+            product[k] += gr * (load(x + r * stride + k * VEC) - center[k]);
+        }
+    const float *s = (const float *)sum, *p = (const float *)product;
+    for (int j = 0; j < LANES; j++) { acc->mean[j] += s[j]; acc->m2[j] += p[j]; }
+}
+
+/* Copy a block narrower than LANES into `pack`, filled up with zeros, so that vectors can read it. */
+static const float *packed(const float *x, i64 stride, int rows, int width, float *pack) {
+    for (int r = 0; r < rows; r++) {
+        memcpy(pack + r * LANES, x + r * stride, width * sizeof(float));
+        memset(pack + r * LANES + width, 0, (LANES - width) * sizeof(float));
+    }
+    return pack;
+}
+
+/* What a reduction reads. With `z`, `x` is written first: x = relu_dropout(z). With `g`, sums are
+ * taken instead of moments. */
+typedef struct {
+    float *x;
+    const float *z, *g, *mean;
+    const uint16_t *draws;
+    int32_t threshold;
+    float scale;
+} source_t;
+
+/* Reduce rows [row, end) of columns [left, right) of a matrix `columns` wide into out0 and out1. */
+static void reduce_item(const source_t *s, i64 columns, i64 row, i64 end, i64 left, i64 right,
+                        double *out0, double *out1) {
+    lanes_t acc[STRIP / LANES];
+    float pack_x[BLOCK * LANES], pack_g[BLOCK * LANES], pack_mean[LANES] = {0};
+    memset(acc, 0, sizeof acc);
+    for (i64 r = row; r < end; r += BLOCK) {
+        int rows = (int)min64(BLOCK, end - r);
+        if (s->z) {
+            int whole = left == 0 && right == columns;
+            for (int i = 0; i < (whole ? 1 : rows); i++) {
+                i64 at = (r + i) * columns + left;
+                relu_dropout(s->z + at, s->draws ? s->draws + at : NULL, s->threshold, s->scale,
+                             s->x + at, whole ? rows * columns : right - left);
+            }
+        }
+        for (i64 c = left; c < right; c += LANES) {
+            lanes_t *a = &acc[(c - left) / LANES];
+            const float *x = s->x + r * columns + c, *g = s->g ? s->g + r * columns + c : NULL;
+            const float *mean = s->mean ? s->mean + c : NULL;
+            int width = (int)min64(LANES, right - c);
+            i64 stride = columns;
+            if (width < LANES) {
+                x = packed(x, stride, rows, width, pack_x);
+                if (g) {
+                    g = packed(g, stride, rows, width, pack_g);
+                    memcpy(pack_mean, mean, width * sizeof(float));
+                    mean = pack_mean;
+                }
+                stride = LANES;
+            }
+            if (g) block_sums(x, g, stride, rows, mean, a);
+            else block_moments(x, stride, rows, (double)(r - row), a);
+        }
+    }
+    for (i64 c = left; c < right; c++) {
+        out0[c] = acc[(c - left) / LANES].mean[(c - left) % LANES];
+        out1[c] = acc[(c - left) / LANES].m2[(c - left) % LANES];
+    }
+}
+
+/* Join partial results `parts` x C, each over counts[p] values, into those of part 0. */
+static void join(double *a, double *b, const i64 *counts, i64 parts, i64 C, int sums) {
+    double count = (double)counts[0];
+    for (i64 p = 1; p < parts; p++) {
+        for (i64 c = 0; c < C; c++) {
+            if (sums) { a[c] += a[p * C + c]; b[c] += b[p * C + c]; }
+            else merge(&a[c], &b[c], count, a[p * C + c], b[p * C + c], (double)counts[p]);
+        }
+        count += (double)counts[p];
+    }
+}
+
+/* The matrix case. Few channels are folded: `fold` rows are read as one long row, whose parts are
+ * joined at the end. Returns 0, or -1 when memory is short. */
+static int reduce_matrix(const source_t *s, i64 N, i64 C, double *out0, double *out1, int threads) {
+    i64 fold = 1;
+    while (C < LANES && fold * C % LANES && fold < LANES) fold *= 2;
+    i64 columns = fold * C, rows = N / fold, rest = N - rows * fold;
+    i64 step = max64((rows + CHUNKS - 1) / CHUNKS, 4 * BLOCK);
+    i64 chunks = (rows + step - 1) / step, strips = (columns + STRIP - 1) / STRIP;
+    i64 parts = chunks * fold + (rest > 0);
+    double *a = malloc(2 * parts * C * sizeof(double) + parts * sizeof(i64)), *b = a + parts * C;
+    if (!a) return -1;
+    i64 *counts = (i64 *)(b + parts * C);
+    float *wide_mean = NULL;
+    if (s->g) {
+        if (!(wide_mean = malloc(columns * sizeof(float)))) { free(a); return -1; }
+        for (i64 j = 0; j < columns; j++) wide_mean[j] = s->mean[j % C];
+    }
+    source_t wide = *s;
+    wide.mean = wide_mean;
+    PARALLEL_FOR
+    for (i64 item = 0; item < chunks * strips; item++) {
+        i64 chunk = item / strips, left = item % strips * STRIP;
+        reduce_item(&wide, columns, chunk * step, min64(rows, (chunk + 1) * step), left,
+                    min64(columns, left + STRIP), a + chunk * columns, b + chunk * columns);
+    }
+    for (i64 p = 0; p < chunks * fold; p++) counts[p] = min64(step, rows - p / fold * step);
+    if (rest) {
+        i64 p = parts - 1;
+        reduce_item(&wide, C, rows * fold, N, 0, C, a + p * C, b + p * C);
+        counts[p] = rest;
+    }
+    join(a, b, counts, parts, C, s->g != NULL);
+    memcpy(out0, a, C * sizeof(double));
+    memcpy(out1, b, C * sizeof(double));
+    free(wide_mean);
+    free(a);
+    return 0;
+}
+
+/* Moments, or sums, of one plane of S contiguous values: lanes first, then across them. */
+static void reduce_plane(const float *x, const float *g, float mean, i64 S, double *out0,
+                         double *out1) {
+    lanes_t acc;
+    float means[LANES];
+    memset(&acc, 0, sizeof acc);
+    for (int j = 0; j < LANES; j++) means[j] = mean;
+    i64 rows = S / LANES;
+    for (i64 r = 0; r < rows; r += BLOCK) {
+        int n = (int)min64(BLOCK, rows - r);
+        if (g) block_sums(x + r * LANES, g + r * LANES, LANES, n, means, &acc);
+        else block_moments(x + r * LANES, LANES, n, (double)r, &acc);
+    }
+    double a = 0, b = 0;
+    if (g) {
+        for (int j = 0; j < LANES; j++) { a += acc.mean[j]; b += acc.m2[j]; }
+        for (i64 i = rows * LANES; i < S; i++) { a += g[i]; b += g[i] * (double)(x[i] - mean); }
+    } else {
+        for (int j = 0; rows && j < LANES; j++) a += acc.mean[j] - acc.mean[0];
+        a = acc.mean[0] + a / LANES;
+        for (int j = 0; rows && j < LANES; j++) {
+            double d = acc.mean[j] - a;
+            b += acc.m2[j] + d * d * rows;
+        }
+        for (i64 i = rows * LANES; i < S; i++) {
+            if (i == 0) a = x[0];
+            else merge(&a, &b, (double)i, x[i], 0.0, 1.0);
+        }
+    }
+    *out0 = a;
+    *out1 = b;
+}
+
+static int reduce(const source_t *s, i64 N, i64 C, i64 S, double *out0, double *out1, int threads) {
+    if (S == 1) return reduce_matrix(s, N, C, out0, out1, threads);
+    double *a = malloc(2 * N * C * sizeof(double) + N * sizeof(i64)), *b = a + N * C;
+    if (!a) return -1;
+    i64 *counts = (i64 *)(b + N * C);
+    for (i64 n = 0; n < N; n++) counts[n] = S;
+    PARALLEL_FOR
+    for (i64 p = 0; p < N * C; p++)
+        reduce_plane(s->x + p * S, s->g ? s->g + p * S : NULL, s->mean ? s->mean[p % C] : 0.0f, S,
+                     a + p, b + p);
+    join(a, b, counts, N, C, s->g != NULL);
+    memcpy(out0, a, C * sizeof(double));
+    memcpy(out1, b, C * sizeof(double));
+    free(a);
+    return 0;
+}
+
+/* y = (x - mean)*a + b, value by value. */
+static void affine_row(const float *x, const float *mean, const float *a, const float *b, float *y,
+                       i64 size) {
+    for (i64 i = 0; i < size; i++) y[i] = (x[i] - mean[i]) * a[i] + b[i];
+}
+
+static void affine_plane(const float *x, float mean, float a, float b, float *y, i64 size) {
+    for (i64 i = 0; i < size; i++) y[i] = (x[i] - mean) * a + b;
+}
+
+/* dx = a*g - b*(x - mean) - c; with keep_scale > 0 also through dropout and ReLU, which let pass
+ * exactly where x, their output, is not 0. */
+static void gradient_row(const float *x, const float *g, const float *mean, const float *a,
+                         const float *b, const float *c, float keep_scale, float *dx, i64 size) {
+    if (keep_scale > 0)
+        for (i64 i = 0; i < size; i++) {
+            float d = a[i] * g[i] - b[i] * (x[i] - mean[i]) - c[i];
+            dx[i] = x[i] != 0.0f ? d * keep_scale : 0.0f;
+        }
+    else
+        for (i64 i = 0; i < size; i++) dx[i] = a[i] * g[i] - b[i] * (x[i] - mean[i]) - c[i];
+}
+
+static void gradient_plane(const float *x, const float *g, float mean, float a, float b, float c,
+                           float *dx, i64 size) {
+    for (i64 i = 0; i < size; i++) dx[i] = a * g[i] - b * (x[i] - mean) - c;
+}
+
+/* Repeat the C values of each of `count` vectors `fold` times, so that rows can be read together. */
+static float *repeated(const float *const *vectors, int count, i64 C, i64 fold) {
+    float *wide = malloc(count * fold * C * sizeof(float));
+    for (int v = 0; wide && v < count; v++)
+        for (i64 f = 0; f < fold; f++)
+            memcpy(wide + (v * fold + f) * C, vectors[v], C * sizeof(float));
+    return wide;
+}
+
+/* ---- What Python calls. Every function returns 0, or -1 when memory is short. ---- */
+
+/* mean and biased variance (C) of x, N x C x S. With z (S = 1), x = relu_dropout(z) is written. */
+int normlab_moments(float *x, const float *z, const uint16_t *draws, int32_t threshold, float scale,
+                    i64 N, i64 C, i64 S, float *mean, float *var, int threads) {
+    source_t s = {.x = x, .z = z, .draws = draws, .threshold = threshold, .scale = scale};
+    double *m = malloc(2 * C * sizeof(double));
+    if (!m) return -1;
+    int failed = reduce(&s, N, C, S, m, m + C, threads);
+    for (i64 c = 0; !failed && c < C; c++) {
+        mean[c] = (float)m[c];
+        var[c] = (float)(m[C + c] / ((double)N * S));
+    }
+    free(m);
+    return failed;
+}
+
+/* y = weight*(x - mean)/sqrt(var + eps) + bias; weight and bias may be NULL. */
+int normlab_normalize(const float *x, const float *mean, const float *var, const float *weight,
+                      const float *bias, float eps, i64 N, i64 C, i64 S, float *y, int threads) {
+    float *a = malloc(2 * C * sizeof(float)), *b = a + C;
+    if (!a) return -1;
+    for (i64 c = 0; c < C; c++) {
+        a[c] = (weight ? weight[c] : 1.0f) / sqrtf(var[c] + eps);
+        b[c] = bias ? bias[c] : 0.0f;
+    }
+    if (S > 1) {
+        PARALLEL_FOR
+        for (i64 p = 0; p < N * C; p++)
+            affine_plane(x + p * S, mean[p % C], a[p % C], b[p % C], y + p * S, S);
+        free(a);
+        return 0;
+    }
+    i64 fold = max64(1, FOLD / C), columns = fold * C, rows = (N + fold - 1) / fold;
+    float *wide = repeated((const float *const[]){mean, a, b}, 3, C, fold);
+    free(a);
+    if (!wide) return -1;
+    PARALLEL_FOR
+    for (i64 r = 0; r < rows; r++) {
+        i64 at = r * columns;
+        affine_row(x + at, wide, wide + columns, wide + 2 * columns, y + at,
+                   min64(columns, N * C - at));
+    }
+    free(wide);
+    return 0;
+}
+
+/* The gradient of normlab_normalize(normlab_moments(x)), from g = dL/dy:
+ *     bias_grad   = sum g
+ *     weight_grad = sum g*x_hat
+ *     dx = weight/(M*sigma) * (M*g - sum g - x_hat * sum g*x_hat)
+ * dx may be NULL. With keep_scale > 0 (S = 1) dx goes on through dropout and ReLU, whose output
+ * x is. */
+int normlab_gradient(const float *x, const float *g, const float *mean, const float *var,
+                     const float *weight, float eps, float keep_scale, i64 N, i64 C, i64 S,
+                     float *dx, float *weight_grad, float *bias_grad, int threads) {
+    source_t s = {.x = (float *)x, .g = g, .mean = mean};
+    double *sums = malloc(2 * C * sizeof(double)), M = (double)N * S;
+    float *a = malloc(3 * C * sizeof(float)), *b = a + C, *c0 = b + C, *wide = NULL;
+    int failed = !sums || !a || reduce(&s, N, C, S, sums, sums + C, threads);
+    for (i64 c = 0; !failed && c < C; c++) {
+        double r = 1.0 / sqrt((double)var[c] + eps), gamma = weight ? weight[c] : 1.0;
+        bias_grad[c] = (float)sums[c];
+        weight_grad[c] = (float)(sums[C + c] * r);
+        a[c] = (float)(gamma * r);
+        b[c] = (float)(gamma * r * r * r * sums[C + c] / M);
+        c0[c] = (float)(gamma * r * sums[c] / M);
+    }
+    if (!failed && dx && S > 1) {
+        PARALLEL_FOR
+        for (i64 p = 0; p < N * C; p++) {
+            i64 c = p % C;
+            gradient_plane(x + p * S, g + p * S, mean[c], a[c], b[c], c0[c], dx + p * S, S);
+        }
+    } else if (!failed && dx) {
+        i64 fold = max64(1, FOLD / C), columns = fold * C, rows = (N + fold - 1) / fold;
+        wide = repeated((const float *const[]){mean, a, b, c0}, 4, C, fold);
+        failed = !wide;
+        PARALLEL_FOR
+        for (i64 r = 0; r < (failed ? 0 : rows); r++) {
+            i64 at = r * columns;
+            gradient_row(x + at, g + at, wide, wide + columns, wide + 2 * columns,
+                         wide + 3 * columns, keep_scale, dx + at, min64(columns, N * C - at));
+        }
+    }
+    free(wide);
+    free(a);
+    free(sums);
+    return failed ? -1 : 0;
+}
+
+/* One row of 2 x 2 windows: y = their maxima, which = position (0 to 3) of the first maximum, or
+ * of the last NaN, as PyTorch chooses. */
+static void pool_row(const float *top, const float *bottom, i64 windows, i64 C, float *y,
+                     uint8_t *which) {
+    for (i64 w = 0; w < windows; w++) {
+        const float *corner[4] = {top + 2 * w * C, top + (2 * w + 1) * C, bottom + 2 * w * C,
+                                  bottom + (2 * w + 1) * C};
+        i64 c = 0;
+        for (; c + VEC <= C; c += VEC) {
+            vec best = load(corner[0] + c);
+            ivec at = {0};
+            for (int k = 1; k < 4; k++) {
+                vec v = load(corner[k] + c);
+                ivec better = (v > best) | (v != v);
+                best = (vec)(((ivec)v & better) | ((ivec)best & ~better));
+                at = (((ivec){0} + k) & better) | (at & ~better);
+            }
+            store(y + w * C + c, best);
+            *(bvec *)(which + w * C + c) = __builtin_convertvector(at, bvec);
+        }
+        for (; c < C; c++) {
+            int at = 0;
+            for (int k = 1; k < 4; k++) {
+                float v = corner[k][c];
+                if (v > corner[at][c] || v != v) at = k;
+            }
+            y[w * C + c] = corner[at][c];
+            which[w * C + c] = (uint8_t)at;
+        }
+    }
+}
+
+static void pool_row_gradient(const float *g, const uint8_t *which, i64 windows, i64 C, float *top,
+                              float *bottom) {
+    for (i64 w = 0; w < windows; w++) {
+        float *corner[4] = {top + 2 * w * C, top + (2 * w + 1) * C, bottom + 2 * w * C,
+                            bottom + (2 * w + 1) * C};
+        i64 c = 0;
+        for (; c + VEC <= C; c += VEC) {
+            ivec gv = (ivec)load(g + w * C + c);
+            ivec at = __builtin_convertvector(*(const bvec *)(which + w * C + c), ivec);
+            for (int k = 0; k < 4; k++) store(corner[k] + c, (vec)(gv & (at == k)));
+        }
+        for (; c < C; c++)
+            for (int k = 0; k < 4; k++)
+                corner[k][c] = which[w * C + c] == k ? g[w * C + c] : 0.0f;
+    }
+}
+
+/* 2 x 2 maxima of x, N x H x W x C; an odd last row or column is left out. */
+int normlab_pool(const float *x, i64 N, i64 H, i64 W, i64 C, float *y, uint8_t *which,
+                 int threads) {
+    i64 h = H / 2, w = W / 2;
+    PARALLEL_FOR
+    for (i64 r = 0; r < N * h; r++) {
+        const float *top = x + (r / h * H + r % h * 2) * W * C;
+        pool_row(top, top + W * C, w, C, y + r * w * C, which + r * w * C);
+    }
+    return 0;
+}
+
+int normlab_pool_gradient(const float *g, const uint8_t *which, i64 N, i64 H, i64 W, i64 C,
+                          float *dx, int threads) {
+    i64 h = H / 2, w = W / 2, line = W * C;
+    PARALLEL_FOR
+    for (i64 r = 0; r < N * h; r++) {
+        float *top = dx + (r / h * H + r % h * 2) * line;
+        pool_row_gradient(g + r * w * C, which + r * w * C, w, C, top, top + line);
+        if (W % 2) {
+            memset(top + 2 * w * C, 0, C * sizeof(float));
+            memset(top + line + 2 * w * C, 0, C * sizeof(float));
+        }
+        if (H % 2 && r % h == h - 1) memset(top + 2 * line, 0, line * sizeof(float));
+    }
+    return 0;
+}

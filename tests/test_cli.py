@@ -1,0 +1,253 @@
+"""The command as people type it: real processes, their output and exit codes."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SAMPLE = ["--data", "sample", "--threads", "1"]
+TINY = [*SAMPLE, "--epochs", "1", "--batch-size", "90"]
+
+
+def normlab(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "normlab", *words],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    done = normlab("train", "notebook", *TINY, "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout, encoding="utf-8")
+    return folder
+
+
+def test_train_ends_with_lines_worth_reading_and_json(trained: Path) -> None:
+    lines = (trained / "stdout").read_text(encoding="utf-8").splitlines()
+    result = json.loads(lines[-1])
+    run = trained / "runs" / "0001-notebook"
+    assert result == json.loads((run / "result.json").read_text())
+    epoch = r"4/4 - \d+s - loss: \d\.\d{4} - accuracy: 0\.\d{4} - val_loss: .* - val_accuracy: .*"
+    assert any(re.fullmatch(epoch, line) for line in lines)
+    assert "Epoch 1/1" in lines
+    text = "\n".join(lines)
+    for expected in ("Test accuracy:", "95 % interval", "Time: data", "Weakest class:", "Limit:"):
+        assert expected in text
+    assert str(Path("runs") / "0001-notebook" / "report.html") in text
+
+
+def test_evaluate_takes_the_latest_run(trained: Path) -> None:
+    done = normlab("evaluate", "--json", "--weights", "best", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(done.stdout.splitlines()[-1])
+    assert scores["test_images"] == 200
+    assert sum(map(sum, scores["confusion"])) == 200
+    folder = trained / "runs" / "0001-notebook" / "evaluation-best"
+    assert {p.name for p in folder.iterdir()} == {
+        "calibration.png",
+        "confusion.png",
+        "evaluation.json",
+        "mistakes.png",
+        "report.html",
+    }
+
+
+def test_the_printed_commands_work(trained: Path) -> None:
+    """Of the three commands to try next, the one that is quick; and the report's."""
+    text = (trained / "stdout").read_text(encoding="utf-8")
+    command = next(line for line in text.splitlines() if "--norm none" in line)
+    words = command.split("#")[0].replace('"', "").split()[1:]
+    done = normlab(*words, "--epochs", "1", "--batch-size", "90", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    assert (trained / "runs" / "0002-notebook" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "value", "remedy"),
+    [
+        (["train", "notebok"], "notebok", "notebook"),
+        (["train", "--epoch", "3"], "--epoch", "--epochs"),
+        (["train", "--epochs", "0", *SAMPLE], "epochs=0", "at least 1"),
+        (["train", "--epochs", "x"], "x", "integer"),
+        (["train", "--norm", "bach", *SAMPLE], "bach", "batch"),
+        (["train", "--threads", "9999"], "9999", "cores"),
+        (["train", "--device", "tpu", *SAMPLE], "tpu", "cpu"),
+        (["train", "--data", "no/such.npz"], "no/such.npz", "exist"),
+        (["train", "--out", "full", *SAMPLE], "full", "new one"),
+        (["train", "--out", "file", *SAMPLE], "file", "--out"),
+        (["train", "--validation", "1.5", *SAMPLE], "1.5", "[0, 1)"),
+        (["train", "--resume", "nowhere"], "nowhere", "normlab train"),
+        (["train", "notebook", "--resume", "x"], "recipe", "--resume"),
+        (["evaluate"], "runs", "normlab train"),
+        (["evaluate", "nowhere"], "nowhere", "normlab train"),
+        (["summary", "notebok"], "notebok", "notebook"),
+        (["frobnicate"], "frobnicate", "--help"),
+    ],
+)
+def test_a_mistake_is_one_line_with_value_and_remedy(
+    in_tmp: Path, words: list[str], value: str, remedy: str
+) -> None:
+    (in_tmp / "full").mkdir()
+    (in_tmp / "full" / "thesis.tex").touch()
+    (in_tmp / "file").touch()
+    before = sorted(in_tmp.rglob("*"))
+    done = normlab(*words, cwd=in_tmp)
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert value in done.stderr
+    assert remedy in done.stderr
+    assert sorted(in_tmp.rglob("*")) == before
+
+
+def test_non_finite_loss_has_its_own_exit_code(in_tmp: Path) -> None:
+    words = ["train", "notebook", "--norm", "none", "--learning-rate", "1e30", *TINY]
+    done = normlab(*words, cwd=in_tmp)
+    assert done.returncode == 3
+    assert "--learning-rate" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    """Begin a long training in a process of its own and wait for its first epoch."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "normlab", "train", "notebook", *SAMPLE, "--epochs", "500"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("12/12"):
+            return process
+    raise AssertionError(process.stderr.read() if process.stderr else "")
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_cleanly_and_says_how_to_go_on(
+    in_tmp: Path, signum: signal.Signals, code: int
+) -> None:
+    process = start(in_tmp)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "normlab train --resume runs/0001-notebook" in errors
+    assert "Traceback" not in errors
+    names = {p.name for p in (in_tmp / "runs" / "0001-notebook").iterdir()}
+    assert "checkpoint.safetensors" in names
+    assert "result.json" not in names
+    assert not [name for name in names if name.endswith(".tmp")]
+
+
+def test_a_double_ctrl_c_ends_at_once(in_tmp: Path) -> None:
+    process = start(in_tmp)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+def test_on_a_terminal_there_is_a_bar(in_tmp: Path) -> None:
+    """Also on one of 20 columns, where lines may be cut but nothing may fail."""
+    for columns in ("100", "20"):
+        leader, follower = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "normlab", "train", "notebook", *TINY],
+            cwd=in_tmp,
+            env={**os.environ, "COLUMNS": columns, "TERM": "xterm"},
+            stdout=follower,
+            stderr=follower,
+        )
+        os.close(follower)
+        shown = b""
+        while True:
+            try:
+                chunk = os.read(leader, 65536)
+            except OSError:
+                break
+            if not chunk:
+                break
+            shown += chunk
+        os.close(leader)
+        assert process.wait(timeout=60) == 0
+        text = shown.decode()
+        assert "epoch 1/1" in text
+        assert ("images/s" in text.split("Test loss")[0]) == (columns == "100")
+        assert "Test accuracy" in text
+
+
+def test_odd_surroundings(in_tmp: Path) -> None:
+    """Spaces and other alphabets in paths, an ASCII locale."""
+    folder = in_tmp / "mein Ordner 模型"
+    folder.mkdir()
+    done = normlab(
+        "train", "notebook", *TINY, "--out", "ein Lauf é", cwd=folder, LANG="C", LC_ALL="C"
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / "ein Lauf é" / "result.json").exists()
+
+
+def test_tensorboard_events(in_tmp: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "normlab", "train", "notebook", *TINY, "--tensorboard"],
+        cwd=in_tmp,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = in_tmp / "runs" / "0001-notebook"
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    row = json.loads((folder / "history.jsonl").read_text().splitlines()[0])
+    (scalar,) = events.Scalars("val_accuracy")
+    assert scalar.value == pytest.approx(row["val_accuracy"])
+
+
+def test_help_is_instant_and_the_front_door_light(tmp_path: Path) -> None:
+    def seconds() -> float:
+        """Processor time, which other processes on the machine cannot lengthen much."""
+        before = os.times()
+        assert normlab("--help", cwd=tmp_path).returncode == 0
+        after = os.times()
+        return (
+            after.children_user
+            - before.children_user
+            + after.children_system
+            - (before.children_system)
+        )
+
+    assert min(seconds() for _ in range(5)) < 0.3
+    code = "import normlab, sys; print(sorted({'torch','numpy','scipy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+def test_two_runs_at_once_get_folders_of_their_own(in_tmp: Path) -> None:
+    command = [sys.executable, "-m", "normlab", "train", "notebook", *TINY]
+    processes = [subprocess.Popen(command, cwd=in_tmp, stdout=subprocess.DEVNULL) for _ in range(3)]
+    assert [p.wait(timeout=120) for p in processes] == [0, 0, 0]
+    names = sorted(p.name for p in (in_tmp / "runs").iterdir())
+    assert names == ["0001-notebook", "0002-notebook", "0003-notebook"]
+    hashes = {
+        json.loads((in_tmp / "runs" / name / "result.json").read_text())["weights_sha256"]
+        for name in names
+    }
+    assert len(hashes) == 1
