@@ -7,7 +7,7 @@ returned, never stored; and nothing here draws from a global generator.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -27,11 +27,6 @@ DEAD = 1e-6  # of the layer's largest gradient: below it a channel counts as dea
 
 Sample = dict[str, NDArray[np.float32]]
 _NAN = np.full((), np.nan, np.float32)
-
-
-def unfused() -> AbstractContextManager[None]:
-    """Run each layer as a module of its own: hooks do not see what a fused kernel never makes."""
-    return nullcontext()
 
 
 @contextmanager
@@ -65,7 +60,13 @@ def observed(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def captured(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Collect the (input, output) of each observed layer while the model runs in this context."""
+    """Collect the (input, output) of each observed layer while the model runs in this context.
+
+    Fused stages give way to the layers one by one where a layer has a hook (`layers.fused`).
+
+    Raises:
+        NormlabError: a layer did not run, or not as a module.
+    """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook_for(name: str) -> object:
@@ -77,8 +78,7 @@ def captured(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     layers = observed(model)
     hooks = [m.register_forward_hook(hook_for(name)) for name, m in layers.items()]  # type: ignore[arg-type]
     try:
-        with unfused():
-            yield seen
+        yield seen
     finally:
         for hook in hooks:
             hook.remove()

@@ -83,7 +83,8 @@ def read_recording(run: Path) -> Recording:
     if not path.exists():
         raise UserError(f"run {str(run)!r} holds no {RECORDING}: train it with --record")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # opened here, since NumPy leaves a damaged archive open
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         steps, layers = arrays.pop("step"), tuple(map(str, arrays.pop("layers")))
         if any(len(values) != len(steps) for values in arrays.values()) or not len(steps):
