@@ -176,11 +176,11 @@ def _replay(task: Task, plan: Plan, walker: "Walker") -> None:
         model = task.build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         try:
             fit(plan, State(model, make_optimizer(plan.recipe, model)), device, (walker,))
-        except _EnoughError:
+        except EndOfReplay:
             return
 
 
-class _EnoughError(Exception):
+class EndOfReplay(Exception):
     """The last step that was asked for is done."""
 
 
@@ -214,7 +214,7 @@ class Walker:
                 self.found[state.step] = self._walk(state.model, loss, gradient)
                 self.last = gradient
         if state.step > max(self.steps):
-            raise _EnoughError
+            raise EndOfReplay
 
     def _walk(self, model: nn.Module, loss: float, gradient: Tensor) -> dict[str, float]:
         parameters = _trainable(model)
