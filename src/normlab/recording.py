@@ -40,7 +40,7 @@ class Recording:
             each with T as its first dimension. And: `L/in/drift`, `L/out/drift`, how far the last
             step alone moved the mean of a channel, in the channel's standard deviations, averaged
             over the channels; `L/effective_rate`, lr/‖w‖² (van Laarhoven 2017, arXiv 1706.05350);
-            `loss` on the probe; `seconds`, what the sample cost.
+            `loss` on the probe; `seconds`, what the sample cost, but for writing it.
     """
 
     steps: NDArray[np.int64]
@@ -117,6 +117,7 @@ class Recorder:
         self.recording = Recording(np.empty(0, np.int64), (), {})
         self.before: tuple[int, activations.Sample] | None = None
         self.started = False
+        self.spent = 0.0
 
     def before_training(self, plan: Plan) -> None:
         self.plan = plan
@@ -128,17 +129,18 @@ class Recorder:
             self.recording = read_recording(plan.folder)
 
     def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
+        began = time.perf_counter()
         if not self.started:  # a resumed run repeats the steps since its checkpoint
             self.recording, self.started = self.recording.until(state.step - 1), True
         if state.step in self.steps:
-            self._sample(state)
+            self._sample(state, began)
         elif state.step + 1 in self.steps:
             x, _ = self._batch(state)
             means = activations.channel_means(state.model, x, self._rng())
             self.before = state.step, means
+            self.spent = time.perf_counter() - began
 
-    def _sample(self, state: State) -> None:
-        started = time.perf_counter()
+    def _sample(self, state: State, began: float) -> None:
         x, labels = self._batch(state)
         sample = activations.probe(state.model, x, labels, self._rng())
         if not self.recording.layers:
@@ -151,7 +153,9 @@ class Recorder:
                 rate = _learning_rate(state, f"{layer}.weight")
                 sample[f"{layer}/effective_rate"] = np.asarray(rate / norm**2, np.float32)
         self.before = state.step, sample
-        sample["seconds"] = np.asarray(time.perf_counter() - started, np.float32)
+        spent = self.spent + time.perf_counter() - began
+        sample["seconds"] = np.asarray(spent, np.float32)
+        self.spent = 0.0
         self.recording = self.recording.append(state.step, sample)
         last = state.step == self.plan.steps
         self.recording.write(self.plan.folder / RECORDING, compress=last)
