@@ -16,9 +16,10 @@ from normlab import recipes
 from normlab.data.batches import split_validation
 from normlab.errors import UserError
 from normlab.files import digest
-from normlab.fit import Plan, State, fit, make_optimizer
+from normlab.fit import Plan, State, fit
 from normlab.landscape import MEASURES, EndOfReplay, Walker, explore
 from normlab.models import SigmoidNet
+from normlab.optim import make_optimizer
 from normlab.runs import Task
 from recorded import write_run
 

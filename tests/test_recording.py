@@ -22,9 +22,10 @@ from normlab.data.batches import split_validation, to_input
 from normlab.environment import settings
 from normlab.errors import DataError, NormlabError, UserError
 from normlab.files import digest
-from normlab.fit import Interrupted, Plan, State, fit, make_optimizer
+from normlab.fit import Interrupted, Plan, State, fit
 from normlab.layers import BatchNorm, Dropout
 from normlab.models import NotebookNet
+from normlab.optim import make_optimizer
 from normlab.random import stream
 from normlab.recording import MOST_SAMPLES, RECORDING, Recorder, read_recording, sampled_steps
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from normlab.errors import NormlabError
-from normlab.layers import moments
+from normlab.layers import NoNorm, moments
 
 PERCENTILES = (15, 50, 85)  # Ioffe and Szegedy (2015), figure 1
 BINS = 64
@@ -47,14 +47,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
 def observed(model: nn.Module) -> dict[str, nn.Module]:
     """Each normaliser and each weight layer by name, in the order in which they were defined.
 
-    The place of a normaliser that was left out, an `nn.Identity`, counts as one: a network with
+    The place of a normaliser that was left out, a `NoNorm`, counts as one: a network with
     and one without normalisation have the same list.
     """
     return {
         name: module
         for name, module in model.named_modules()
         if not list(module.children())
-        and (isinstance(module, nn.Identity) or [*module.parameters(), *module.buffers()])
+        and (
+            isinstance(module, NoNorm) or hasattr(module, "running_mean") or [*module.parameters()]
+        )
     }
 
 

@@ -14,8 +14,8 @@ same η serve both arms. The change is told as a share of ‖g‖, where the pap
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,13 @@ from torch.nn.functional import cross_entropy
 
 from normlab.activations import untouched
 from normlab.data import ImageData
-from normlab.data.batches import Split, split_validation, to_input
+from normlab.data.batches import Split, to_input
 from normlab.environment import settings
 from normlab.errors import UserError
-from normlab.fit import Plan, State, fit, make_optimizer
+from normlab.fit import Plan, State, fit
 from normlab.random import stream
 from normlab.runs import Task
+from normlab.training import make_plan, new_state
 
 ARMS = ("batch", "none")
 MULTIPLES = (0.5, 1.0, 2.0, 4.0)
@@ -120,31 +121,29 @@ def explore(
     """
     if seeds < 2:
         raise UserError(f"seeds={seeds}: a band needs at least 2, better 3")
-    train, _ = split_validation(images.x_train, images.y_train, task.recipe.validation)
     base = task.recipe.learning_rate if task.recipe.optimizer == "sgd" else ADAM_STEP
     sizes = tuple(base * m for m in MULTIPLES)
     numbers = tuple(range(task.seed, task.seed + seeds))
     arms: dict[str, dict[str, NDArray[np.float64]]] = {}
-    places: list[int] = []
+    walker = Walker([], sizes, batch)
     for norm in ARMS:
         walks = []
         for seed in numbers:
             arm = replace(task, seed=seed, recipe=task.recipe.override(norm=norm))
-            plan = _plan(arm, train, threads)
+            plan = _plan(arm, images, threads)
             last = min(steps or plan.steps, plan.steps)
-            places = _places(last, points)
-            walker = Walker(places, sizes, batch)
-            _replay(arm, plan, walker)
-            walks.append([walker.found[step] for step in places])
+            walker = Walker(_places(last, points), sizes, batch)
+            _replay(arm, images, plan, walker)
+            walks.append([walker.found[step] for step in walker.steps])
             report(f"replayed {last:,} steps: norm {norm}, seed {seed}")
         arms[norm] = {m: np.array([[w[m] for w in walk] for walk in walks]) for m in MEASURES}
     return Landscape(
         recipe=task.recipe.name,
         data=images.name,
         seeds=numbers,
-        images=min(batch, len(train)),
+        images=walker.images,
         step_sizes=sizes,
-        steps=np.array(places),
+        steps=np.array(walker.steps),
         arms=arms,
     )
 
@@ -156,28 +155,17 @@ def _places(steps: int, points: int) -> list[int]:
     return [round(step) for step in np.linspace(1, steps - 1, points)]
 
 
-def _plan(task: Task, train: Split, threads: int) -> Plan:
+def _plan(task: Task, images: ImageData, threads: int) -> Plan:
     """The run's own, but for validation: its scores would decide nothing here."""
-    nothing = Split(train.images[:0], train.labels[:0])
-    recipe = replace(task.recipe, patience=None)
-    return Plan(
-        recipe=recipe,
-        folder=Path(),
-        seed=task.seed,
-        threads=threads,
-        train=train,
-        validation=nothing,
-    )
+    plan = make_plan(task, images, threads)
+    nothing = Split(plan.train.images[:0], plan.train.labels[:0])
+    return replace(plan, recipe=replace(plan.recipe, patience=None), validation=nothing)
 
 
-def _replay(task: Task, plan: Plan, walker: "Walker") -> None:
+def _replay(task: Task, images: ImageData, plan: Plan, walker: "Walker") -> None:
     device = torch.device("cpu")
-    with settings(plan.threads, device):
-        model = task.build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        try:
-            fit(plan, State(model, make_optimizer(plan.recipe, model)), device, (walker,))
-        except EndOfReplay:
-            return
+    with settings(plan.threads, device), suppress(EndOfReplay):
+        fit(plan, new_state(task, images, device), device, (walker,))
 
 
 class EndOfReplay(Exception):
@@ -188,7 +176,7 @@ class Walker:
     """An observer that walks along the gradient after each of `steps`; `found` has the measures."""
 
     def __init__(self, steps: list[int], sizes: tuple[float, ...], batch: int) -> None:
-        self.steps = set(steps)
+        self.steps = steps
         self.sizes = sizes
         self.batch = batch
         self.found: dict[int, dict[str, float]] = {}
@@ -198,6 +186,7 @@ class Walker:
         chosen = np.sort(stream(plan.seed, "landscape").permutation(len(plan.train))[: self.batch])
         self.x = to_input(plan.train.images[chosen])
         self.labels = torch.from_numpy(plan.train.labels[chosen])
+        self.images = len(chosen)
         self.seed = plan.seed
 
     def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:

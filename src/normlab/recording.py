@@ -120,12 +120,14 @@ class Recorder:
         self.spent = 0.0
 
     def before_training(self, plan: Plan) -> None:
-        self.plan = plan
+        if plan.folder is None:
+            raise UserError("a recording needs a run's folder to stand in: train with --out")
+        self.plan, self.path = plan, plan.folder / RECORDING
         self.steps = set(sampled_steps(plan.steps))
         size = min(MOST_IMAGES, plan.recipe.batch_size, len(plan.train))
         chosen = np.sort(stream(plan.seed, "probe").permutation(len(plan.train))[:size])
         self.images, self.labels = plan.train.images[chosen], plan.train.labels[chosen]
-        if (plan.folder / RECORDING).exists():
+        if self.path.exists():
             self.recording = read_recording(plan.folder)
 
     def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
@@ -158,7 +160,7 @@ class Recorder:
         self.spent = 0.0
         self.recording = self.recording.append(state.step, sample)
         last = state.step == self.plan.steps
-        self.recording.write(self.plan.folder / RECORDING, compress=last)
+        self.recording.write(self.path, compress=last)
 
     def _drift(self, step: int, name: str, sample: activations.Sample) -> NDArray[np.float32]:
         """NaN after the first step, and where a resumed run does not know the step before."""

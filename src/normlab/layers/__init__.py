@@ -1,14 +1,28 @@
 """Layers with their conventions stated where they bite."""
 
+from collections.abc import Callable
+
 from torch import nn
 
 from normlab.errors import UserError
 from normlab.layers.batchnorm import CONVENTIONS, BatchNorm, Convention, moments, normalize
 from normlab.layers.dropout import Dropout
 from normlab.layers.fused import MaxPool2d, norm_conv, relu_dropout_norm
+from normlab.layers.norms import GroupNorm, InstanceNorm, LayerNorm
 from normlab.layers.weights import Conv2d, Dense, Flatten
 
-NORMS = {"batch": BatchNorm, "none": lambda num_features: nn.Identity()}
+
+class NoNorm(nn.Identity):
+    """The place of a normaliser that was left out; what passes it can still be looked at."""
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": BatchNorm,
+    "none": lambda num_features: NoNorm(),
+    "layer": LayerNorm,
+    "group": GroupNorm,
+    "instance": InstanceNorm,
+}
 
 
 def normalizer(norm: str, num_features: int) -> nn.Module:
@@ -31,7 +45,11 @@ __all__ = [
     "Dense",
     "Dropout",
     "Flatten",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
     "MaxPool2d",
+    "NoNorm",
     "moments",
     "norm_conv",
     "normalize",

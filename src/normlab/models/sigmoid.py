@@ -17,7 +17,7 @@ class SigmoidNet(nn.Module):
     """Three dense layers of 100 sigmoids on 28 × 28 grey pixels (Ioffe and Szegedy 2015, 4.1).
 
     The normaliser stands between a dense layer and its sigmoid, so its output, or that of the
-    `nn.Identity` in its place, is the distribution that the paper's figure 1 (b, c) shows. Larger
+    `NoNorm` in its place, is the distribution that the paper's figure 1 (b, c) shows. Larger
     images are cut to their middle 28 × 28 pixels.
 
     Args:
