@@ -12,6 +12,7 @@ import click
 from normlab.cli_compare import compare
 from normlab.cli_data import data as data_group
 from normlab.cli_doctor import doctor, recalibrate
+from normlab.cli_inspect import inspect
 
 if TYPE_CHECKING:
     from normlab.fit import Observer
@@ -28,6 +29,7 @@ def cli() -> None:
 
 
 cli.add_command(data_group)
+cli.add_command(inspect)
 cli.add_command(compare)
 cli.add_command(doctor)
 cli.add_command(recalibrate)
@@ -58,6 +60,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="End with one line o
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder, new or empty.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into the run, too.")
 @click.option("--three-way", is_flag=True, help="Score each epoch with three kinds of statistics.")
+@click.option("--record", is_flag=True, help="Keep what each layer sees, for `normlab inspect`.")
 @click.option("--resume", metavar="RUN", help="Go on with an interrupted run.")
 @click.option("--allow-changes", is_flag=True, help="With --resume: although something differs.")
 @JSON
@@ -73,6 +76,7 @@ def train(
     out: Path | None,
     tensorboard: bool,
     three_way: bool,
+    record: bool,
     resume: str | None,
     allow_changes: bool,
     as_json: bool,
@@ -93,9 +97,17 @@ def train(
     if three_way:
         from normlab.recalibration import ThreeWayScores
 
-        if changes["validation"] == 0:
-            raise click.UsageError("--three-way scores validation images: --validation 0 has none")
+        chosen = recipes.get(recipe or recipes.DEFAULT).override(**changes)
+        if resume is None and chosen.validation == 0:
+            raise click.UsageError(
+                f"--three-way scores validation images and {chosen.name} holds out none: "
+                "add --validation 0.1"
+            )
         observers.insert(0, ThreeWayScores())  # before those who tell of the epoch
+    if record or (resume is not None and (Path(resume) / "recording.npz").exists()):
+        from normlab.recording import Recorder
+
+        observers.append(Recorder())
     install_seconds = os.environ.get("NORMLAB_INSTALL_SECONDS")
     with observer if isinstance(observer, AbstractContextManager) else nullcontext():
         if resume is not None:
@@ -119,7 +131,15 @@ def train(
 
 def _refuse_with_resume(context: click.Context) -> None:
     """A resumed run is decided by its folder; options that would change it are a mistake."""
-    allowed = {"resume", "data", "allow_changes", "tensorboard", "three_way", "as_json"}
+    allowed = {
+        "resume",
+        "data",
+        "allow_changes",
+        "tensorboard",
+        "three_way",
+        "record",
+        "as_json",
+    }
     for name in context.params:
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
         if given and name not in allowed:
