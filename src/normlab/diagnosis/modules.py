@@ -23,6 +23,7 @@ from normlab.recalibration import (
     normalizers,
     population_moments,
     three_way,
+    untouched,
 )
 from normlab.runs import Run
 
@@ -148,7 +149,8 @@ def trace(model: nn.Module) -> tuple[Node, ...] | None:
     if not list(model.children()):
         return None
     try:
-        graph = _Tracer().trace(model)
+        with untouched(model):
+            graph = _Tracer().trace(model.eval())  # in training, fused stages hide their layers
     except Exception:  # a forward may do anything with a stand-in for a tensor, and so may fail
         return None
     layers = dict(model.named_modules())
