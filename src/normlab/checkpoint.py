@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from normlab.errors import DataError
-from normlab.files import read_tensors, write_atomic, write_tensors
+from normlab.files import read_tensors, sweep, write_atomic, write_tensors
 from normlab.fit import Plan, State, Totals
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -60,6 +60,7 @@ def restore(folder: Path, state: State) -> str | None:
     Returns:
         Why an older checkpoint, or the start, had to do; None if the newest one is good.
     """
+    sweep(folder)
     problem = None
     for name in (CHECKPOINT, PREVIOUS):
         if not (folder / name).exists():

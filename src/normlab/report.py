@@ -21,12 +21,13 @@ from normlab.runs import Run
 SHOWN_CLASSES = 20
 
 
-def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> None:
+def write_run_report(
+    run: Run, result: dict[str, Any], evaluation: Evaluation, images: ImageData
+) -> None:
     """Draw `curves.png` and `report.html` into the run's folder."""
     curves = plots.png(plots.draw_curves(run.history))
     write_atomic(run.path / "curves.png", curves)
-    result, recipe = run.result or {}, run.task.recipe
-    environment = run.environment
+    recipe, environment = run.task.recipe, run.environment
     facts = [
         ("recipe", ", ".join(f"{k} {v}" for k, v in recipe.as_dict().items() if v is not None)),
         ("seed", run.task.seed),

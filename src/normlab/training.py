@@ -1,6 +1,5 @@
 """Train a recipe: data in, a run's folder with an honest score out."""
 
-import json
 import shlex
 import time
 from collections.abc import Mapping
@@ -103,9 +102,7 @@ def _refuse_impossible(task: Task, images: ImageData) -> None:
 def _claim(folder: Path, task: Task) -> None:
     """Write `recipe.json`; of two runs given the same folder the second one fails here."""
     try:
-        with open(folder / "recipe.json", "x", encoding="utf-8") as f:
-            json.dump(task.as_dict(), f, indent=2)
-            f.write("\n")
+        write_json(folder / "recipe.json", task.as_dict(), replace=False)
     except FileExistsError:
         raise UserError(
             f"folder {str(folder)!r} is not empty: choose a new one for --out"
@@ -134,6 +131,10 @@ def resume(
     opened = open_run(run)
     if opened.result is not None:
         raise UserError(f"run {str(opened.path)!r} is finished: nothing is left to resume")
+    if not (opened.path / "environment.json").exists():
+        raise UserError(
+            f"run {str(opened.path)!r} ended before its first step: train again, with a new --out"
+        )
     environment = opened.environment
     threads = resolve_threads(min(environment["threads"], resolve_threads(None)))
     where = resolve_device(str(environment["device"]))
@@ -233,7 +234,7 @@ def _finish(
         "evaluation_seconds": evaluation_seconds,
         "evaluation": evaluation.as_dict(),
     }
-    write_json(folder / "result.json", result)
-    write_run_report(run, evaluation, images)
+    write_run_report(run, result, evaluation, images)
+    write_json(folder / "result.json", result)  # from here on the run counts as finished
     checkpoint.remove(folder)
     return run
