@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from normlab.data.augment import Augmentation, halve
+from normlab.data.augment import Augmentation, halve, views_of
 from normlab.data.batches import Split, batch_bounds, to_input
 from normlab.errors import NonFiniteError, NormlabError
 from normlab.optim import SCHEDULES, set_rate
@@ -153,15 +153,21 @@ def train_step(
 
 @torch.no_grad()
 def predict_logits(
-    model: nn.Module, images: np.ndarray, device: torch.device | str = "cpu"
+    model: nn.Module,
+    images: np.ndarray,
+    device: torch.device | str = "cpu",
+    views: str = "single",
 ) -> Tensor:
-    """Logits (N, K) of images (N, H, W, 3) uint8, in evaluation mode, on the CPU."""
+    """Logits (N, K) of images (N, H, W, 3) uint8, in evaluation mode, on the CPU.
+
+    With more `views` of an image than one (see `views_of`), the mean of their logits.
+    """
     was_training = model.training
     model.eval()
-    parts = [
-        model(to_input(images[a:b], device)).cpu()
-        for a, b in batch_bounds(len(images), EVALUATION_BATCH, join_single=False)
-    ]
+    parts = []
+    for a, b in batch_bounds(len(images), EVALUATION_BATCH, join_single=False):
+        seen = [model(x) for x in views_of(to_input(images[a:b], device), views)]
+        parts.append(torch.stack(seen).mean(0).cpu())
     model.train(was_training)
     return torch.cat(parts)
 
