@@ -265,6 +265,42 @@ def test_a_last_batch_of_one_joins_the_one_before(
     assert batch_bounds(n, size, join_single=True) == expected
 
 
+def test_joining_is_said(sample: normlab.ImageData, tmp_path: Path) -> None:
+    def describe(n: int) -> str:
+        train, validation = split_validation(sample.x_train[:n], sample.y_train[:n], 0)
+        return Plan(
+            recipe=Recipe(name="x", batch_size=8),
+            folder=tmp_path,
+            seed=0,
+            threads=1,
+            train=train,
+            validation=validation,
+        ).describe()
+
+    assert "joins the one before" in describe(17)
+    assert "joins" not in describe(18)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"batch_size": 1}, "no variance"),
+        ({"n": 1, "validation": 0}, "no variance"),
+        ({"n": 5, "validation": 1e-17}, "is none"),
+        ({"height": 16}, "square"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_a_folder_is_made(
+    sample: normlab.ImageData, tmp_path: Path, changes: dict[str, Any], word: str
+) -> None:
+    changes = dict(changes)
+    n, height = changes.pop("n", 50), changes.pop("height", 32)
+    data = small(sample, n, x_train=sample.x_train[:n, :height], x_test=sample.x_test[:40, :height])
+    with pytest.raises(normlab.UserError, match=word):
+        normlab.train("notebook", data=data, out=tmp_path / "a", **(TINY | changes))
+    assert not (tmp_path / "a").exists()
+
+
 def test_keras_split_and_number_of_steps() -> None:
     images = np.zeros((50_000, 1, 1, 3), np.uint8)
     train, validation = split_validation(images, np.arange(50_000), 0.1)

@@ -47,7 +47,7 @@ def orthogonalize(matrix: Tensor, iterations: int = 3) -> Tensor:
     Jordan et al. (2024), "Muon"; they trade accuracy for speed, and values end within 0.5 to 1.5.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide: Tensor = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / (wide.norm() + 1e-7)
     for _ in range(iterations):
         square = x @ x.T

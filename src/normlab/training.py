@@ -70,14 +70,34 @@ def train(
     )
     with settings(threads, where):
         started = time.perf_counter()
-        task.build()  # refuses what the network cannot take before a folder is made
-        split_validation(images.x_train, images.y_train, chosen.validation)
+        _refuse_impossible(task, images)
         folder = create_folder(out, chosen.name)
         _claim(folder, task)
         write_json(folder / "environment.json", describe(threads, where))
         state = _new_state(task, images, where)
         state.seconds = time.perf_counter() - started
         return _finish(Run(folder, task), images, data_seconds, state, where, observers)
+
+
+def _refuse_impossible(task: Task, images: ImageData) -> None:
+    """Find out before a folder is made what the first step could not do.
+
+    Raises:
+        UserError: pictures that are not square or too small, or batches of a single image.
+    """
+    height, width, _ = images.image_shape
+    if height != width:
+        raise UserError(
+            f"data {images.name!r} has images of {height} × {width} pixels: make them square"
+        )
+    task.build()
+    recipe = task.recipe
+    train, _ = split_validation(images.x_train, images.y_train, recipe.validation)
+    if recipe.norm == "batch" and min(recipe.batch_size, len(train)) < 2:
+        raise UserError(
+            f"batch_size={recipe.batch_size} with {len(train):,} training images gives batches of "
+            "one, which have no variance: take two or more, or --norm none"
+        )
 
 
 def _claim(folder: Path, task: Task) -> None:

@@ -1,5 +1,7 @@
 """Layers with their conventions stated where they bite."""
 
+from collections.abc import Callable
+
 from torch import nn
 
 from normlab.errors import UserError
@@ -8,7 +10,10 @@ from normlab.layers.dropout import Dropout
 from normlab.layers.fused import MaxPool2d, norm_conv, relu_dropout_norm
 from normlab.layers.weights import Conv2d, Dense, Flatten
 
-NORMS = {"batch": BatchNorm, "none": lambda num_features: nn.Identity()}
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": BatchNorm,
+    "none": lambda num_features: nn.Identity(),
+}
 
 
 def normalizer(norm: str, num_features: int) -> nn.Module:
