@@ -80,7 +80,7 @@ class Plan:
     """What is about to happen; told to observers before the first step."""
 
     recipe: Recipe
-    folder: Path
+    folder: Path | None  # None in a study, whose runs leave no folder
     seed: int
     threads: int
     train: Split
@@ -100,8 +100,8 @@ class Plan:
         text = (
             f"{self.recipe.name}: norm {self.recipe.norm}, seed {self.seed}, "
             f"{len(self.train):,} training and {len(self.validation):,} validation images, "
-            f"{self.recipe.epochs} epochs of {len(self.bounds):,} steps, {self.threads} threads, "
-            f"into {self.folder}"
+            f"{self.recipe.epochs} epochs of {len(self.bounds):,} steps, {self.threads} threads"
+            + (f", into {self.folder}" if self.folder else "")
         )
         if self.bounds[-1][1] - self.bounds[-1][0] > self.recipe.batch_size:
             text += "\nThe last batch, of one image, joins the one before it: one has no variance."

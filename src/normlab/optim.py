@@ -47,12 +47,13 @@ def orthogonalize(matrix: Tensor, iterations: int = 3) -> Tensor:
     Jordan et al. (2024), "Muon"; they trade accuracy for speed, and values end within 0.5 to 1.5.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide: Tensor = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / (wide.norm() + 1e-7)
     for _ in range(iterations):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
-    return x if wide is matrix else x.T
+    result: Tensor = x if wide is matrix else x.T
+    return result
 
 
 class Muon(torch.optim.Optimizer):
