@@ -126,9 +126,9 @@ def fast79() -> Recipe:
         learning_rate=0.15,
         sgd_rate=0.37,
         schedule="triangle",
-        label_smoothing=0.2,
+        label_smoothing=0.1,
         flip=True,
-        half_size=0.6,
+        half_size=0.66,
         validation=0.0,
     )
 

@@ -120,7 +120,7 @@ class FastNet(nn.Module):
         norm: str = "batch",
         seed: int = 0,
         components: int = 16,
-        widths: tuple[int, int, int] = (32, 64, 64),
+        widths: tuple[int, int, int] = (32, 64, 128),
     ) -> None:
         super().__init__()
         if image_size < 16:
@@ -148,6 +148,6 @@ class FastNet(nn.Module):
     def forward(self, x: Tensor, rng: np.random.Generator | None = None) -> Tensor:
         """Logits (N, K) of pixels (N, 3, H, W) in [0, 1]; `rng` is not used: no dropout here."""
         h = self.whitening(x.contiguous(memory_format=torch.channels_last))  # (N, 32, 16, 16)
-        h = self.blocks(h)  # (N, 64, 4, 4)
+        h = self.blocks(h)  # (N, 128, 4, 4)
         logits: Tensor = self.output(h.amax((2, 3))) * LOGIT_SCALE  # (N, K)
         return logits
