@@ -120,15 +120,15 @@ def fast79() -> Recipe:
     return Recipe(
         name="fast79",
         model="fast",
-        epochs=3,
-        batch_size=125,
+        epochs=4,
+        batch_size=250,
         optimizer="muon",
         learning_rate=0.15,
         sgd_rate=0.37,
         schedule="triangle",
         label_smoothing=0.1,
         flip=True,
-        half_size=0.66,
+        half_size=0.7,
         validation=0.0,
     )
 

@@ -19,7 +19,7 @@ from normlab.layers.weights import glorot_uniform_
 from normlab.random import stream
 
 PATCH, STRIDE = 4, 2  # pixels
-STATISTICS_IMAGES = 2_000
+STATISTICS_IMAGES = 1_000
 # Maxima are large; without this the first logits are, too, and the first steps go to waste.
 LOGIT_SCALE = 1 / 3
 # A run of some hundred steps ends before Keras' 0.99 has forgotten its first weights.
