@@ -128,7 +128,7 @@ def fast79() -> Recipe:
         schedule="triangle",
         label_smoothing=0.1,
         flip=True,
-        half_size=0.7,
+        half_size=0.6,
         validation=0.0,
     )
 
