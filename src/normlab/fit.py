@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from normlab.data.augment import Augmentation, halve
-from normlab.data.batches import Split, batch_bounds, to_input
+from normlab.data.augment import views_of
+from normlab.data.batches import Batches, Split, batch_bounds, to_input
 from normlab.errors import NonFiniteError, NormlabError
 from normlab.optim import SCHEDULES, set_rate
 from normlab.random import stream
@@ -153,15 +153,21 @@ def train_step(
 
 @torch.no_grad()
 def predict_logits(
-    model: nn.Module, images: np.ndarray, device: torch.device | str = "cpu"
+    model: nn.Module,
+    images: np.ndarray,
+    device: torch.device | str = "cpu",
+    views: str = "single",
 ) -> Tensor:
-    """Logits (N, K) of images (N, H, W, 3) uint8, in evaluation mode, on the CPU."""
+    """Logits (N, K) of images (N, H, W, 3) uint8, in evaluation mode, on the CPU.
+
+    With more `views` of an image than one (see `views_of`), the mean of their logits.
+    """
     was_training = model.training
     model.eval()
-    parts = [
-        model(to_input(images[a:b], device)).cpu()
-        for a, b in batch_bounds(len(images), EVALUATION_BATCH, join_single=False)
-    ]
+    parts = []
+    for a, b in batch_bounds(len(images), EVALUATION_BATCH, join_single=False):
+        seen = [model(x) for x in views_of(to_input(images[a:b], device), views)]
+        parts.append(torch.stack(seen).mean(0).cpu())
     model.train(was_training)
     return torch.cat(parts)
 
@@ -182,27 +188,18 @@ def fit(plan: Plan, state: State, device: torch.device, observers: Sequence[Obse
         Interrupted: SIGINT or SIGTERM came; observers have seen the last step.
     """
     recipe, seed, train, bounds = plan.recipe, plan.seed, plan.train, plan.bounds
-    order, augment = np.empty(0, np.int64), Augmentation()
+    batches = Batches(train, bounds, plan.steps, recipe, seed, device)
     schedule = SCHEDULES[recipe.schedule]
     for observer in observers:
         observer.before_training(plan)
     started = time.perf_counter() - state.seconds
+    state.model.train()
     with _signals() as interrupted:
         for step in range(state.step, plan.steps):
             epoch, batch = divmod(step, len(bounds))
             if batch == 0 and _out_of_patience(recipe, state):
                 break
-            if batch == 0 or not len(order):
-                order = stream(seed, "order", epoch).permutation(len(train))
-                augment = Augmentation.draw(
-                    seed, epoch, len(train), flip=recipe.flip, shift=recipe.shift
-                )
-                state.model.train()
-            chosen = order[slice(*bounds[batch])]
-            x = augment(to_input(train.images[chosen], device), chosen)
-            if step < recipe.half_size * plan.steps:
-                x = halve(x)
-            labels = torch.from_numpy(train.labels[chosen]).to(device)
+            x, labels = batches(step)
             set_rate(state.optimizer, schedule(step / plan.steps))
             try:
                 loss, correct = train_step(
@@ -218,7 +215,7 @@ def fit(plan: Plan, state: State, device: torch.device, observers: Sequence[Obse
                     f"{e} at step {batch + 1} of epoch {epoch + 1}: training stopped there; "
                     f"try a lower --learning-rate than {recipe.learning_rate:g}"
                 ) from None
-            state.totals.add(loss, correct, len(chosen))
+            state.totals.add(loss, correct, len(labels))
             state.step = step + 1
             state.seconds = time.perf_counter() - started
             if batch + 1 == len(bounds):
