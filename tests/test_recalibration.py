@@ -165,7 +165,7 @@ def test_three_scores_of_a_settled_network_agree_and_of_a_fresh_one_do_not() -> 
     settled = three_way(model, x, labels, batch_size=100)
     assert settled.running.loss == pytest.approx(settled.population.loss, rel=5e-3)
     assert settled.batch.loss == pytest.approx(settled.population.loss, rel=5e-3)
-    assert settled.as_dict()["images"] == 400
+    assert settled.count == 400
 
 
 def test_each_score_is_what_it_says(sample: normlab.ImageData) -> None:
