@@ -54,6 +54,11 @@ def test_a_clean_run_needs_no_data(run: normlab.Run) -> None:
     assert "score-gap" in diagnosis.not_checked
 
 
+def test_a_clean_run_of_the_fast_recipe_has_nothing_serious(tmp_path: Path) -> None:
+    run = normlab.train("fast79", data="sample", out=tmp_path / "run", threads=1)
+    assert not normlab.doctor(run, "sample").serious
+
+
 def test_recalibrate_and_evaluate(run: normlab.Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["recalibrate", str(run.path)]) == 0
     told = capsys.readouterr().out

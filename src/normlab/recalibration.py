@@ -71,11 +71,6 @@ class ThreeWay:
     count: int
     batch_size: int
 
-    def as_dict(self) -> dict[str, Any]:
-        kinds = {"batch": self.batch, "running": self.running, "population": self.population}
-        scores = {f"{what}_{k}": getattr(s, what) for k, s in kinds.items() for what in vars(s)}
-        return {**scores, "images": self.count, "batch_size": self.batch_size}
-
 
 def normalizers(model: nn.Module) -> dict[str, BatchNorm | TorchBatchNorm]:
     """The batch normalisations of `model`, by name: normlab's and PyTorch's."""
