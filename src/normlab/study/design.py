@@ -88,7 +88,6 @@ class Design:
         last = self.first_seed + self.seeds
         for ok, problem in (
             (self.seeds >= 1, f"seeds={self.seeds}: choose 1 or more; a verdict needs at least 6"),
-            (len(self.contrasts) >= 1, "contrasts=none: name at least one"),
             (self.first_seed >= 0, f"first_seed={self.first_seed}: choose 0 or more"),
             (last <= TUNING_SEED, f"seeds up to {last}: stay below {TUNING_SEED:,}"),
             (0 < self.margin < 1, f"margin={self.margin}: choose a fraction such as 0.005"),

@@ -124,7 +124,7 @@ def _design(
     for arm in arms:
         check_arm(arm, recipe, images.class_names, size)
         split_validation(images.x_train, images.y_train, arm.recipe(recipe).validation)
-    named = default_contrasts(arms) if contrasts is None else tuple(contrasts)
+    named = tuple(contrasts) if contrasts else default_contrasts(arms)
     return Design(
         recipe=recipe,
         arms=arms,
