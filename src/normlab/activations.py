@@ -104,13 +104,13 @@ def probe(model: nn.Module, x: Tensor, labels: Tensor, rng: np.random.Generator)
 
     Returns:
         Arrays by name. For each layer L, of its input (`L/in/…`) and output (`L/out/…`):
-        `percentiles` (3,), the 15th, 50th and 85th; `unit` (3,), those of one unit, the middle
-        one; `range` (2,) and `histogram` (64,), counts in
-        equal bins over the range, which leaves out the outermost 0.2 % of the values; `mean` and
-        `var` (C,) per channel. Further `L/grad` the norm of the loss's gradient by the output,
-        `L/dead` the share of channels that no gradient reaches; of parameters `L/weight_norm`,
-        `L/weight_grad`; of normalisers `L/gamma`, `L/beta`, `L/running_mean`, `L/running_var`
-        (C,). And `loss`. Of wide layers, 128 channels, evenly chosen, stand for all.
+        `percentiles` (3,), the 15th, 50th and 85th; `unit` (3,), those of one unit, the middle one;
+        `range` (2,) and `histogram` (64,), counts in equal bins over the range, which leaves out
+        the outermost 0.2 % of the values; `mean` and `var` (C,) per channel. Further `L/grad`, the
+        norm of the loss's gradient by the output, and `L/dead`, the share of channels that no
+        gradient reaches; of weight layers `L/weight_norm` and `L/weight_grad`; of normalisers
+        `L/gamma`, `L/beta`, `L/running_mean` and `L/running_var` (C,). And `loss`. Of wide layers,
+        128 channels, evenly chosen, stand for all.
 
     Raises:
         NormlabError: a layer's module was not run as one.
