@@ -15,7 +15,9 @@ from normlab.data.batches import split_validation
 from normlab.environment import describe, resolve_device, resolve_threads, settings
 from normlab.errors import UserError
 from normlab.files import digest, write_json, write_tensors
-from normlab.fit import Interrupted, Observer, Plan, State, fit, make_optimizer
+from normlab.fit import Interrupted, Observer, Plan, State, fit
+from normlab.models import FastNet
+from normlab.optim import make_optimizer
 from normlab.recipes import Recipe
 from normlab.runs import Run, Task, create_folder, open_run
 
@@ -72,7 +74,7 @@ def train(
         folder = create_folder(out, chosen.name)
         _claim(folder, task)
         write_json(folder / "environment.json", describe(threads, where))
-        state = _new_state(task, where)
+        state = _new_state(task, images, where)
         state.seconds = time.perf_counter() - started
         return _finish(Run(folder, task), images, data_seconds, state, where, observers)
 
@@ -145,7 +147,7 @@ def resume(
             "--allow-changes goes on all the same, but the end will differ"
         )
     with settings(threads, where):
-        state = _new_state(opened.task, where)
+        state = _new_state(opened.task, images, where)
         checkpoint.restore(opened.path, state)
         return _finish(opened, images, data_seconds, state, where, observers)
 
@@ -162,8 +164,11 @@ def _differences(run: Run, images: ImageData, now: dict[str, Any]) -> list[str]:
     return found
 
 
-def _new_state(task: Task, device: torch.device) -> State:
+def _new_state(task: Task, images: ImageData, device: torch.device) -> State:
     model = task.build().to(device)
+    if isinstance(model, FastNet):
+        train, _ = split_validation(images.x_train, images.y_train, task.recipe.validation)
+        model.fit_to(train.images)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return State(model=model, optimizer=make_optimizer(task.recipe, model))
 
