@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from normlab.cli_compare import compare
 from normlab.cli_data import data as data_group
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def cli() -> None:
 
 
 cli.add_command(data_group)
+cli.add_command(compare)
 
 DATA = click.option(
     "--data",
@@ -136,8 +138,14 @@ def _close(run: "Run", install_seconds: float | None, as_json: bool) -> None:
 @click.argument("run", required=False)
 @DATA
 @click.option("--weights", default="last", show_default=True, help="last or best.")
+@click.option(
+    "--views",
+    default="single",
+    show_default=True,
+    help="Versions of each picture to answer from: single, flip (2) or shift (6).",
+)
 @JSON
-def evaluate(run: str | None, data: str | None, weights: str, as_json: bool) -> None:
+def evaluate(run: str | None, data: str | None, weights: str, views: str, as_json: bool) -> None:
     """Score RUN (by default the latest) on the test images, with plots and its mistakes."""
     from normlab.data import load
     from normlab.report import write_evaluation
@@ -145,9 +153,12 @@ def evaluate(run: str | None, data: str | None, weights: str, as_json: bool) -> 
 
     opened = open_run(run)
     images = load(opened.task.data if data is None else data)
-    evaluation = opened.evaluate(images, weights=weights)
-    folder = opened.path / f"evaluation-{weights}"
+    evaluation = opened.evaluate(images, weights=weights, views=views)
+    name = weights if views == "single" else f"{weights}-{views}"
+    folder = opened.path / f"evaluation-{name}"
     write_evaluation(evaluation, images, folder)
+    if views != "single":
+        click.echo(f"Views: {views}; not comparable with figures from a single view")
     click.echo(str(evaluation))
     click.echo(f"Balanced accuracy: {evaluation.balanced_accuracy:.4f}")
     width = max(map(len, evaluation.class_names))

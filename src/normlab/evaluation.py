@@ -45,6 +45,7 @@ class Evaluation:
 
     Attributes:
         run: the run's folder, or the name of what was evaluated.
+        views: how many versions of a picture were seen: `single`, `flip` or `shift`.
         probabilities: (N, K).
         labels: (N,).
         loss: mean cross-entropy in nats.
@@ -54,6 +55,7 @@ class Evaluation:
 
     run: str
     weights: str
+    views: str
     data: str
     class_names: tuple[str, ...]
     probabilities: NDArray[np.float64]
@@ -116,6 +118,7 @@ class Evaluation:
         return {
             "run": self.run,
             "weights": self.weights,
+            "views": self.views,
             "data": self.data,
             "test_images": len(self.labels),
             "test_accuracy": self.accuracy,
@@ -184,6 +187,7 @@ def assess(
     *,
     run: str,
     weights: str,
+    views: str = "single",
     data: str,
     class_names: tuple[str, ...],
     limits: tuple[str, ...],
@@ -199,6 +203,7 @@ def assess(
     return Evaluation(
         run=run,
         weights=weights,
+        views=views,
         data=data,
         class_names=class_names,
         probabilities=probabilities,
@@ -217,8 +222,12 @@ def evaluate(
     data: "str | Path | Mapping[str, Any] | ImageData | None" = None,
     *,
     weights: str = "last",
+    views: str = "single",
 ) -> Evaluation:
     """Score `run` on the test images of `data`, or of the data it was trained on.
+
+    With `views` other than `single` (see `normlab.data.augment.views_of`) a picture is answered
+    from several versions of it, which is more work and not comparable with a single view.
 
     Raises:
         DataError: the data cannot be had, or has other classes or another image size.
@@ -239,10 +248,11 @@ def evaluate(
             f"takes {run.task.image_size} × {run.task.image_size}: resize them"
         )
     return assess(
-        predict_logits(run.model(weights), images.x_test).numpy(),
+        predict_logits(run.model(weights), images.x_test, views=views).numpy(),
         images.y_test,
         run=str(run.path),
         weights=weights,
+        views=views,
         data=images.name,
         class_names=images.class_names,
         limits=CIFAR10_LIMITS if images.name in ("cifar10", "sample") else OWN_LIMITS,

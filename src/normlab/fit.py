@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from normlab.data.augment import Augmentation, halve
+from normlab.data.augment import Augmentation, halve, views_of
 from normlab.data.batches import Split, batch_bounds, to_input
 from normlab.errors import NonFiniteError, NormlabError
 from normlab.optim import SCHEDULES, set_rate
@@ -80,7 +80,7 @@ class Plan:
     """What is about to happen; told to observers before the first step."""
 
     recipe: Recipe
-    folder: Path
+    folder: Path | None  # None in a study, whose runs leave no folder
     seed: int
     threads: int
     train: Split
@@ -100,8 +100,8 @@ class Plan:
         text = (
             f"{self.recipe.name}: norm {self.recipe.norm}, seed {self.seed}, "
             f"{len(self.train):,} training and {len(self.validation):,} validation images, "
-            f"{self.recipe.epochs} epochs of {len(self.bounds):,} steps, {self.threads} threads, "
-            f"into {self.folder}"
+            f"{self.recipe.epochs} epochs of {len(self.bounds):,} steps, {self.threads} threads"
+            + (f", into {self.folder}" if self.folder else "")
         )
         if self.bounds[-1][1] - self.bounds[-1][0] > self.recipe.batch_size:
             text += "\nThe last batch, of one image, joins the one before it: one has no variance."
@@ -153,15 +153,21 @@ def train_step(
 
 @torch.no_grad()
 def predict_logits(
-    model: nn.Module, images: np.ndarray, device: torch.device | str = "cpu"
+    model: nn.Module,
+    images: np.ndarray,
+    device: torch.device | str = "cpu",
+    views: str = "single",
 ) -> Tensor:
-    """Logits (N, K) of images (N, H, W, 3) uint8, in evaluation mode, on the CPU."""
+    """Logits (N, K) of images (N, H, W, 3) uint8, in evaluation mode, on the CPU.
+
+    With more `views` of an image than one (see `views_of`), the mean of their logits.
+    """
     was_training = model.training
     model.eval()
-    parts = [
-        model(to_input(images[a:b], device)).cpu()
-        for a, b in batch_bounds(len(images), EVALUATION_BATCH, join_single=False)
-    ]
+    parts = []
+    for a, b in batch_bounds(len(images), EVALUATION_BATCH, join_single=False):
+        seen = [model(x) for x in views_of(to_input(images[a:b], device), views)]
+        parts.append(torch.stack(seen).mean(0).cpu())
     model.train(was_training)
     return torch.cat(parts)
 

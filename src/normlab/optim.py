@@ -52,7 +52,8 @@ def orthogonalize(matrix: Tensor, iterations: int = 3) -> Tensor:
     for _ in range(iterations):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
-    return x if wide is matrix else x.T
+    result: Tensor = x if wide is matrix else x.T
+    return result
 
 
 class Muon(torch.optim.Optimizer):

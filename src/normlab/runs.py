@@ -123,11 +123,13 @@ class Run:
             raise DataError(f"{path} does not fit the recipe beside it: {reason}") from None
         return model.eval()
 
-    def evaluate(self, data: Any = None, *, weights: str = "last") -> "Evaluation":
+    def evaluate(
+        self, data: Any = None, *, weights: str = "last", views: str = "single"
+    ) -> "Evaluation":
         """Score the run on the test images; see `normlab.evaluate`."""
         from normlab.evaluation import evaluate
 
-        return evaluate(self, data, weights=weights)
+        return evaluate(self, data, weights=weights, views=views)
 
     def _repr_html_(self) -> str:
         """Show the report's heart in a notebook cell."""

@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
+from normlab.errors import UserError
 from normlab.random import stream
+
+VIEWS = ("single", "flip", "shift")
 
 
 @dataclass(frozen=True)
@@ -75,3 +78,23 @@ def shift(x: Tensor, by: Tensor, reach: int) -> Tensor:
 def halve(x: Tensor) -> Tensor:
     """Halve height and width of `x` (N, C, H, W): each pixel is the mean of 2 × 2."""
     return avg_pool2d(x, 2)
+
+
+def views_of(x: Tensor, views: str) -> list[Tensor]:
+    """The versions of images `x` (N, C, H, W) that `views` says a classifier is to see.
+
+    `single`: the images as they are; `flip`: and mirrored; `shift`: both, each also moved by a
+    pixel up and left and by one down and right, six in all (Jordan 2024, arXiv 2404.00498, 3.5).
+
+    Raises:
+        UserError: other views.
+    """
+    if views not in VIEWS:
+        raise UserError(f"views {views!r}: choose one of {', '.join(VIEWS)}")
+    if views == "single":
+        return [x]
+    both = [x, x.flip(3)]
+    if views == "flip":
+        return both
+    by = torch.ones(len(x), 2, dtype=torch.int64, device=x.device)
+    return both + [shift(v, sign * by, 1) for v in both for sign in (-1, 1)]

@@ -59,5 +59,5 @@ def to_input(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> T
     The one place where pixels become numbers for a network, in training and everywhere else. The
     result is laid out channels-last.
     """
-    x = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    x = torch.from_numpy(np.array(images)).to(device)  # a copy: the cache's pages are read-only
     return x.float().div_(255).permute(0, 3, 1, 2)
