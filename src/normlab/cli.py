@@ -11,6 +11,7 @@ import click
 
 from normlab.cli_compare import compare
 from normlab.cli_data import data as data_group
+from normlab.cli_export import export_command, import_command
 
 if TYPE_CHECKING:
     from normlab.fit import Observer
@@ -27,6 +28,8 @@ def cli() -> None:
 
 
 cli.add_command(data_group)
+cli.add_command(export_command)
+cli.add_command(import_command)
 cli.add_command(compare)
 
 DATA = click.option(

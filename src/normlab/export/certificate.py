@@ -71,7 +71,7 @@ class Certificate:
         )
 
 
-# Compares an exported model's answers, computed by what is named, with the run's; raises or returns.
+# Compares an exported model's answers, computed by what is named, with the run's, or raises.
 Check = Callable[[NDArray[np.floating], str], Certificate]
 
 
@@ -79,13 +79,16 @@ def certify(
     expected: NDArray[np.floating],
     exported: NDArray[np.floating],
     labels: NDArray[np.integer],
-    **provenance: str,
+    *,
+    data: str,
+    data_sha256: str,
+    weights_sha256: str,
+    checked_with: str,
 ) -> Certificate:
     """Compare probabilities (N, K) of the run, `expected`, with those of the exported model.
 
     Args:
         labels: (N,).
-        **provenance: `data`, `data_sha256`, `weights_sha256`, `checked_with`.
 
     Raises:
         CertificateError: the shapes differ.
@@ -101,7 +104,10 @@ def certify(
     answers = exported.argmax(1)
     other = answers != expected.argmax(1)
     return Certificate(
-        **provenance,
+        data=data,
+        data_sha256=data_sha256,
+        weights_sha256=weights_sha256,
+        checked_with=checked_with,
         test_images=len(labels),
         largest_difference=difference if np.isfinite(difference) else None,
         other_answers=int((other & ~tied).sum()),

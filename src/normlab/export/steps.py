@@ -199,6 +199,4 @@ def _of_pixels(norm: Norm | None = None) -> Norm:
 
 
 def _reordered(norm: Norm, order: NDArray[np.int64]) -> Norm:
-    return Norm(
-        norm.name, norm.mean[order], norm.std[order], norm.gamma[order], norm.beta[order]
-    )
+    return Norm(norm.name, norm.mean[order], norm.std[order], norm.gamma[order], norm.beta[order])
