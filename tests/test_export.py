@@ -111,7 +111,7 @@ def test_a_corrupted_graph_fails_its_certificate(
 
     monkeypatch.setattr(onnx_graph, "build", damaged)
     out = tmp_path / "model.onnx"
-    with pytest.raises(CertificateError, match="largest difference in probability 0|e-0"):
+    with pytest.raises(CertificateError, match="nothing was written: largest difference"):
         export_run(runs["notebook"], out)
     assert list(tmp_path.iterdir()) == []
     assert command(["export", str(runs["notebook"].path), "--out", str(out)]) == 1
