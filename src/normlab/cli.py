@@ -12,6 +12,7 @@ import click
 from normlab.cli_compare import compare
 from normlab.cli_data import data as data_group
 from normlab.cli_doctor import doctor, recalibrate
+from normlab.cli_export import export_command, import_command
 from normlab.cli_inspect import inspect
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def cli() -> None:
 
 cli.add_command(data_group)
 cli.add_command(inspect)
+cli.add_command(export_command)
+cli.add_command(import_command)
 cli.add_command(compare)
 cli.add_command(doctor)
 cli.add_command(recalibrate)
