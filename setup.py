@@ -1,4 +1,4 @@
-"""Build the optional kernels: one C file, compiled for each instruction set of the processor family.
+"""Build the optional kernels: one C file, compiled for each instruction set.
 
 Without a compiler the package installs all the same and uses its PyTorch code.
 `normlab.kernels` chooses among the variants when it is first used.

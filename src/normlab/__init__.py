@@ -24,10 +24,15 @@ if TYPE_CHECKING:
     from normlab.recipes import Recipe as Recipe
     from normlab.runs import Run as Run
     from normlab.runs import open_run as open_run
+    from normlab.study import Arm as Arm
+    from normlab.study import Study as Study
+    from normlab.study import compare as compare
+    from normlab.study import open_study as open_study
     from normlab.training import resume as resume
     from normlab.training import train as train
 
 _HOMES = {
+    "Arm": "study",
     "BatchNorm": "layers",
     "DataError": "errors",
     "Evaluation": "evaluation",
@@ -36,10 +41,13 @@ _HOMES = {
     "NormlabError": "errors",
     "Recipe": "recipes",
     "Run": "runs",
+    "Study": "study",
     "UserError": "errors",
+    "compare": "study",
     "evaluate": "evaluation",
     "load": "data",
     "open_run": "runs",
+    "open_study": "study",
     "resume": "training",
     "train": "training",
 }

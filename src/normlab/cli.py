@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from normlab.cli_compare import compare
 from normlab.cli_data import data as data_group
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def cli() -> None:
 
 
 cli.add_command(data_group)
+cli.add_command(compare)
 
 DATA = click.option(
     "--data",

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from normlab.data.augment import Augmentation, halve
 from normlab.data.batches import Split, batch_bounds, to_input
 from normlab.errors import NonFiniteError, NormlabError
-from normlab.optim import Adam
+from normlab.optim import SCHEDULES, set_rate
 from normlab.random import stream
 from normlab.recipes import Recipe
 
@@ -79,7 +80,7 @@ class Plan:
     """What is about to happen; told to observers before the first step."""
 
     recipe: Recipe
-    folder: Path
+    folder: Path | None  # None in a study, whose runs leave no folder
     seed: int
     threads: int
     train: Split
@@ -99,8 +100,8 @@ class Plan:
         text = (
             f"{self.recipe.name}: norm {self.recipe.norm}, seed {self.seed}, "
             f"{len(self.train):,} training and {len(self.validation):,} validation images, "
-            f"{self.recipe.epochs} epochs of {len(self.bounds):,} steps, {self.threads} threads, "
-            f"into {self.folder}"
+            f"{self.recipe.epochs} epochs of {len(self.bounds):,} steps, {self.threads} threads"
+            + (f", into {self.folder}" if self.folder else "")
         )
         if self.bounds[-1][1] - self.bounds[-1][0] > self.recipe.batch_size:
             text += "\nThe last batch, of one image, joins the one before it: one has no variance."
@@ -126,17 +127,13 @@ class Interrupted(NormlabError):
         self.exit_code = 128 + signum
 
 
-def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """Make the optimiser that the recipe names."""
-    return Adam([p for p in model.parameters() if p.requires_grad], lr=recipe.learning_rate)
-
-
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     x: Tensor,  # (N, 3, H, W)
     labels: Tensor,  # (N,)
     rng: np.random.Generator,
+    label_smoothing: float = 0.0,
 ) -> tuple[float, int]:
     """One update of the weights; returns the batch's mean loss and how many were right.
 
@@ -144,7 +141,7 @@ def train_step(
         NonFiniteError: the loss is NaN or infinite; the weights are as before the step.
     """
     logits = model(x, rng)
-    loss = cross_entropy(logits, labels)
+    loss = cross_entropy(logits, labels, label_smoothing=label_smoothing)
     value = loss.item()
     if not np.isfinite(value):
         raise NonFiniteError(f"the loss is {value}")
@@ -185,7 +182,8 @@ def fit(plan: Plan, state: State, device: torch.device, observers: Sequence[Obse
         Interrupted: SIGINT or SIGTERM came; observers have seen the last step.
     """
     recipe, seed, train, bounds = plan.recipe, plan.seed, plan.train, plan.bounds
-    order = np.empty(0, np.int64)
+    order, augment = np.empty(0, np.int64), Augmentation()
+    schedule = SCHEDULES[recipe.schedule]
     for observer in observers:
         observer.before_training(plan)
     started = time.perf_counter() - state.seconds
@@ -196,13 +194,24 @@ def fit(plan: Plan, state: State, device: torch.device, observers: Sequence[Obse
                 break
             if batch == 0 or not len(order):
                 order = stream(seed, "order", epoch).permutation(len(train))
+                augment = Augmentation.draw(
+                    seed, epoch, len(train), flip=recipe.flip, shift=recipe.shift
+                )
                 state.model.train()
             chosen = order[slice(*bounds[batch])]
-            x = to_input(train.images[chosen], device)
+            x = augment(to_input(train.images[chosen], device), chosen)
+            if step < recipe.half_size * plan.steps:
+                x = halve(x)
             labels = torch.from_numpy(train.labels[chosen]).to(device)
+            set_rate(state.optimizer, schedule(step / plan.steps))
             try:
                 loss, correct = train_step(
-                    state.model, state.optimizer, x, labels, stream(seed, "dropout", step)
+                    state.model,
+                    state.optimizer,
+                    x,
+                    labels,
+                    stream(seed, "dropout", step),
+                    recipe.label_smoothing,
                 )
             except NonFiniteError as e:
                 raise NonFiniteError(

@@ -15,7 +15,9 @@ from normlab.data.batches import split_validation
 from normlab.environment import describe, resolve_device, resolve_threads, settings
 from normlab.errors import UserError
 from normlab.files import digest, write_json, write_tensors
-from normlab.fit import Interrupted, Observer, Plan, State, fit, make_optimizer
+from normlab.fit import Interrupted, Observer, Plan, State, fit
+from normlab.models import FastNet
+from normlab.optim import make_optimizer
 from normlab.recipes import Recipe
 from normlab.runs import Run, Task, create_folder, open_run
 
@@ -72,7 +74,7 @@ def train(
         folder = create_folder(out, chosen.name)
         _claim(folder, task)
         write_json(folder / "environment.json", describe(threads, where))
-        state = _new_state(task, where)
+        state = new_state(task, images, where)
         state.seconds = time.perf_counter() - started
         return _finish(Run(folder, task), images, data_seconds, state, where, observers)
 
@@ -145,7 +147,7 @@ def resume(
             "--allow-changes goes on all the same, but the end will differ"
         )
     with settings(threads, where):
-        state = _new_state(opened.task, where)
+        state = new_state(opened.task, images, where)
         checkpoint.restore(opened.path, state)
         return _finish(opened, images, data_seconds, state, where, observers)
 
@@ -162,10 +164,27 @@ def _differences(run: Run, images: ImageData, now: dict[str, Any]) -> list[str]:
     return found
 
 
-def _new_state(task: Task, device: torch.device) -> State:
+def new_state(task: Task, images: ImageData, device: torch.device) -> State:
+    """The network with its initial values and its optimiser, before the first step."""
     model = task.build().to(device)
+    if isinstance(model, FastNet):
+        train, _ = split_validation(images.x_train, images.y_train, task.recipe.validation)
+        model.fit_to(train.images)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return State(model=model, optimizer=make_optimizer(task.recipe, model))
+
+
+def make_plan(task: Task, images: ImageData, threads: int, folder: Path | None = None) -> Plan:
+    """Split the images and say what `fit` shall do with them."""
+    train, validation = split_validation(images.x_train, images.y_train, task.recipe.validation)
+    return Plan(
+        recipe=task.recipe,
+        folder=folder,
+        seed=task.seed,
+        threads=threads,
+        train=train,
+        validation=validation,
+    )
 
 
 def _finish(
@@ -180,15 +199,7 @@ def _finish(
     from normlab.report import write_run_report
 
     recipe, folder = run.task.recipe, run.path
-    train, validation = split_validation(images.x_train, images.y_train, recipe.validation)
-    plan = Plan(
-        recipe=recipe,
-        folder=folder,
-        seed=run.task.seed,
-        threads=run.environment["threads"],
-        train=train,
-        validation=validation,
-    )
+    plan = make_plan(run.task, images, run.environment["threads"], folder)
     keeper = checkpoint.Keeper(folder, saved_at=state.seconds)
     try:
         fit(plan, state, device, (keeper, *observers))
@@ -215,7 +226,7 @@ def _finish(
         "val_accuracy": state.history[-1]["val_accuracy"],
         "val_loss": state.history[-1]["val_loss"],
         "train_seconds": state.seconds,
-        "images_per_second": len(train) * len(state.history) / state.seconds,
+        "images_per_second": len(plan.train) * len(state.history) / state.seconds,
         "weights_sha256": digest(state.model.state_dict()),
         "data_seconds": data_seconds,
         "evaluation_seconds": evaluation_seconds,

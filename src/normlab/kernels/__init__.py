@@ -13,8 +13,10 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +25,21 @@ from torch import Tensor
 
 _off = threading.local()
 
-_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_POINTER, _INT, _LONG, _FLOAT, _DOUBLE = (
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_int64,
+    ctypes.c_float,
+    ctypes.c_double,
+)
 _SHAPE = [_LONG, _LONG, _LONG]
 _SIGNATURES = {
-    "normlab_moments": [*[_POINTER] * 3, ctypes.c_int32, _FLOAT, *_SHAPE, *[_POINTER] * 2, _INT],
+    "normlab_forward": [
+        *[*[_POINTER] * 3, ctypes.c_int32, _FLOAT],  # x, z, draws, threshold, scale
+        *[_POINTER, _POINTER, _FLOAT, *_SHAPE],  # weight, bias, eps
+        *[_POINTER, _POINTER, _DOUBLE, _DOUBLE],  # running mean and variance, keep, correction
+        *[_POINTER, _POINTER, _POINTER, _INT],  # mean, variance, y
+    ],
     "normlab_normalize": [*[_POINTER] * 5, _FLOAT, *_SHAPE, _POINTER, _INT],
     "normlab_gradient": [*[_POINTER] * 5, _FLOAT, _FLOAT, *_SHAPE, *[_POINTER] * 3, _INT],
     "normlab_pool": [_POINTER, *[_LONG] * 4, *[_POINTER] * 2, _INT],
@@ -77,7 +90,7 @@ def layout(x: Tensor) -> tuple[int, int, int] | None:
         or x.device.type != "cpu"
         or x.numel() == 0
         or not available()
-        or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
         or torch.compiler.is_compiling()
     ):
         return None
@@ -94,29 +107,86 @@ def like(g: Tensor, x: Tensor) -> Tensor:
     return g if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,) of `x`."""
-    mean, var = x.new_empty(2, x.shape[1])
-    _call("moments", x, None, None, 0, 1.0, *_shape(x), mean, var)
-    return mean, var
+@dataclass(frozen=True)
+class Running:
+    """Running statistics (C,) and how a batch moves them: running ← keep·running + …"""
+
+    mean: Tensor
+    var: Tensor
+    keep: float
+    correction: float  # what the biased variance is multiplied by
 
 
-def relu_dropout_moments(
-    z: Tensor, draws: NDArray[np.uint16] | None, threshold: int, scale: float
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    running: Running | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h = max(z, 0)·(scale where draw ≥ threshold, else 0), and its moments, in one pass.
+    """y = γ·(x − μ)/√(σ² + ε) + β, μ and σ², and the running statistics moved."""
+    y, mean, var = torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    _call(
+        "forward",
+        x,
+        None,
+        None,
+        0,
+        1.0,
+        *_affine(x, weight, bias, eps),
+        *_moved(running),
+        mean,
+        var,
+        y,
+    )
+    return y, mean, var
+
+
+def relu_dropout_batch_norm(
+    z: Tensor,
+    draws: NDArray[np.uint16] | None,
+    threshold: int,
+    scale: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    running: Running | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h = max(z, 0)·(scale where draw ≥ threshold, else 0), then `batch_norm` of h.
 
     Args:
         z: of matrix layout.
         draws: one for each value in memory order; None for no dropout.
 
     Returns:
-        h like `z`, and its mean and variance (C,).
+        y, h, and the mean and variance (C,) of h.
     """
-    h = torch.empty_like(z)
-    mean, var = z.new_empty(2, z.shape[1])
-    _call("moments", h, z, draws, threshold, scale, *_shape(z), mean, var)
-    return h, mean, var
+    h, y = torch.empty_like(z), torch.empty_like(z)
+    mean, var = z.new_empty(z.shape[1]), z.new_empty(z.shape[1])
+    _call(
+        "forward",
+        h,
+        z,
+        draws,
+        threshold,
+        scale,
+        *_affine(z, weight, bias, eps),
+        *_moved(running),
+        mean,
+        var,
+        y,
+    )
+    return y, h, mean, var
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Any, ...]:
+    return weight, bias, eps, *_shape(x)
+
+
+def _moved(running: Running | None) -> tuple[Any, ...]:
+    if running is None:
+        return None, None, 0.0, 1.0
+    return running.mean, running.var, running.keep, running.correction
 
 
 def normalize(
@@ -141,12 +211,12 @@ def gradient(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients with respect to x, γ and β, from `g` = dL/dy.
 
-    With `keep_scale`, `x` is what `relu_dropout_moments` returned, and the first gradient is the
-    one with respect to its z. Without `x_grad` the first is None.
+    With `keep_scale`, `x` is the h that `relu_dropout_batch_norm` returned, and the first gradient
+    is the one with respect to its z. Without `x_grad` the first is None.
     """
     g = like(g, x)
     dx = torch.empty_like(x) if x_grad else None
-    weight_grad, bias_grad = x.new_empty(2, x.shape[1])
+    weight_grad, bias_grad = torch.empty_like(mean), torch.empty_like(mean)
     arguments = (x, g, mean, var, weight, eps, keep_scale, *_shape(x), dx, weight_grad, bias_grad)
     _call("gradient", *arguments)
     return dx, weight_grad, bias_grad

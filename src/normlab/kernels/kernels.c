@@ -313,21 +313,6 @@ static float *repeated(const float *const *vectors, int count, i64 C, i64 fold) 
 
 /* ---- What Python calls. Every function returns 0, or -1 when memory is short. ---- */
 
-/* mean and biased variance (C) of x, N x C x S. With z (S = 1), x = relu_dropout(z) is written. */
-int normlab_moments(float *x, const float *z, const uint16_t *draws, int32_t threshold, float scale,
-                    i64 N, i64 C, i64 S, float *mean, float *var, int threads) {
-    source_t s = {.x = x, .z = z, .draws = draws, .threshold = threshold, .scale = scale};
-    double *m = malloc(2 * C * sizeof(double));
-    if (!m) return -1;
-    int failed = reduce(&s, N, C, S, m, m + C, threads);
-    for (i64 c = 0; !failed && c < C; c++) {
-        mean[c] = (float)m[c];
-        var[c] = (float)(m[C + c] / ((double)N * S));
-    }
-    free(m);
-    return failed;
-}
-
 /* y = weight*(x - mean)/sqrt(var + eps) + bias; weight and bias may be NULL. */
 int normlab_normalize(const float *x, const float *mean, const float *var, const float *weight,
                       const float *bias, float eps, i64 N, i64 C, i64 S, float *y, int threads) {
@@ -358,7 +343,32 @@ int normlab_normalize(const float *x, const float *mean, const float *var, const
     return 0;
 }
 
-/* The gradient of normlab_normalize(normlab_moments(x)), from g = dL/dy:
+/* Batch normalisation in training, of x, N x C x S, into y:
+ *     mean, var = moments of x, var biased
+ *     y = weight*(x - mean)/sqrt(var + eps) + bias
+ *     running = keep*running + (1 - keep)*batch, the batch's variance times correction
+ * With z (S = 1), x = relu_dropout(z) is written first. draws, weight, bias and running_* may be
+ * NULL. */
+int normlab_forward(float *x, const float *z, const uint16_t *draws, int32_t threshold, float scale,
+                    const float *weight, const float *bias, float eps, i64 N, i64 C, i64 S,
+                    float *running_mean, float *running_var, double keep, double correction,
+                    float *mean, float *var, float *y, int threads) {
+    source_t s = {.x = x, .z = z, .draws = draws, .threshold = threshold, .scale = scale};
+    double *m = malloc(2 * C * sizeof(double));
+    if (!m) return -1;
+    int failed = reduce(&s, N, C, S, m, m + C, threads);
+    for (i64 c = 0; !failed && c < C; c++) {
+        mean[c] = (float)m[c];
+        var[c] = (float)(m[C + c] / ((double)N * S));
+        if (!running_mean) continue;
+        running_mean[c] += (float)((1 - keep) * ((double)mean[c] - running_mean[c]));
+        running_var[c] += (float)((1 - keep) * (var[c] * correction - running_var[c]));
+    }
+    free(m);
+    return failed ? -1 : normlab_normalize(x, mean, var, weight, bias, eps, N, C, S, y, threads);
+}
+
+/* The gradient of normlab_forward, from g = dL/dy:
  *     bias_grad   = sum g
  *     weight_grad = sum g*x_hat
  *     dx = weight/(M*sigma) * (M*g - sum g - x_hat * sum g*x_hat)

@@ -1,14 +1,23 @@
 """Layers with their conventions stated where they bite."""
 
+from collections.abc import Callable
+
 from torch import nn
 
 from normlab.errors import UserError
 from normlab.layers.batchnorm import CONVENTIONS, BatchNorm, Convention, moments, normalize
 from normlab.layers.dropout import Dropout
 from normlab.layers.fused import MaxPool2d, norm_conv, relu_dropout_norm
+from normlab.layers.norms import GroupNorm, InstanceNorm, LayerNorm
 from normlab.layers.weights import Conv2d, Dense, Flatten
 
-NORMS = {"batch": BatchNorm, "none": lambda num_features: nn.Identity()}
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": BatchNorm,
+    "none": lambda num_features: nn.Identity(),
+    "layer": LayerNorm,
+    "group": GroupNorm,
+    "instance": InstanceNorm,
+}
 
 
 def normalizer(norm: str, num_features: int) -> nn.Module:
@@ -31,6 +40,9 @@ __all__ = [
     "Dense",
     "Dropout",
     "Flatten",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
     "MaxPool2d",
     "moments",
     "norm_conv",

@@ -66,7 +66,9 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         μ and σ², both (C,).
     """
     dims = [0, *range(2, x.ndim)]
-    first = x.detach()[(0, slice(None), *[0] * (x.ndim - 2))]  # (C,)
+    first = x.detach()[0]
+    while first.ndim > 1:
+        first = first[..., 0]  # (C,) in the end
     d = x - per_channel(first, x)
     d_mean = d.mean(dims)
     var = (d - per_channel(d_mean, x)).square_().mean(dims)
@@ -89,6 +91,11 @@ def per_channel(v: Tensor, x: Tensor) -> Tensor:
     return v.view(1, -1, *[1] * (x.ndim - 2))
 
 
+def needed(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Drop the gradients that autograd did not ask for: it refuses one for a missing γ."""
+    return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=True))
+
+
 class _BatchNormalize(torch.autograd.Function):
     """`moments` and `normalize` with the gradient in closed form.
 
@@ -101,31 +108,28 @@ class _BatchNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        compiled = kernels.layout(x) is not None
-        mean, var = kernels.moments(x) if compiled else moments(x)
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: "BatchNorm"
+    ) -> Tensor:
+        ctx.eps = norm.eps
+        ctx.compiled = norm.compiled(x)
+        if ctx.compiled:
+            running = norm.running(x.numel() // x.shape[1])
+            y, mean, var = kernels.batch_norm(x, weight, bias, norm.eps, running)
+        else:
+            mean, var = moments(x)
+            y = normalize(x, mean, var, weight, bias, norm.eps)
+            norm.track(mean, var, x.numel() // x.shape[1])
         ctx.save_for_backward(x, weight, mean, var)
-        ctx.eps = eps
-        ctx.mark_non_differentiable(mean, var)
-        apply = kernels.normalize if compiled else normalize
-        return apply(x, mean, var, weight, bias, eps), mean, var
+        return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var = ctx.saved_tensors
-        if kernels.layout(x) is not None:
-            grads = kernels.gradient(
-                x, g, mean, var, weight, ctx.eps, x_grad=ctx.needs_input_grad[0]
-            )
-            return (
-                *(
-                    d if need else None
-                    for d, need in zip(grads, ctx.needs_input_grad, strict=False)
-                ),
-                None,
-            )
+        if ctx.compiled:
+            x_needs = ctx.needs_input_grad[0]
+            grads = kernels.gradient(x, g, mean, var, weight, ctx.eps, x_grad=x_needs)
+            return needed(ctx, *grads, None)
         dims = [0, *range(2, x.ndim)]
         count = x.numel() // x.shape[1]
         x_hat = normalize(x, mean, var, None, None, ctx.eps)
@@ -139,12 +143,7 @@ class _BatchNormalize(torch.autograd.Function):
             x_grad = g - per_channel(bias_grad / count, x)
             x_grad = x_grad - x_hat * per_channel(weight_grad / count, x)
             x_grad = x_grad * per_channel(scale, x)
-        return (
-            x_grad,
-            weight_grad if ctx.needs_input_grad[1] else None,
-            bias_grad if ctx.needs_input_grad[2] else None,
-            None,
-        )
+        return needed(ctx, x_grad, weight_grad, bias_grad, None)
 
 
 class BatchNorm(nn.Module):
@@ -225,26 +224,44 @@ class BatchNorm(nn.Module):
         """Normalise `x` (N, C) or (N, C, *); same shape, type and memory layout out."""
         self.check(x)
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        if self.training and not self.frozen:
-            y, mean, var = self._normalize_batch(wide)
-            self.track(mean, var, x.numel() // self.num_features)
+        if self.uses_batch():
+            y: Tensor = _BatchNormalize.apply(wide, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
         else:
-            mean, var = self.running_mean, self.running_var
-            y = normalize(wide, mean, var, self.weight, self.bias, self.eps)
+            y = self._normalize_running(wide)
         return y.to(x.dtype)
 
-    def _normalize_batch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, var = _BatchNormalize.apply(x, self.weight, self.bias, self.eps)
-        return y, mean, var
+    def standardize(self, x: Tensor) -> Tensor:
+        """x̂ of a training batch that needs no gradient; moves the running statistics."""
+        with torch.no_grad():
+            y: Tensor = _BatchNormalize.apply(x, None, None, self)  # type: ignore[no-untyped-call]
+        return y
+
+    def uses_batch(self) -> bool:
+        """Whether `forward` would now use the batch's own statistics, not the running ones."""
+        return self.training and not self.frozen
+
+    def compiled(self, x: Tensor) -> bool:
+        """Whether the compiled kernels take `x` and this layer's state."""
+        return kernels.layout(x) is not None and self.running_mean.dtype == torch.float32
+
+    def _normalize_running(self, x: Tensor) -> Tensor:
+        fast = self.compiled(x) and not torch.is_grad_enabled()
+        apply = kernels.normalize if fast else normalize
+        return apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+
+    def running(self, count: int) -> kernels.Running:
+        """How a batch of `count` values a channel moves the running statistics."""
+        correction = count / (count - 1) if self.convention.unbiased_running_var else 1.0
+        self.num_batches_tracked += 1
+        return kernels.Running(self.running_mean, self.running_var, self.old_weight, correction)
 
     @torch.no_grad()
     def track(self, mean: Tensor, var: Tensor, count: int) -> None:
         """Move the running statistics: running ← m·running + (1 − m)·batch."""
-        if self.convention.unbiased_running_var:
-            var = var * (count / (count - 1))
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), 1 - self.old_weight)
-        self.running_var.lerp_(var.to(self.running_var.dtype), 1 - self.old_weight)
-        self.num_batches_tracked += 1
+        running = self.running(count)
+        var = var * running.correction
+        running.mean.lerp_(mean.to(running.mean.dtype), 1 - running.keep)
+        running.var.lerp_(var.to(running.var.dtype), 1 - running.keep)
 
     def check(self, x: Tensor) -> None:
         """Raise `UserError` unless `x` is what `forward` takes now."""
@@ -254,7 +271,7 @@ class BatchNorm(nn.Module):
                 f"this layer takes 2 to 5 dimensions, the second of size {self.num_features}"
             )
         count = x.numel() // self.num_features
-        if self.training and not self.frozen and count < 2:
+        if self.uses_batch() and count < 2:
             raise UserError(
                 f"a training batch of shape {tuple(x.shape)} holds {count} value(s) a channel, too "
                 "few for a variance: use a batch of two or more, or .eval() or .freeze()"

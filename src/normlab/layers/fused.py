@@ -5,7 +5,7 @@ composition wherever the faster way does not apply: in evaluation, with another 
 hook that wants to see what lies between, on another device or type.
 """
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, relu
 
 from normlab import kernels
-from normlab.layers.batchnorm import BatchNorm, moments, normalize
+from normlab.layers.batchnorm import BatchNorm, needed
 from normlab.layers.dropout import Dropout, draws
 
 
@@ -22,16 +22,15 @@ def relu_dropout_norm(
     z: Tensor, dropout: Dropout | None, norm: nn.Module, rng: np.random.Generator | None = None
 ) -> Tensor:
     """norm(dropout(relu(z), rng)) for `z` (N, C) or channels-last (N, C, H, W)."""
-    shape = kernels.layout(z)
-    if shape is None or shape[2] > 1 or not _batch_normalizes(norm) or _hooked(dropout):
+    if not _batch_normalizes(norm) or _hooked(dropout) or not _is_matrix(z, norm):
         h = relu(z)
         return norm(h if dropout is None else dropout(h, rng))  # type: ignore[no-any-return]
-    assert isinstance(norm, BatchNorm)
     norm.check(z)
     source = None if dropout is None else dropout.source(rng)
-    y, mean, var = _ReluDropoutBatchNorm.apply(z, norm.weight, norm.bias, norm.eps, dropout, source)
-    norm.track(mean, var, z.numel() // z.shape[1])
-    return y  # type: ignore[no-any-return]
+    y: Tensor = _ReluDropoutBatchNorm.apply(  # type: ignore[no-untyped-call]
+        z, norm.weight, norm.bias, norm, dropout, source
+    )
+    return y
 
 
 class _ReluDropoutBatchNorm(torch.autograd.Function):
@@ -43,29 +42,27 @@ class _ReluDropoutBatchNorm(torch.autograd.Function):
         z: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        eps: float,
+        norm: BatchNorm,
         dropout: Dropout | None,
         source: np.random.Generator | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if dropout is None or source is None:
-            words, threshold, scale = None, 0, 1.0
-        else:
+    ) -> Tensor:
+        words, threshold, scale = None, 0, 1.0
+        if dropout is not None and source is not None:
             words, threshold, scale = draws(z.numel(), source), dropout.threshold, dropout.scale
-        h, mean, var = kernels.relu_dropout_moments(z, words, threshold, scale)
+        running = norm.running(z.numel() // z.shape[1])
+        y, h, mean, var = kernels.relu_dropout_batch_norm(
+            z, words, threshold, scale, weight, bias, norm.eps, running
+        )
         ctx.save_for_backward(h, weight, mean, var)
-        ctx.eps, ctx.scale = eps, scale
-        ctx.mark_non_differentiable(mean, var)
-        return kernels.normalize(h, mean, var, weight, bias, eps), mean, var
+        ctx.eps, ctx.scale = norm.eps, scale
+        return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         h, weight, mean, var = ctx.saved_tensors
-        grads = kernels.gradient(
-            h, g, mean, var, weight, ctx.eps, keep_scale=ctx.scale, x_grad=ctx.needs_input_grad[0]
-        )
-        needed = (d if need else None for d, need in zip(grads, ctx.needs_input_grad, strict=False))
-        return (*needed, None, None, None)
+        grads = kernels.gradient(h, g, mean, var, weight, ctx.eps, keep_scale=ctx.scale)
+        return needed(ctx, *grads, None, None, None)
 
 
 def norm_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d) -> Tensor:
@@ -88,12 +85,8 @@ def norm_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d) -> Tensor:
         or x.dtype != conv.weight.dtype
     ):
         return conv(norm(x))  # type: ignore[no-any-return]
-    assert isinstance(norm, BatchNorm)
     norm.check(x)
-    mean, var = moments(x) if kernels.layout(x) is None else kernels.moments(x)
-    apply = normalize if kernels.layout(x) is None else kernels.normalize
-    x_hat = apply(x, mean, var, None, None, norm.eps)
-    norm.track(mean, var, x.numel() // x.shape[1])
+    x_hat = norm.standardize(x)
     weight, bias = conv.weight, conv.bias  # (O, C, h, w), (O,)
     if norm.bias is not None:
         bias = bias + torch.einsum("oihw,i->o", weight, norm.bias)
@@ -111,7 +104,8 @@ class MaxPool2d(nn.MaxPool2d):
         plain = (self.kernel_size, self.stride, self.padding, self.dilation) == (2, 2, 0, 1)
         if shape is None or shape[2] > 1 or not plain or self.ceil_mode or self.return_indices:
             return super().forward(x)  # type: ignore[no-any-return]
-        return _MaxPool.apply(x)  # type: ignore[no-any-return]
+        y: Tensor = _MaxPool.apply(x)  # type: ignore[no-untyped-call]
+        return y
 
 
 class _MaxPool(torch.autograd.Function):
@@ -123,14 +117,19 @@ class _MaxPool(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return kernels.max_pool_gradient(g, ctx.saved_tensors[0], ctx.x_shape)
 
 
-def _batch_normalizes(norm: nn.Module) -> bool:
+def _batch_normalizes(norm: nn.Module) -> TypeGuard[BatchNorm]:
     """Whether `norm` is a BatchNorm that would now use the batch's own statistics, unobserved."""
-    return type(norm) is BatchNorm and norm.training and not norm.frozen and not _hooked(norm)
+    return type(norm) is BatchNorm and norm.uses_batch() and not _hooked(norm)
+
+
+def _is_matrix(x: Tensor, norm: BatchNorm) -> bool:
+    shape = kernels.layout(x)
+    return shape is not None and shape[2] == 1 and norm.compiled(x)
 
 
 def _hooked(module: nn.Module | None) -> bool:
