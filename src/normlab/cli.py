@@ -11,6 +11,7 @@ import click
 
 from normlab.cli_compare import compare
 from normlab.cli_data import data as data_group
+from normlab.cli_predict import predict
 
 if TYPE_CHECKING:
     from normlab.fit import Observer
@@ -28,12 +29,13 @@ def cli() -> None:
 
 cli.add_command(data_group)
 cli.add_command(compare)
+cli.add_command(predict)
 
 DATA = click.option(
     "--data",
     metavar="DATA",
-    help="cifar10 (the default), sample (a few hundred images, no network), a .npz, or an archive "
-    "or folder that holds CIFAR-10.",
+    help="cifar10 (the default), sample (a few hundred images, no network), a folder of pictures, "
+    "a .npz, a .parquet, or an archive or folder that holds CIFAR-10.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
 
@@ -48,6 +50,8 @@ JSON = click.option("--json", "as_json", is_flag=True, help="End with one line o
 @click.option("--threads", type=int, help="CPU threads; all cores by default.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @DATA
+@click.option("--image-size", type=click.IntRange(8, 512), help="Of pictures; 32 by default.")
+@click.option("--skip-bad", is_flag=True, help="Leave out pictures that cannot be used.")
 @click.option(
     "--validation", type=float, help="Share of the training images, the last ones, to hold out."
 )
@@ -66,6 +70,8 @@ def train(
     threads: int | None,
     device: str,
     data: str | None,
+    image_size: int | None,
+    skip_bad: bool,
     out: Path | None,
     tensorboard: bool,
     resume: str | None,
@@ -96,6 +102,8 @@ def train(
             run = training.train(
                 recipe or recipes.DEFAULT,
                 data=data,
+                image_size=image_size,
+                skip_bad=skip_bad,
                 out=out,
                 seed=seed,
                 threads=threads,
@@ -141,12 +149,11 @@ def _close(run: "Run", install_seconds: float | None, as_json: bool) -> None:
 @JSON
 def evaluate(run: str | None, data: str | None, weights: str, as_json: bool) -> None:
     """Score RUN (by default the latest) on the test images, with plots and its mistakes."""
-    from normlab.data import load
     from normlab.report import write_evaluation
     from normlab.runs import open_run
 
     opened = open_run(run)
-    images = load(opened.task.data if data is None else data)
+    images = opened.task.load(data)
     evaluation = opened.evaluate(images, weights=weights)
     folder = opened.path / f"evaluation-{weights}"
     write_evaluation(evaluation, images, folder)

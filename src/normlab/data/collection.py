@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from normlab.data.decoding import Decoded
 from normlab.data.images import ImageData
@@ -87,7 +88,7 @@ def assemble(
     return ImageData(name=collection.name, class_names=tuple(classes), **arrays)
 
 
-def interleave(labels: np.ndarray, keys: Sequence[bytes]) -> np.ndarray:
+def interleave(labels: NDArray[np.int64], keys: Sequence[bytes]) -> NDArray[np.int64]:
     """An order (N,) in which every stretch has the classes in proportion, random within a class.
 
     It depends on labels and keys alone, not on the order in which they are given.
@@ -95,7 +96,7 @@ def interleave(labels: np.ndarray, keys: Sequence[bytes]) -> np.ndarray:
     place = np.empty(len(labels))
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
-        own = own[sorted(range(len(own)), key=lambda i: keys[own[i]])]
+        own = np.array(sorted(own.tolist(), key=lambda i: keys[i]))
         rank = stream(0, "pictures", "order", int(label)).permutation(len(own))
         place[own] = (rank + 0.5) / len(own)
     return np.lexsort((labels, place))

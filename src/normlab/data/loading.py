@@ -17,6 +17,9 @@ from normlab.data.npz import read_npz
 from normlab.data.parquet import parquet_files, read_parquet
 from normlab.errors import DataError
 
+# Data sets of known standing; any other is the user's own.
+PUBLIC = ("cifar10", "sample")
+
 
 def load(
     data: str | Path | Mapping[str, ArrayLike] | ImageData | None = None,
