@@ -11,6 +11,8 @@ import click
 
 from normlab.cli_compare import compare
 from normlab.cli_data import data as data_group
+from normlab.cli_doctor import doctor, recalibrate
+from normlab.cli_inspect import inspect
 from normlab.cli_predict import predict
 
 if TYPE_CHECKING:
@@ -28,7 +30,10 @@ def cli() -> None:
 
 
 cli.add_command(data_group)
+cli.add_command(inspect)
 cli.add_command(compare)
+cli.add_command(doctor)
+cli.add_command(recalibrate)
 cli.add_command(predict)
 
 DATA = click.option(
@@ -58,6 +63,8 @@ JSON = click.option("--json", "as_json", is_flag=True, help="End with one line o
 @click.option("--patience", type=int, help="Stop after so many epochs without a better val_loss.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder, new or empty.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into the run, too.")
+@click.option("--three-way", is_flag=True, help="Score each epoch with three kinds of statistics.")
+@click.option("--record", is_flag=True, help="Keep what each layer sees, for `normlab inspect`.")
 @click.option("--resume", metavar="RUN", help="Go on with an interrupted run.")
 @click.option("--allow-changes", is_flag=True, help="With --resume: although something differs.")
 @JSON
@@ -74,6 +81,8 @@ def train(
     skip_bad: bool,
     out: Path | None,
     tensorboard: bool,
+    three_way: bool,
+    record: bool,
     resume: str | None,
     allow_changes: bool,
     as_json: bool,
@@ -91,6 +100,20 @@ def train(
         from normlab.tensorboard import TensorBoard
 
         observers.append(TensorBoard())
+    if three_way:
+        from normlab.recalibration import ThreeWayScores
+
+        chosen = recipes.get(recipe or recipes.DEFAULT).override(**changes)
+        if resume is None and chosen.validation == 0:
+            raise click.UsageError(
+                f"--three-way scores validation images and {chosen.name} holds out none: "
+                "add --validation 0.1"
+            )
+        observers.insert(0, ThreeWayScores())  # before those who tell of the epoch
+    if record or (resume is not None and (Path(resume) / "recording.npz").exists()):
+        from normlab.recording import Recorder
+
+        observers.append(Recorder())
     install_seconds = os.environ.get("NORMLAB_INSTALL_SECONDS")
     with observer if isinstance(observer, AbstractContextManager) else nullcontext():
         if resume is not None:
@@ -116,7 +139,15 @@ def train(
 
 def _refuse_with_resume(context: click.Context) -> None:
     """A resumed run is decided by its folder; options that would change it are a mistake."""
-    allowed = {"resume", "data", "allow_changes", "tensorboard", "as_json"}
+    allowed = {
+        "resume",
+        "data",
+        "allow_changes",
+        "tensorboard",
+        "three_way",
+        "record",
+        "as_json",
+    }
     for name in context.params:
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
         if given and name not in allowed:
@@ -145,7 +176,7 @@ def _close(run: "Run", install_seconds: float | None, as_json: bool) -> None:
 @cli.command()
 @click.argument("run", required=False)
 @DATA
-@click.option("--weights", default="last", show_default=True, help="last or best.")
+@click.option("--weights", default="last", show_default=True, help="last, best or recalibrated.")
 @JSON
 def evaluate(run: str | None, data: str | None, weights: str, as_json: bool) -> None:
     """Score RUN (by default the latest) on the test images, with plots and its mistakes."""

@@ -260,6 +260,9 @@ def _out_of_patience(recipe: Recipe, state: State) -> bool:
 def _signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of dying of them; a second one ends at once.
 
+    At once means within a step, where weights and step number may not belong together: so it is no
+    `Interrupted`, after which a checkpoint is written. The one before it stays.
+
     Outside the main thread, where Python allows no handlers, signals are left as they are.
     """
     received: list[int] = []
@@ -269,7 +272,7 @@ def _signals() -> Iterator[list[int]]:
 
     def note(signum: int, _: object) -> None:
         if received:
-            raise Interrupted(signum)
+            raise SystemExit(128 + signum)
         received.append(signum)
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -147,6 +147,8 @@ def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimi
     optimizer: torch.optim.Optimizer
     if recipe.optimizer == "muon":
         optimizer = Muon(trained, lr=recipe.learning_rate, sgd_lr=recipe.sgd_rate)
+    elif recipe.optimizer == "sgd":
+        optimizer = torch.optim.SGD(trained, lr=recipe.learning_rate, fused=True)
     else:
         optimizer = Adam(trained, lr=recipe.learning_rate)
     for group in optimizer.param_groups:

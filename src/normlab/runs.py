@@ -6,6 +6,7 @@ history.jsonl      one line an epoch
 checkpoint.safetensors, checkpoint.previous.safetensors   while unfinished: where to go on
 last.safetensors   weights after the last step
 best.safetensors   weights at the lowest validation loss
+recalibrated.safetensors   the last weights with the statistics of a whole set of images
 result.json        the scores; there once the run is finished
 curves.png, report.html
 """
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from normlab.evaluation import Evaluation
 
 RUNS = Path("runs")
+WEIGHTS = ("last", "best", "recalibrated")
 NUMBERED = re.compile(r"(\d{4,})-.+")
 
 
@@ -113,16 +115,19 @@ class Run:
         """Return the trained network in evaluation mode.
 
         Args:
-            weights: `last` (after the last step) or `best` (at the lowest validation loss).
+            weights: `last` (after the last step), `best` (at the lowest validation loss) or
+                `recalibrated` (the last with statistics from `normlab recalibrate`).
 
         Raises:
             UserError: other weights, or a run that does not have these.
         """
-        if weights not in ("last", "best"):
-            raise UserError(f"weights {weights!r}: choose last or best")
+        if weights not in WEIGHTS:
+            raise UserError(f"weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
         path = self.path / f"{weights}.safetensors"
         if not path.exists():
             why = "it held out no images to choose by" if self.result else "it is unfinished"
+            if weights == "recalibrated":
+                why = "`normlab recalibrate` makes it"
             raise UserError(
                 f"run {self.path} has no {path.name}: {why}; use another run or weights"
             )

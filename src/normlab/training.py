@@ -213,7 +213,8 @@ def _finish(
     plan = make_plan(run.task, images, run.environment["threads"], folder)
     keeper = checkpoint.Keeper(folder, saved_at=state.seconds)
     try:
-        fit(plan, state, device, (keeper, *observers))
+        # The keeper comes last: what the others add to the history is written down, too.
+        fit(plan, state, device, (*observers, keeper))
     except Interrupted as e:
         checkpoint.save(folder, state)
         raise Interrupted(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ class Design:
         last = self.first_seed + self.seeds
         for ok, problem in (
             (self.seeds >= 1, f"seeds={self.seeds}: choose 1 or more; a verdict needs at least 6"),
+            (len(self.contrasts) >= 1, "contrasts=none: name at least one"),
             (self.first_seed >= 0, f"first_seed={self.first_seed}: choose 0 or more"),
             (last <= TUNING_SEED, f"seeds up to {last}: stay below {TUNING_SEED:,}"),
             (0 < self.margin < 1, f"margin={self.margin}: choose a fraction such as 0.005"),
@@ -143,9 +145,7 @@ class Design:
                 f"seeds={seeds}: this study was planned with {self.seeds}, and seeds can only be "
                 "added: stopping early where the figures please would make them worthless"
             )
-        could_decide = pairs_seen >= 1 and (
-            smallest_p(pairs_seen) <= level_of_look(self.look) / len(self.contrasts)
-        )
+        could_decide = pairs_seen >= enough_pairs(len(self.contrasts), self.look)
         return replace(
             self, seeds=seeds, looks=(*self.looks, pairs_seen) if could_decide else self.looks
         )
@@ -164,6 +164,16 @@ class Design:
 def scaled(recipe: Recipe, setting: str, factor: float) -> Recipe:
     """`recipe` with one setting multiplied."""
     return replace(recipe, **{setting: getattr(recipe, setting) * factor})
+
+
+def enough_pairs(contrasts: int, look: int = 1) -> int:
+    """The smallest number of pairs that can decide one of so many contrasts.
+
+    >>> enough_pairs(1), enough_pairs(4), enough_pairs(1, look=2)
+    (6, 8, 9)
+    """
+    level = level_of_look(look) / contrasts  # of Holm's first step
+    return next(n for n in count(1) if smallest_p(n) <= level)
 
 
 def default_contrasts(arms: Sequence[Arm]) -> tuple[tuple[str, str], ...]:
