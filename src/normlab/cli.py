@@ -14,6 +14,7 @@ from normlab.cli_data import data as data_group
 from normlab.cli_doctor import doctor, recalibrate
 from normlab.cli_export import export_command, import_command
 from normlab.cli_inspect import inspect
+from normlab.cli_predict import predict
 
 if TYPE_CHECKING:
     from normlab.fit import Observer
@@ -36,12 +37,13 @@ cli.add_command(import_command)
 cli.add_command(compare)
 cli.add_command(doctor)
 cli.add_command(recalibrate)
+cli.add_command(predict)
 
 DATA = click.option(
     "--data",
     metavar="DATA",
-    help="cifar10 (the default), sample (a few hundred images, no network), a .npz, or an archive "
-    "or folder that holds CIFAR-10.",
+    help="cifar10 (the default), sample (a few hundred images, no network), a folder of pictures, "
+    "a .npz, a .parquet, or an archive or folder that holds CIFAR-10.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
 
@@ -56,6 +58,8 @@ JSON = click.option("--json", "as_json", is_flag=True, help="End with one line o
 @click.option("--threads", type=int, help="CPU threads; all cores by default.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @DATA
+@click.option("--image-size", type=click.IntRange(8, 512), help="Of pictures; 32 by default.")
+@click.option("--skip-bad", is_flag=True, help="Leave out pictures that cannot be used.")
 @click.option(
     "--validation", type=float, help="Share of the training images, the last ones, to hold out."
 )
@@ -76,6 +80,8 @@ def train(
     threads: int | None,
     device: str,
     data: str | None,
+    image_size: int | None,
+    skip_bad: bool,
     out: Path | None,
     tensorboard: bool,
     three_way: bool,
@@ -122,6 +128,8 @@ def train(
             run = training.train(
                 recipe or recipes.DEFAULT,
                 data=data,
+                image_size=image_size,
+                skip_bad=skip_bad,
                 out=out,
                 seed=seed,
                 threads=threads,
@@ -181,12 +189,11 @@ def _close(run: "Run", install_seconds: float | None, as_json: bool) -> None:
 @JSON
 def evaluate(run: str | None, data: str | None, weights: str, views: str, as_json: bool) -> None:
     """Score RUN (by default the latest) on the test images, with plots and its mistakes."""
-    from normlab.data import load
     from normlab.report import write_evaluation
     from normlab.runs import open_run
 
     opened = open_run(run)
-    images = load(opened.task.data if data is None else data)
+    images = opened.task.load(data)
     evaluation = opened.evaluate(images, weights=weights, views=views)
     name = weights if views == "single" else f"{weights}-{views}"
     folder = opened.path / f"evaluation-{name}"

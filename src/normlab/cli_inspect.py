@@ -61,7 +61,6 @@ def _landscape(
     images: int,
     threads: int | None,
 ) -> None:
-    from normlab.data import load
     from normlab.environment import resolve_threads
     from normlab.files import write_json
     from normlab.inspect_report import save_figure
@@ -70,7 +69,7 @@ def _landscape(
 
     found = explore(
         run.task,
-        load(run.task.data if data is None else data),
+        run.task.load(data),
         seeds=seeds,
         points=points,
         steps=steps,

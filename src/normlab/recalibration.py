@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
-from normlab.data import ImageData, load
+from normlab.data import ImageData
 from normlab.data.batches import batch_bounds, split_validation, to_input
 from normlab.errors import DataError, UserError
 from normlab.files import digest, write_tensors
@@ -278,7 +278,7 @@ def recalibrate(
     model = run.model("last")
     if not normalizers(model):
         raise UserError(f"run {run.path} has no batch normalisation: nothing to recalibrate")
-    images = load(run.task.data if data is None else data)
+    images = run.task.load(data)
     size = images.x_train.shape[1:3]
     if size != (run.task.image_size, run.task.image_size):
         raise DataError(

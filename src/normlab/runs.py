@@ -13,6 +13,7 @@ curves.png, report.html
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from normlab.models import MODELS
 from normlab.recipes import Recipe
 
 if TYPE_CHECKING:
+    from normlab.data import ImageData
     from normlab.evaluation import Evaluation
 
 RUNS = Path("runs")
@@ -42,6 +44,14 @@ class Task:
     data_sha256: str
     class_names: tuple[str, ...]
     image_size: int
+    skip_bad: bool = False
+
+    def load(self, data: "str | Path | Mapping[str, Any] | ImageData | None" = None) -> "ImageData":
+        """The run's data, or `data`, with pictures read as the run's were."""
+        from normlab.data import load
+
+        chosen = self.data if data is None else data
+        return load(chosen, image_size=self.image_size, skip_bad=self.skip_bad)
 
     def build(self) -> nn.Module:
         """Make the network with its initial values."""
@@ -60,6 +70,7 @@ class Task:
             "data_sha256": self.data_sha256,
             "class_names": list(self.class_names),
             "image_size": self.image_size,
+            "skip_bad": self.skip_bad,
         }
 
     @classmethod
@@ -71,6 +82,7 @@ class Task:
             data_sha256=str(values["data_sha256"]),
             class_names=tuple(map(str, values["class_names"])),
             image_size=int(values["image_size"]),
+            skip_bad=bool(values.get("skip_bad", False)),
         )
 
 

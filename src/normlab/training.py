@@ -11,6 +11,7 @@ import torch
 from normlab import checkpoint, recipes
 from normlab.data import ImageData, load
 from normlab.data.batches import split_validation
+from normlab.data.loading import PUBLIC
 from normlab.environment import describe, resolve_device, resolve_threads, settings
 from normlab.errors import UserError
 from normlab.files import digest, write_json, write_tensors
@@ -29,6 +30,8 @@ def train(
     seed: int = 0,
     threads: int | None = None,
     device: str = "auto",
+    image_size: int | None = None,
+    skip_bad: bool = False,
     observers: tuple[Observer, ...] = (),
     **changes: Any,
 ) -> Run:
@@ -44,6 +47,7 @@ def train(
         seed: of everything random.
         threads: of the CPU; None for all cores.
         device: `auto`, `cpu` or `cuda`.
+        image_size, skip_bad: for pictures in a folder or parquet; see `normlab.data.load`.
         observers: told after each step.
         **changes: fields of `Recipe` to replace: `epochs`, `batch_size`, `norm`, ….
 
@@ -57,7 +61,7 @@ def train(
     if not 0 <= seed < 2**63:
         raise UserError(f"seed={seed}: choose a whole number from 0 to 2⁶³ − 1")
     started = time.perf_counter()
-    images = load(data)
+    images = load(data, image_size=image_size, skip_bad=skip_bad)
     data_seconds = time.perf_counter() - started
     task = Task(
         recipe=chosen,
@@ -66,7 +70,13 @@ def train(
         data_sha256=images.sha256,
         class_names=images.class_names,
         image_size=images.x_train.shape[1],
+        skip_bad=skip_bad,
     )
+    if image_size is not None and image_size != task.image_size:
+        raise UserError(
+            f"image_size={image_size}: {images.name} has {task.image_size} × {task.image_size} "
+            "pixels; only pictures from a folder or parquet are resized"
+        )
     with settings(threads, where):
         started = time.perf_counter()
         _refuse_impossible(task, images)
@@ -139,7 +149,7 @@ def resume(
     threads = resolve_threads(min(environment["threads"], resolve_threads(None)))
     where = resolve_device(str(environment["device"]))
     started = time.perf_counter()
-    images = load(opened.task.data if data is None else data)
+    images = opened.task.load(data)
     data_seconds = time.perf_counter() - started
     differs = _differences(opened, images, describe(threads, where))
     if differs and not allow_changes:
@@ -197,6 +207,7 @@ def _finish(
     observers: tuple[Observer, ...],
 ) -> Run:
     """Train to the end, write weights, score the test images once, draw the report."""
+    from normlab.baselines import score_baselines
     from normlab.report import write_run_report
 
     recipe, folder = run.task.recipe, run.path
@@ -233,6 +244,7 @@ def _finish(
         "data_seconds": data_seconds,
         "evaluation_seconds": evaluation_seconds,
         "evaluation": evaluation.as_dict(),
+        "baselines": None if images.name in PUBLIC else score_baselines(images),
     }
     write_run_report(run, result, evaluation, images)
     write_json(folder / "result.json", result)  # from here on the run counts as finished
