@@ -17,6 +17,11 @@ from normlab.data import load
 from normlab.export import export_run
 from normlab.importing import import_model
 
+# Keras 3.15's own conversions on this backend, with NumPy 2.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+
 
 def keras_notebook(norm: str = "batch", activation: str = "relu") -> Any:
     """The notebook's third cell, with statistics and γ, β as after some training."""
