@@ -23,6 +23,11 @@ from normlab.files import write_tensors
 from normlab.layers import BatchNorm
 from normlab.runs import Run
 
+# Keras 3.15's own conversions on this backend, with NumPy 2.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+
 
 def scrambled(run: Run) -> Run:
     """Give the run statistics of many updates, and γ that are negative and zero."""

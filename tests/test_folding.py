@@ -164,8 +164,6 @@ def scrambled(model: nn.Module, seed: int = 0) -> nn.Module:
 @pytest.mark.parametrize("network", [NotebookNet, FastNet])
 @pytest.mark.parametrize("size", [17, 32])
 def test_networks_fold_to_what_they_compute(network: type, norm: str, size: int) -> None:
-    if network is FastNet and size % 2:
-        size += 1  # its patches do not cover odd sizes
     pixels = np.random.default_rng(3).integers(0, 256, (6, size, size, 3)).astype(np.uint8)
     model = network(image_size=size, norm=norm)
     if network is FastNet:
