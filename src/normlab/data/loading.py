@@ -11,10 +11,8 @@ from numpy.typing import ArrayLike
 from normlab.data import cifar10
 from normlab.data.cache import read_cache
 from normlab.data.fetching import fetch
-from normlab.data.folder import read_folder
 from normlab.data.images import ImageData, from_mapping
 from normlab.data.npz import read_npz
-from normlab.data.parquet import parquet_files, read_parquet
 from normlab.errors import DataError
 
 # Data sets of known standing; any other is the user's own.
@@ -74,9 +72,14 @@ def _load_path(data: str | Path, image_size: int | None, skip_bad: bool) -> Imag
         raise DataError(f"{data} does not exist; give 'cifar10', 'sample' or a path to data")
     if path.suffix == ".npz":
         return read_npz(path)
-    if not (path.is_dir() and cifar10.is_in(path)):
-        if parquet_files(path):
-            return read_parquet(path, image_size=image_size, skip_bad=skip_bad)
-        if path.is_dir():
-            return read_folder(path, image_size=image_size, skip_bad=skip_bad)
+    if path.suffix == ".parquet" or (path.is_dir() and not cifar10.is_in(path)):
+        return _load_pictures(path, image_size, skip_bad)
     return cifar10.image_data(cifar10.read(path))
+
+
+def _load_pictures(path: Path, image_size: int | None, skip_bad: bool) -> ImageData:
+    from normlab.data.folder import read_folder  # deferred: these load Pillow
+    from normlab.data.parquet import parquet_files, read_parquet
+
+    read = read_parquet if parquet_files(path) else read_folder
+    return read(path, image_size=image_size, skip_bad=skip_bad)
