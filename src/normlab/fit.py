@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from normlab.data.augment import views_of
 from normlab.data.batches import Batches, Split, batch_bounds, to_input
 from normlab.errors import NonFiniteError, NormlabError
-from normlab.optim import SCHEDULES, set_rate
+from normlab.optim import SCHEDULES, Optimizer, set_rate
 from normlab.random import stream
 from normlab.recipes import Recipe
 
@@ -55,7 +55,7 @@ class State:
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     step: int = 0
     seconds: float = 0.0
     totals: Totals = field(default_factory=Totals)
@@ -129,7 +129,7 @@ class Interrupted(NormlabError):
 
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     x: Tensor,  # (N, 3, H, W)
     labels: Tensor,  # (N,)
     rng: np.random.Generator,

@@ -1,6 +1,7 @@
 """Train a recipe: data in, a run's folder with an honest score out."""
 
 import shlex
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -159,7 +160,9 @@ def resume(
         )
     with settings(threads, where):
         state = new_state(opened.task, images, where)
-        checkpoint.restore(opened.path, state)
+        problem = checkpoint.restore(opened.path, state)
+        if problem:
+            print(f"normlab: {problem}; going on from step {state.step:,}", file=sys.stderr)
         return _finish(opened, images, data_seconds, state, where, observers)
 
 
