@@ -22,7 +22,8 @@ setup(
     ext_modules=[
         Extension(
             f"normlab.kernels._{name}",
-            ["src/normlab/kernels/kernels.c"],
+            ["src/normlab/kernels/kernels.c", "src/normlab/kernels/winograd.c"],
+            depends=["src/normlab/kernels/vectors.h"],
             extra_compile_args=[*FLAGS, *flags],
             optional=True,
         )

@@ -2,19 +2,23 @@
 
     python benchmarks/step.py --threads 2 --out step.json
 
-All contestants of a comparison run interleaved, in rounds; a ratio is the median over rounds of the
-ratio within the round. Times are of the wall clock; `--clock cpu` takes the process's processor
-time instead, which other programs on the machine disturb less and which means little beyond one
-thread.
+Every contestant has a process of its own, with PyTorch's defaults but for flushed denormals; ours
+also keeps freed memory, as `normlab train` does. They take turns, in rounds; a ratio is the median
+over rounds of the ratio within the round. Times are of the wall clock; `--clock cpu` takes the
+process's processor time instead, which other programs on the machine disturb less and which means
+little beyond one thread.
 """
 
 import argparse
 import json
+import multiprocessing
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 from normlab import kernels
+from normlab.kernels.memory import keep_freed_memory
 from normlab.layers import BatchNorm
 from normlab.models import NotebookNet
 from normlab.optim import Adam
@@ -80,18 +85,61 @@ def normlab_step(x: Tensor, labels: Tensor) -> Step:
     return step
 
 
-def without_kernels(step: Step) -> Step:
-    def plain() -> None:
-        with kernels.disabled():
-            step()
-
-    return plain
-
-
 def layer_step(norm: nn.Module, x: Tensor, g: Tensor) -> Step:
     x = x.detach().requires_grad_()
     inputs = [x, *norm.parameters()]
     return lambda: torch.autograd.grad(norm(x), inputs, g)
+
+
+def network_step(name: str, batch: int) -> Step:
+    """The step of one of NETWORKS."""
+    x, labels = torch.rand(batch, 3, 32, 32), torch.randint(10, (batch,))
+    if name == "pytorch":
+        return plain_step(x, labels, torch.contiguous_format)
+    if name == "pytorch channels-last":
+        return plain_step(x, labels, torch.channels_last)
+    keep_freed_memory()
+    return normlab_step(x, labels)
+
+
+NETWORKS = ["pytorch", "pytorch channels-last", "normlab without kernels", "normlab"]
+
+
+def serve(pipe: Connection, name: str, batch: int, threads: int, clock: str) -> None:
+    """Run as many steps as asked for and answer with the seconds they took."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    now = CLOCKS[clock]
+    with kernels.disabled() if name == "normlab without kernels" else nullcontext():
+        step = network_step(name, batch)
+        while repeats := pipe.recv():
+            start = now()
+            for _ in range(repeats):
+                step()
+            pipe.send(now() - start)
+
+
+def race(batch: int, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds a step of each network, and round."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    for name in NETWORKS:
+        pipes[name], end = context.Pipe()
+        context.Process(
+            target=serve, args=(end, name, batch, args.threads, args.clock), daemon=True
+        ).start()
+    repeats = max(2, round(args.seconds * 400 / batch))
+    times: dict[str, list[float]] = {name: [] for name in NETWORKS}
+    for warm in [True] * 2 + [False] * args.rounds:
+        for name, pipe in pipes.items():
+            pipe.send(repeats)
+            seconds = pipe.recv()
+            if not warm:
+                times[name].append(seconds / repeats)
+    for pipe in pipes.values():
+        pipe.send(0)
+    return times
 
 
 def interleave(
@@ -121,16 +169,8 @@ def quartiles(values: list[float]) -> dict[str, float]:
 
 def measure_steps(batch: int, args: argparse.Namespace) -> dict[str, object]:
     """Images/s of each contestant, and ours over the faster plain PyTorch."""
-    x, labels = torch.rand(batch, 3, 32, 32), torch.randint(10, (batch,))
-    steps = {
-        "pytorch": plain_step(x, labels, torch.contiguous_format),
-        "pytorch channels-last": plain_step(x, labels, torch.channels_last),
-        "normlab without kernels": without_kernels(normlab_step(x, labels)),
-    }
-    if kernels.available():
-        steps["normlab"] = normlab_step(x, labels)
-    times = interleave(steps, args.rounds, args.seconds, CLOCKS[args.clock])
-    plain = min(list(steps)[:2], key=lambda name: statistics.median(times[name]))
+    times = race(batch, args)
+    plain = min(NETWORKS[:2], key=lambda name: statistics.median(times[name]))
     return {
         "batch": batch,
         "images_per_second": {n: quartiles([batch / t for t in ts]) for n, ts in times.items()},
@@ -185,6 +225,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
+    keep_freed_memory()  # for both layers alike
     result: dict[str, object] = {
         "machine": platform.machine(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),

@@ -118,6 +118,11 @@ def test_adding_seeds_after_a_look_is_paid_for_and_taking_some_away_refused() ->
         second.extended(6, pairs_seen=8)
 
 
+def test_a_new_study_has_as_many_seeds_as_can_decide() -> None:
+    assert [plans.enough_pairs(m) for m in (1, 2, 4)] == [6, 7, 8]
+    assert plans.enough_pairs(1, look=2) == 9
+
+
 def test_a_clear_difference_is_better_and_its_mirror_worse(tmp_path: Path) -> None:
     [c] = make_study(tmp_path / "a", BETTER).comparisons
     assert (c.first, c.other, c.n, c.verdict, c.look) == ("batch", "none", 6, "better", 1)
@@ -254,6 +259,11 @@ def test_the_command_that_repeats_a_study_says_all_that_was_changed(tmp_path: Pa
     text = command_of(study)
     for part in ("--arm 'b: norm=batch, seed_offset=9'", "--contrast b,batch", "--epochs 3"):
         assert part in text
+    hidden = get("fast79").override(flip=False, validation=0.1)
+    text = command_of(make_study(tmp_path / "fast", {"batch": [0.8], "none": [0.8]}, recipe=hidden))
+    assert "--arm 'batch: flip=false, norm=batch'" in text
+    assert "--validation 0.1" in text
+    assert "--flip" not in text
 
 
 def test_trials_are_equal_and_use_seeds_that_no_pair_has() -> None:

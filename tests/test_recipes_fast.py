@@ -16,7 +16,7 @@ from normlab.optim import Muon, make_optimizer, orthogonalize, set_rate, triangl
 from normlab.random import stream
 from normlab.recipes import fast79, notebook
 
-SHORT: dict[str, Any] = {"data": "sample", "threads": 1, "epochs": 2}
+SHORT: dict[str, Any] = {"data": "sample", "threads": 1, "epochs": 2, "batch_size": 100}
 
 
 def pixels(*shape: int, seed: int = 0) -> torch.Tensor:

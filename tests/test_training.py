@@ -177,6 +177,21 @@ def test_an_interrupted_run_resumed_ends_with_the_same_bits(
         normlab.resume(tmp_path / "cut", data=data)
 
 
+def test_a_second_signal_ends_at_once_and_writes_no_torn_checkpoint(
+    sample: normlab.ImageData, tmp_path: Path
+) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit) as caught:
+        normlab.train(
+            "notebook", data=sample, out=tmp_path / "r", observers=(After(2, twice),), **TINY
+        )
+    assert caught.value.code == 130
+    assert not list((tmp_path / "r").glob("*checkpoint*"))
+
+
 def test_resume_under_other_data_or_threads_is_refused(
     sample: normlab.ImageData, tmp_path: Path
 ) -> None:

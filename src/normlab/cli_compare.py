@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     metavar="FIRST,OTHER",
     help="Compare these two arms; repeat it. By default the first arm with each other one.",
 )
-@click.option("--seeds", type=int, help="Pairs; 6 by default. More than before adds pairs.")
+@click.option("--seeds", type=int, help="Pairs; by default as many as can decide. More adds pairs.")
 @click.option("--first-seed", type=int, default=0, show_default=True, help="Of the first pair.")
 @click.option("--epochs", type=int, help="Passes over the training images.")
 @click.option("--batch-size", type=int, help="Images a step.")

@@ -85,6 +85,11 @@ class Evaluation:
         return float(np.nanmean(self.class_accuracy))
 
     @property
+    def macro_f1(self) -> float:
+        """Mean of the classes' F1 scores, over the classes that occur as label or answer."""
+        return macro_f1(self.confusion)
+
+    @property
     def weakest(self) -> tuple[str, float, str, float]:
         """The class with the lowest accuracy, that, what it is taken for most, how often."""
         worst = int(np.nanargmin(self.class_accuracy))
@@ -125,6 +130,7 @@ class Evaluation:
             "test_accuracy_interval": list(self.interval),
             "test_loss": self.loss,
             "balanced_accuracy": self.balanced_accuracy,
+            "macro_f1": self.macro_f1,
             "class_accuracy": dict(zip(self.class_names, accuracies, strict=True)),
             "confusion": self.confusion.tolist(),
             "calibration_error": self.calibration.error,
@@ -163,6 +169,16 @@ class Evaluation:
         from normlab.report import evaluation_summary_html
 
         return evaluation_summary_html(self)
+
+
+def macro_f1(confusion: NDArray[np.integer]) -> float:
+    """Mean over classes of 2·right/(labels + answers), from counts (K, K), label by answer.
+
+    A class that is neither a label nor an answer has no F1 and does not count.
+    """
+    total = confusion.sum(0) + confusion.sum(1)
+    occurs = total > 0
+    return float((2 * confusion.diagonal()[occurs] / total[occurs]).mean())
 
 
 def calibrate(
@@ -232,10 +248,10 @@ def evaluate(
     Raises:
         DataError: the data cannot be had, or has other classes or another image size.
     """
-    from normlab.data import load
+    from normlab.data.loading import PUBLIC
     from normlab.fit import predict_logits
 
-    images = load(run.task.data if data is None else data)
+    images = run.task.load(data)
     size = images.x_test.shape[1:3]
     if images.class_names != run.task.class_names:
         raise DataError(
@@ -255,5 +271,5 @@ def evaluate(
         views=views,
         data=images.name,
         class_names=images.class_names,
-        limits=CIFAR10_LIMITS if images.name in ("cifar10", "sample") else OWN_LIMITS,
+        limits=CIFAR10_LIMITS if images.name in PUBLIC else OWN_LIMITS,
     )

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from normlab.data.augment import views_of
 from normlab.data.batches import Batches, Split, batch_bounds, to_input
 from normlab.errors import NonFiniteError, NormlabError
-from normlab.optim import SCHEDULES, set_rate
+from normlab.optim import SCHEDULES, Optimizer, set_rate
 from normlab.random import stream
 from normlab.recipes import Recipe
 
@@ -55,7 +55,7 @@ class State:
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     step: int = 0
     seconds: float = 0.0
     totals: Totals = field(default_factory=Totals)
@@ -129,7 +129,7 @@ class Interrupted(NormlabError):
 
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     x: Tensor,  # (N, 3, H, W)
     labels: Tensor,  # (N,)
     rng: np.random.Generator,
@@ -257,6 +257,9 @@ def _out_of_patience(recipe: Recipe, state: State) -> bool:
 def _signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of dying of them; a second one ends at once.
 
+    At once means within a step, where weights and step number may not belong together: so it is no
+    `Interrupted`, after which a checkpoint is written. The one before it stays.
+
     Outside the main thread, where Python allows no handlers, signals are left as they are.
     """
     received: list[int] = []
@@ -266,7 +269,7 @@ def _signals() -> Iterator[list[int]]:
 
     def note(signum: int, _: object) -> None:
         if received:
-            raise Interrupted(signum)
+            raise SystemExit(128 + signum)
         received.append(signum)
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}

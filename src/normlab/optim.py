@@ -10,7 +10,47 @@ from torch import Tensor
 from normlab.recipes import Recipe
 
 
-class Adam(torch.optim.Adam):
+class Optimizer:
+    """Parameters in groups with settings of their own, and a state for each parameter.
+
+    As much of `torch.optim.Optimizer` as a training needs; the first object of that class costs a
+    process more than a second, because it imports a compiler.
+
+    Attributes:
+        param_groups: each a dictionary with `params`, `lr` and further settings.
+        state: tensors by parameter and name, in the order of the groups.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], **defaults: Any) -> None:
+        self.param_groups = [{**defaults, **group} for group in groups if group["params"]]
+        self.state: dict[Tensor, dict[str, Tensor]] = {
+            p: {} for group in self.param_groups for p in group["params"]
+        }
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for p in self.state:
+            p.grad = None
+
+    def step(self) -> None:
+        """Update every parameter from its gradient."""
+        raise NotImplementedError
+
+
+class SGD(Optimizer):
+    """θ ← θ − lr·g, nothing else."""
+
+    def __init__(self, params: list[torch.nn.Parameter], lr: float) -> None:
+        super().__init__([{"params": params}], lr=lr)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=group["lr"])
+
+
+class Adam(Optimizer):
     """Adam exactly as Keras computes it (Kingma and Ba 2015, arXiv 1412.6980, end of section 2).
 
         m ← β₁·m + (1 − β₁)·g
@@ -28,16 +68,34 @@ class Adam(torch.optim.Adam):
         betas: tuple[float, float] = (0.9, 0.999),
         keras_eps: float = 1e-7,
     ) -> None:
-        super().__init__(params, lr=lr, betas=betas, eps=keras_eps, fused=True)
-        self.keras_eps = keras_eps
+        super().__init__([{"params": params}], lr=lr, betas=betas, keras_eps=keras_eps)
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter from its gradient."""
+    @torch.no_grad()
+    def step(self) -> None:
         for group in self.param_groups:
-            done = self.state[group["params"][0]].get("step", 0)
-            beta2 = group["betas"][1]
-            group["eps"] = self.keras_eps / math.sqrt(1 - beta2 ** (int(done) + 1))
-        super().step()
+            params = [p for p in group["params"] if p.grad is not None]
+            states = [self.state[p] for p in params]
+            for p, state in zip(params, states, strict=True):
+                if not state:
+                    state["step"] = torch.zeros((), device=p.device)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["step"] += 1
+            beta1, beta2 = group["betas"]
+            torch._fused_adam_(
+                params,
+                [p.grad for p in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=0.0,
+                eps=group["keras_eps"] / math.sqrt(1 - beta2 ** int(states[0]["step"])),
+                amsgrad=False,
+                maximize=False,
+            )
 
 
 def orthogonalize(matrix: Tensor, iterations: int = 3) -> Tensor:
@@ -56,7 +114,7 @@ def orthogonalize(matrix: Tensor, iterations: int = 3) -> Tensor:
     return result
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Momentum whose step for a convolution's kernel is orthogonalised; Nesterov SGD for the rest.
 
     A kernel W, as a matrix (filters, inputs·height·width), with gradient G and momentum μ:
@@ -94,11 +152,10 @@ class Muon(torch.optim.Optimizer):
         ]
         groups[2]["weight_decay"] = weight_decay / factor
         defaults = {"momentum": momentum, "weight_decay": weight_decay, "orthogonal": True}
-        super().__init__([g for g in groups if g["params"]], defaults)
+        super().__init__(groups, **defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter from its gradient."""
+    def step(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 buffers = self.state[p]
@@ -141,12 +198,14 @@ def triangle(done: float, start: float = 0.2, peak: float = 0.23, end: float = 0
 SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "triangle": triangle}
 
 
-def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> Optimizer:
     """Make the optimiser that the recipe names; `set_rate` moves its rates from step to step."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     if recipe.optimizer == "muon":
         optimizer = Muon(trained, lr=recipe.learning_rate, sgd_lr=recipe.sgd_rate)
+    elif recipe.optimizer == "sgd":
+        optimizer = SGD(trained, lr=recipe.learning_rate)
     else:
         optimizer = Adam(trained, lr=recipe.learning_rate)
     for group in optimizer.param_groups:
@@ -154,7 +213,7 @@ def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimi
     return optimizer
 
 
-def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+def set_rate(optimizer: Optimizer, share: float) -> None:
     """Give every group of parameters `share` of the learning rate it was made with."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * share

@@ -20,7 +20,7 @@ class Recipe:
         norm: which normaliser, a name in `normlab.layers.NORMS`.
         epochs: passes over the training images.
         batch_size: images a step.
-        optimizer: `adam` or `muon`, which is for convolutions (see `normlab.optim`).
+        optimizer: `adam`, `sgd`, or `muon`, which is for convolutions (see `normlab.optim`).
         learning_rate: of the optimiser; with `muon`, of the convolutions' kernels.
         sgd_rate: with `muon`, the learning rate of dense weights; biases have eight times that.
         schedule: of the learning rate, `constant` or `triangle`, a name in `optim.SCHEDULES`.
@@ -54,7 +54,12 @@ class Recipe:
     def __post_init__(self) -> None:
         _check(self.epochs >= 1, "epochs", self.epochs, "train for at least 1")
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "choose 1 or more")
-        _check(self.optimizer in ("adam", "muon"), "optimizer", self.optimizer, "adam or muon")
+        _check(
+            self.optimizer in ("adam", "sgd", "muon"),
+            "optimizer",
+            self.optimizer,
+            "choose adam, sgd or muon",
+        )
         _check(
             self.schedule in ("constant", "triangle"),
             "schedule",
@@ -143,10 +148,23 @@ def fast79() -> Recipe:
     )
 
 
+def paper_sigmoid() -> Recipe:
+    """Figure 1 of the batch normalisation paper: 3 × 100 sigmoids, batches of 60, 50,400 steps."""
+    return Recipe(
+        name="paper-sigmoid",
+        model="sigmoid",
+        epochs=56,
+        batch_size=60,
+        optimizer="sgd",
+        learning_rate=0.1,
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "fast79": fast79,
     "notebook": notebook,
     "notebook-plain": notebook_plain,
+    "paper-sigmoid": paper_sigmoid,
 }
 DEFAULT = "fast79"
 

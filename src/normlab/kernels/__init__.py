@@ -42,6 +42,8 @@ _SIGNATURES = {
     ],
     "normlab_normalize": [*[_POINTER] * 5, _FLOAT, *_SHAPE, _POINTER, _INT],
     "normlab_gradient": [*[_POINTER] * 5, _FLOAT, _FLOAT, *_SHAPE, *[_POINTER] * 3, _INT],
+    "normlab_conv3x3": [*[_POINTER] * 3, *[_LONG] * 5, _INT, _POINTER, _INT],
+    "normlab_conv3x3_gradient": [*[_POINTER] * 2, *[_LONG] * 5, *[_POINTER] * 2, _INT],
     "normlab_pool": [_POINTER, *[_LONG] * 4, *[_POINTER] * 2, _INT],
     "normlab_pool_gradient": [*[_POINTER] * 2, *[_LONG] * 4, _POINTER, _INT],
 }
@@ -237,8 +239,41 @@ def max_pool_gradient(g: Tensor, which: Tensor, x_shape: torch.Size) -> Tensor:
     """The gradient of `max_pool` with respect to its input of shape `x_shape`."""
     n, c, h, w = x_shape
     dx = torch.empty(x_shape, memory_format=torch.channels_last)
-    _call("pool_gradient", like(g, which), which, n, h, w, c, dx)
+    g = g.contiguous(memory_format=torch.channels_last)
+    _call("pool_gradient", g, which, n, h, w, c, dx)
     return dx
+
+
+def convolves(x: Tensor, weight: Tensor) -> bool:
+    """Whether `conv3x3` takes channels-last `x` (N, I, H, W) and `weight` (O, I, 3, 3)."""
+    if x.ndim != 4 or weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return False
+    shape, (c_out, c_in) = layout(x), weight.shape[:2]
+    return shape is not None and shape[2] == 1 and c_out % 32 == 0 and c_in % 32 == 0
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """3 × 3 convolution of `x` (N, I, H, W), zero-padded by 1, stride 1: (N, O, H, W)."""
+    (n, c_in, h, w), c_out = x.shape, weight.shape[0]
+    y = torch.empty((n, c_out, h, w), memory_format=torch.channels_last)
+    _call("conv3x3", x, weight.contiguous(), bias, n, h, w, c_in, c_out, 0, y)
+    return y
+
+
+def conv3x3_gradients(
+    x: Tensor, weight: Tensor, g: Tensor, *, x_grad: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients with respect to x (None without `x_grad`), kernel and bias, from `g` = dL/dy."""
+    (n, c_in, h, w), c_out = x.shape, weight.shape[0]
+    g = g.contiguous(memory_format=torch.channels_last)
+    weight = weight.contiguous()
+    weight_grad, bias_grad = torch.empty_like(weight), g.new_empty(c_out)
+    _call("conv3x3_gradient", x, g, n, h, w, c_in, c_out, weight_grad, bias_grad)
+    if not x_grad:
+        return None, weight_grad, bias_grad
+    dx = torch.empty(x.shape, memory_format=torch.channels_last)
+    _call("conv3x3", g, weight, None, n, h, w, c_in, c_out, 1, dx)
+    return dx, weight_grad, bias_grad
 
 
 def _shape(x: Tensor) -> tuple[int, int, int]:

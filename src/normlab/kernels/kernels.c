@@ -10,37 +10,15 @@
  * in order. The bits do not depend on the number of threads.
  */
 #include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
 
-#if defined(__AVX512F__)
-#define VEC 16
-#elif defined(__AVX__)
-#define VEC 8
-#else
-#define VEC 4
-#endif
-#define LANES 32          /* channels that are summed together, in registers */
-#define REGS (LANES / VEC)
+#include "vectors.h"
+
 #define BLOCK 64          /* rows summed in float, in cache, before they join the double sums */
 #define STRIP 128         /* channels of one work item */
 #define CHUNKS 32         /* at most so many work items along the rows */
 #define FOLD 512          /* elementwise passes run over at least so many values at a time */
 
-typedef float vec __attribute__((vector_size(4 * VEC), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(4 * VEC), aligned(4), may_alias));
-typedef uint16_t hvec __attribute__((vector_size(2 * VEC), aligned(2), may_alias));
-typedef uint8_t bvec __attribute__((vector_size(VEC), aligned(1), may_alias));
-typedef int64_t i64;
-
 #define EACH_REG _Pragma("GCC unroll 8") for (int k = 0; k < REGS; k++)
-#define PARALLEL_FOR _Pragma("omp parallel for schedule(static) num_threads(threads)")
-
-static inline vec load(const float *p) { return *(const vec *)p; }
-static inline void store(float *p, vec v) { *(vec *)p = v; }
-static inline i64 min64(i64 a, i64 b) { return a < b ? a : b; }
-static inline i64 max64(i64 a, i64 b) { return a > b ? a : b; }
 
 /* ReLU, then dropout with 16-bit draws: h = max(z, 0) * (draw >= threshold ? scale : 0).
  * Arithmetic, not selection, so that NaN and infinity stay visible. */
@@ -52,7 +30,7 @@ static void relu_dropout(const float *z, const uint16_t *draws, int32_t threshol
         v = (vec)((ivec)v & ~(v <= 0.0f));
         if (draws) {
             ivec draw = __builtin_convertvector(*(const hvec *)(draws + i), ivec);
-            vec factor = (vec)((ivec)((vec){0} + scale) & (draw >= threshold));
+            vec factor = (vec)((ivec)splat(scale) & (draw >= threshold));
             v *= factor;
         }
         store(h + i, v);

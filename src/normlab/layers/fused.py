@@ -76,8 +76,8 @@ def norm_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d) -> Tensor:
     image, as costly as the convolution itself, is never computed.
     """
     if (
-        x.requires_grad
-        or not _batch_normalizes(norm)
+        not _batch_normalizes(norm)
+        or x.requires_grad
         or _hooked(conv)
         or conv.padding != (0, 0)
         or conv.groups != 1
@@ -92,7 +92,40 @@ def norm_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d) -> Tensor:
         bias = bias + torch.einsum("oihw,i->o", weight, norm.bias)
     if norm.weight is not None:
         weight = weight * norm.weight.view(1, -1, 1, 1)
-    return conv2d(x_hat, weight, bias, conv.stride, dilation=conv.dilation)
+    y: Tensor = _ConvOfInput.apply(  # type: ignore[no-untyped-call]
+        x_hat, weight, bias, conv.stride, conv.dilation
+    )
+    return y
+
+
+class _ConvOfInput(torch.autograd.Function):
+    """A convolution whose input needs no gradient.
+
+    PyTorch's own gradient of the bias costs as much as that of the kernel; a plain sum does not.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        stride: tuple[int, int],
+        dilation: tuple[int, int],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.dilation = stride, dilation
+        return conv2d(x, weight, bias, stride, dilation=dilation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        _, weight_grad, _ = torch.ops.aten.convolution_backward(
+            *(g, x, weight, None, ctx.stride, (0, 0), ctx.dilation, False, (0, 0), 1),
+            output_mask=(False, True, False),
+        )
+        return None, weight_grad, g.sum((0, 2, 3)), None, None
 
 
 class MaxPool2d(nn.MaxPool2d):

@@ -1,10 +1,13 @@
 """Convolution and dense layers that start as Keras starts them."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+
+from normlab import kernels
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -30,6 +33,30 @@ class Conv2d(nn.Conv2d):
         super().__init__(c_in, c_out, kernel_size=3, padding=padding)
         glorot_uniform_(self.weight, rng)
         nn.init.zeros_(self.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, I, H, W) → (N, O, H, W), or two pixels less a side without padding."""
+        if self.padding != (1, 1) or not kernels.convolves(x, self.weight):
+            return super().forward(x)
+        y: torch.Tensor = _Conv3x3.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Conv3x3(torch.autograd.Function):
+    """The compiled convolution: the same sums in 4/9 of the multiplications (winograd.c)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return kernels.conv3x3(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return kernels.conv3x3_gradients(x, weight, g, x_grad=ctx.needs_input_grad[0])
 
 
 class Dense(nn.Linear):

@@ -6,8 +6,13 @@ from torch import nn
 
 from normlab.models.fast import FastNet
 from normlab.models.notebook import NotebookNet
+from normlab.models.sigmoid import SigmoidNet
 from normlab.models.summary import Summary, summarize
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"notebook": NotebookNet, "fast": FastNet}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "notebook": NotebookNet,
+    "fast": FastNet,
+    "sigmoid": SigmoidNet,
+}
 
-__all__ = ["MODELS", "FastNet", "NotebookNet", "Summary", "summarize"]
+__all__ = ["MODELS", "FastNet", "NotebookNet", "SigmoidNet", "Summary", "summarize"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,7 @@ class Design:
                 f"seeds={seeds}: this study was planned with {self.seeds}, and seeds can only be "
                 "added: stopping early where the figures please would make them worthless"
             )
-        could_decide = pairs_seen >= 1 and (
-            smallest_p(pairs_seen) <= level_of_look(self.look) / len(self.contrasts)
-        )
+        could_decide = pairs_seen >= enough_pairs(len(self.contrasts), self.look)
         return replace(
             self, seeds=seeds, looks=(*self.looks, pairs_seen) if could_decide else self.looks
         )
@@ -164,6 +163,16 @@ class Design:
 def scaled(recipe: Recipe, setting: str, factor: float) -> Recipe:
     """`recipe` with one setting multiplied."""
     return replace(recipe, **{setting: getattr(recipe, setting) * factor})
+
+
+def enough_pairs(contrasts: int, look: int = 1) -> int:
+    """The smallest number of pairs that can decide one of so many contrasts.
+
+    >>> enough_pairs(1), enough_pairs(4), enough_pairs(1, look=2)
+    (6, 8, 9)
+    """
+    level = level_of_look(look) / contrasts  # of Holm's first step
+    return next(n for n in count(1) if smallest_p(n) <= level)
 
 
 def default_contrasts(arms: Sequence[Arm]) -> tuple[tuple[str, str], ...]:

@@ -21,13 +21,12 @@ from normlab.statistics.verdict import MARGIN
 from normlab.study import design as plans
 from normlab.study import outcomes as runs
 from normlab.study.arms import Arm, check_arm, make_arms
-from normlab.study.design import Design, default_contrasts
+from normlab.study.design import Design, default_contrasts, enough_pairs
 from normlab.study.progress import Lines, Progress
 from normlab.study.result import RUNS, TUNING, Study, open_study
 from normlab.study.runner import Job, Pool, Reporter, run_all
 from normlab.study.tuning import choose, parse_tuning, trials
 
-SEEDS = 6  # the smallest number that can decide one contrast
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8)
 CHECKS = 10
 STUDIES = Path("studies")
@@ -64,7 +63,8 @@ def compare(
         recipe: what all arms have in common.
         arms: each a normaliser's name, `NAME: key=value, …`, or an `Arm`.
         contrasts: (first, other) names to compare; None for the first arm with each other one.
-        seeds: pairs; None for 6, or for what an existing study was planned with.
+        seeds: pairs; None for what the study was planned with, in a new one for as many as can
+            decide: 6 for one contrast, 8 for four.
         first_seed: pair i has the seed first_seed + i.
         data: as `normlab.load` takes it.
         out: the study's folder; None for `studies/RECIPE-ARM-ARM…`.
@@ -89,7 +89,7 @@ def compare(
         _name(data, images),
         images,
         contrasts=contrasts,
-        seeds=SEEDS if seeds is None else seeds,
+        seeds=seeds,
         first_seed=first_seed,
         threads=resolve_threads(threads),
         tune=tune,
@@ -114,6 +114,7 @@ def _design(
     images: ImageData,
     *,
     contrasts: Sequence[tuple[str, str]] | None,
+    seeds: int | None,
     tune: str | None,
     thresholds: Sequence[float],
     **plan: Any,
@@ -123,10 +124,12 @@ def _design(
     for arm in arms:
         check_arm(arm, recipe, images.class_names, size)
         split_validation(images.x_train, images.y_train, arm.recipe(recipe).validation)
+    named = tuple(contrasts) if contrasts else default_contrasts(arms)
     return Design(
         recipe=recipe,
         arms=arms,
-        contrasts=default_contrasts(arms) if contrasts is None else tuple(contrasts),
+        contrasts=named,
+        seeds=enough_pairs(len(named)) if seeds is None else seeds,
         data=data,
         data_sha256=images.sha256,
         class_names=images.class_names,
@@ -211,11 +214,11 @@ def _work(
         given_up = _do(folder / RUNS, _jobs(design), data, pool, progress.study(open_study(folder)))
     except Interrupted as e:
         kept = len(open_study(folder).outcomes)
-        e.args = (
-            f"{e}: {kept} of {design.seeds * len(design.arms)} runs are kept in {str(folder)!r}; "
+        raise Interrupted(
+            e.signum,
+            f": {kept} of {design.seeds * len(design.arms)} runs are kept in {str(folder)!r}; "
             "the same command goes on from there",
-        )
-        raise
+        ) from None
     study = open_study(folder, given_up)
     if study.complete:
         from normlab.study.report import write_report

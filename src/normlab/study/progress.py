@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+from normlab.study.design import enough_pairs
 from normlab.study.outcomes import Outcome
 from normlab.study.result import Study
 from normlab.study.runner import Job, Reporter
@@ -61,6 +62,13 @@ class _Reporter:
                 f"into {self.study.path}",
                 flush=True,
             )
+            enough = enough_pairs(len(design.contrasts), design.look)
+            if design.seeds < enough:
+                print(
+                    f"{design.seeds} pairs cannot decide {len(design.contrasts)} contrast(s) on "
+                    f"look {design.look}: {enough} or more can",
+                    flush=True,
+                )
         if self.bar is not None:
             self.bar.start()
             self.bar.add_task("", total=self.total, completed=self.before, note="")

@@ -3,7 +3,9 @@
 import csv
 import io
 import shlex
+from dataclasses import replace
 from html import escape
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -13,9 +15,10 @@ from normlab.files import write_atomic, write_json
 from normlab.statistics import level_of_look
 from normlab.study import figures
 from normlab.study.arms import Arm
-from normlab.study.design import OUTCOMES, Design
+from normlab.study.design import OUTCOMES, Design, default_contrasts
 from normlab.study.result import Study
 
+OPTIONS = ("norm", "epochs", "batch_size", "learning_rate", "validation", "patience")
 CAPTIONS = {
     "differences": "Difference in test accuracy. Dots are pairs, the diamond is their mean, the "
     "bar its interval, grey the margin of no difference.",
@@ -116,20 +119,22 @@ def tuned_lines(design: Design) -> list[str]:
 
 
 def command(study: Study) -> str:
-    """The command that makes this study, or goes on with it."""
+    """The command that makes this study, or goes on with it.
+
+    Changes of the recipe that have no option of their own are written into every arm.
+    """
     design = study.design
+    changed = _changed_settings(design)
+    hidden = {key: value for key, value in changed.items() if key not in OPTIONS}
     words = ["normlab", "compare", design.recipe.name]
     for arm in design.arms:
-        words += ["--arm", f"{arm.name}: {changes(arm)}"]
-    if list(design.contrasts) != [(design.arms[0].name, a.name) for a in design.arms[1:]]:
+        words += ["--arm", f"{arm.name}: {changes(replace(arm, changes=hidden | arm.changes))}"]
+    if design.contrasts != default_contrasts(design.arms):
         for contrast in design.contrasts:
             words += ["--contrast", ",".join(contrast)]
     words += ["--seeds", str(design.seeds), "--first-seed", str(design.first_seed)]
-    if design.recipe.name in recipes.RECIPES:
-        plain = recipes.get(design.recipe.name).as_dict()
-        for key, value in design.recipe.as_dict().items():
-            if value != plain[key]:
-                words += [f"--{key.replace('_', '-')}", str(value)]
+    for key in (key for key in changed if key in OPTIONS):
+        words += [f"--{key.replace('_', '-')}", str(changed[key])]
     if design.data != "cifar10":
         words += ["--data", design.data]
     if design.tuning is not None:
@@ -141,12 +146,25 @@ def command(study: Study) -> str:
     return shlex.join(words)
 
 
+def _changed_settings(design: Design) -> dict[str, Any]:
+    """Fields of the recipe that are not as the recipe of that name has them."""
+    if design.recipe.name not in recipes.RECIPES:
+        return {}
+    plain = recipes.get(design.recipe.name).as_dict()
+    return {k: v for k, v in design.recipe.as_dict().items() if v != plain[k]}
+
+
 def changes(arm: Arm) -> str:
     """What an arm changes, as `--arm` takes it."""
     items = dict(arm.changes)
     if arm.seed_offset:
         items["seed_offset"] = arm.seed_offset
-    return ", ".join(f"{k}={'none' if v is None else v}" for k, v in items.items())
+    return ", ".join(f"{key}={_written(value)}" for key, value in items.items())
+
+
+def _written(value: object) -> str:
+    """A setting's value as `--arm` takes it."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def methods(study: Study) -> str:

@@ -9,13 +9,14 @@ import os
 import re
 import signal
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 from joblib import Parallel, delayed, effective_n_jobs, parallel_config
@@ -23,7 +24,7 @@ from joblib import Parallel, delayed, effective_n_jobs, parallel_config
 from normlab.data import ImageData
 from normlab.data import load as load_data
 from normlab.errors import DataError
-from normlab.fit import Interrupted, Plan, State
+from normlab.fit import Interrupted
 from normlab.runs import Task
 from normlab.study.outcomes import Outcome, train_one
 
@@ -177,6 +178,8 @@ def _results(
 
 def attempt(job: Job, data: str | ImageData, parent: int | None) -> tuple[str, Outcome | str]:
     """Do a job in a worker: its name, and the outcome or why there is none. Raises nothing."""
+    if parent is not None:
+        _end_with(parent)
     try:
         with _ONE_AT_A_TIME:
             images = data if isinstance(data, ImageData) else _load(data)
@@ -191,7 +194,6 @@ def attempt(job: Job, data: str | ImageData, parent: int | None) -> tuple[str, O
                 thresholds=job.thresholds,
                 checks=job.checks,
                 test=job.test,
-                observers=() if parent is None else (_Orphan(parent),),
             )
         return job.name, outcome
     except Exception as e:
@@ -203,18 +205,16 @@ def _load(data: str) -> ImageData:
     return load_data(data)
 
 
-@dataclass
-class _Orphan:
-    """Ends a worker whose study was killed: nobody waits for it, and a resumed study needs room."""
+@cache
+def _end_with(parent: int) -> None:
+    """From now on end this worker when its study has died: a resumed one needs the room."""
 
-    parent: int
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
 
-    def before_training(self, plan: Plan) -> None:
-        """Nothing to prepare."""
-
-    def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
-        if os.getppid() != self.parent:
-            os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

@@ -1,0 +1,34 @@
+/* Vector registers as GCC and Clang spell them, whatever the processor. */
+#ifndef NORMLAB_VECTORS_H
+#define NORMLAB_VECTORS_H
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define VEC 16
+#elif defined(__AVX__)
+#define VEC 8
+#else
+#define VEC 4
+#endif
+#define LANES 32 /* channels that are worked on together, in registers */
+#define REGS (LANES / VEC)
+
+typedef float vec __attribute__((vector_size(4 * VEC), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * VEC), aligned(4), may_alias));
+typedef uint16_t hvec __attribute__((vector_size(2 * VEC), aligned(2), may_alias));
+typedef uint8_t bvec __attribute__((vector_size(VEC), aligned(1), may_alias));
+typedef int64_t i64;
+
+#define PARALLEL_FOR _Pragma("omp parallel for schedule(static) num_threads(threads)")
+
+static inline vec load(const float *p) { return *(const vec *)p; }
+static inline void store(float *p, vec v) { *(vec *)p = v; }
+/* x - 0 is x, -0 too, so this is nothing but a broadcast. */
+static inline vec splat(float x) { return x - (vec){0}; }
+static inline i64 min64(i64 a, i64 b) { return a < b ? a : b; }
+static inline i64 max64(i64 a, i64 b) { return a > b ? a : b; }
+
+#endif

@@ -1,0 +1,302 @@
+/* 3 x 3 convolutions with padding 1 in 4/9 of the multiplications.
+ *
+ * F(2x2, 3x3) of Lavin and Gray (2016), arXiv 1509.09308, section 4.1: each 2 x 2 tile of the output
+ * comes from a 4 x 4 tile of the input,
+ *
+ *     y = A'[(G w G') * (B' x B)]A        * value by value, summed over input channels
+ *
+ *     B' = 1  0 -1  0     G = 1    0    0      A' = 1  1  1  0
+ *          0  1  1  0         1/2  1/2  1/2         0  1 -1 -1
+ *          0 -1  1  0         1/2 -1/2  1/2
+ *          0  1  0 -1         0    0    1
+ *
+ * The sums over channels are 16 matrix products. This is the same polynomial identity read backwards
+ * for the gradients: the gradient of x is a convolution of g with the turned kernel, and
+ *
+ *     dw = G'[sum over tiles of (A g A') * (B' x B)]G
+ *
+ * All matrices hold 0, 1, -1 and 1/2, so rounding stays that of the direct sum, times a small factor.
+ * Images are N x H x W x C; C is a multiple of 32 on both sides.
+ */
+#include "vectors.h"
+
+#define TILES 30 /* tiles transformed together: what they need stays in cache */
+#define POINTS 16
+#define ROWS 6   /* of a register block of the matrix products; divides TILES */
+#define PARTS 16 /* partial sums of the kernel's gradient */
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+typedef struct {
+    i64 N, H, W, down, across; /* down x across tiles an image */
+} grid_t;
+
+static grid_t grid(i64 N, i64 H, i64 W) {
+    return (grid_t){N, H, W, (H + 1) / 2, (W + 1) / 2};
+}
+
+static i64 tiles_of(const grid_t *s) { return s->N * s->down * s->across; }
+
+/* Addresses of the 4 x 4 pixels from which tile `t` is computed; `zeros` outside of the image. */
+static void input_pixels(const float *x, const grid_t *s, i64 C, i64 t, const float *zeros,
+                         const float *pixels[16]) {
+    i64 n = t / (s->down * s->across), rest = t % (s->down * s->across);
+    i64 top = rest / s->across * 2 - 1, left = rest % s->across * 2 - 1;
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 4; j++) {
+            i64 r = top + i, c = left + j;
+            int inside = r >= 0 && r < s->H && c >= 0 && c < s->W;
+            pixels[4 * i + j] = inside ? x + ((n * s->H + r) * s->W + c) * C : zeros;
+        }
+}
+
+/* Addresses of the 2 x 2 pixels of tile `t`; `outside` where an odd size ends. */
+static void output_pixels(float *y, const grid_t *s, i64 C, i64 t, float *outside,
+                          float *pixels[4]) {
+    i64 n = t / (s->down * s->across), rest = t % (s->down * s->across);
+    i64 top = rest / s->across * 2, left = rest % s->across * 2;
+    for (int i = 0; i < 2; i++)
+        for (int j = 0; j < 2; j++) {
+            int inside = top + i < s->H && left + j < s->W;
+            pixels[2 * i + j] =
+                inside ? y + ((n * s->H + top + i) * s->W + left + j) * C : outside;
+        }
+}
+
+/* V = B' x B of `count` tiles from `first`: V is POINTS x TILES x C. */
+static void transform_input(const float *x, const grid_t *s, i64 C, i64 first, int count,
+                            const float *zeros, float *V) {
+    for (int t = 0; t < count; t++) {
+        const float *p[16];
+        input_pixels(x, s, C, first + t, zeros, p);
+        for (i64 c = 0; c < C; c += VEC) {
+            vec d[16];
+            UNROLL for (int j = 0; j < 4; j++) {
+                vec a = load(p[j] + c), b = load(p[4 + j] + c), e = load(p[8 + j] + c),
+                    f = load(p[12 + j] + c);
+                d[j] = a - e;
+                d[4 + j] = b + e;
+                d[8 + j] = e - b;
+                d[12 + j] = b - f;
+            }
+            float *out = V + t * C + c;
+            UNROLL for (int i = 0; i < 4; i++) {
+                vec *r = d + 4 * i;
+                store(out + (4 * i + 0) * TILES * C, r[0] - r[2]);
+                store(out + (4 * i + 1) * TILES * C, r[1] + r[2]);
+                store(out + (4 * i + 2) * TILES * C, r[2] - r[1]);
+                store(out + (4 * i + 3) * TILES * C, r[1] - r[3]);
+            }
+        }
+    }
+}
+
+/* y = A' M A + bias of `count` tiles from `first`. */
+static void transform_output(const float *M, const grid_t *s, i64 C, i64 first, int count,
+                             const float *bias, float *outside, float *y) {
+    for (int t = 0; t < count; t++) {
+        float *p[4];
+        output_pixels(y, s, C, first + t, outside, p);
+        for (i64 c = 0; c < C; c += VEC) {
+            const float *in = M + t * C + c;
+            vec top[4], bottom[4], b = bias ? load(bias + c) : (vec){0};
+            UNROLL for (int j = 0; j < 4; j++) {
+                vec m1 = load(in + (4 + j) * TILES * C), m2 = load(in + (8 + j) * TILES * C);
+                top[j] = load(in + j * TILES * C) + m1 + m2;
+                bottom[j] = m1 - m2 - load(in + (12 + j) * TILES * C);
+            }
+            store(p[0] + c, top[0] + top[1] + top[2] + b);
+            store(p[1] + c, top[1] - top[2] - top[3] + b);
+            store(p[2] + c, bottom[0] + bottom[1] + bottom[2] + b);
+            store(p[3] + c, bottom[1] - bottom[2] - bottom[3] + b);
+        }
+    }
+}
+
+/* U = A g A' of `count` tiles from `first`; sums (C) grows by the tiles' sums. */
+static void transform_gradient(const float *g, const grid_t *s, i64 C, i64 first, int count,
+                               float *zeros, float *U, float *sums) {
+    for (int t = 0; t < count; t++) {
+        float *p[4];
+        output_pixels((float *)g, s, C, first + t, zeros, p);
+        for (i64 c = 0; c < C; c += VEC) {
+            vec a = load(p[0] + c), b = load(p[1] + c), d = load(p[2] + c), e = load(p[3] + c);
+            vec left[4] = {a, a + d, a - d, -d}, right[4] = {b, b + e, b - e, -e};
+            store(sums + c, load(sums + c) + (left[1] + right[1]));
+            float *out = U + t * C + c;
+            UNROLL for (int i = 0; i < 4; i++) {
+                store(out + (4 * i + 0) * TILES * C, left[i]);
+                store(out + (4 * i + 1) * TILES * C, left[i] + right[i]);
+                store(out + (4 * i + 2) * TILES * C, left[i] - right[i]);
+                store(out + (4 * i + 3) * TILES * C, -right[i]);
+            }
+        }
+    }
+}
+
+/* G w G' of w, O x I x 3 x 3, into U, POINTS x I x O; or, turned, of the kernel that takes the
+ * gradient back, POINTS x O x I. */
+static void transform_kernel(const float *w, i64 O, i64 I, int turned, float *U) {
+    for (i64 o = 0; o < O; o++)
+        for (i64 i = 0; i < I; i++) {
+            const float *k = w + (o * I + i) * 9;
+            float rows[4][3], *out = U + (turned ? o * I + i : i * O + o);
+            for (int c = 0; c < 3; c++) {
+                float a = k[turned ? 8 - c : c], b = k[turned ? 5 - c : 3 + c],
+                      d = k[turned ? 2 - c : 6 + c];
+                rows[0][c] = a;
+                rows[1][c] = 0.5f * (a + b + d);
+                rows[2][c] = 0.5f * (a - b + d);
+                rows[3][c] = d;
+            }
+            for (int r = 0; r < 4; r++) {
+                float a = rows[r][0], b = rows[r][1], d = rows[r][2];
+                out[(4 * r + 0) * I * O] = a;
+                out[(4 * r + 1) * I * O] = 0.5f * (a + b + d);
+                out[(4 * r + 2) * I * O] = 0.5f * (a - b + d);
+                out[(4 * r + 3) * I * O] = d;
+            }
+        }
+}
+
+/* M (rows x O) = V (rows x I) U (I x O), rows rounded up to whole register blocks. */
+static void product(const float *V, const float *U, int rows, i64 I, i64 O, float *M) {
+    for (int r = 0; r < rows; r += ROWS)
+        for (i64 o = 0; o < O; o += 2 * VEC) {
+            vec sum[ROWS][2] = {{{0}}};
+            const float *v = V + r * I, *u = U + o;
+            for (i64 i = 0; i < I; i++, u += O) {
+                vec u0 = load(u), u1 = load(u + VEC);
+                UNROLL for (int k = 0; k < ROWS; k++) {
+                    vec a = splat(v[k * I + i]);
+                    sum[k][0] += a * u0;
+                    sum[k][1] += a * u1;
+                }
+            }
+            UNROLL for (int k = 0; k < ROWS; k++) {
+                store(M + (r + k) * O + o, sum[k][0]);
+                store(M + (r + k) * O + o + VEC, sum[k][1]);
+            }
+        }
+}
+
+/* D (I x O) += V' (I x rows) U (rows x O). */
+static void product_over_tiles(const float *V, const float *U, int rows, i64 I, i64 O, float *D) {
+    for (i64 i = 0; i < I; i += 4)
+        for (i64 o = 0; o < O; o += 2 * VEC) {
+            vec sum[4][2];
+            UNROLL for (int k = 0; k < 4; k++) {
+                sum[k][0] = load(D + (i + k) * O + o);
+                sum[k][1] = load(D + (i + k) * O + o + VEC);
+            }
+            for (int r = 0; r < rows; r++) {
+                vec u0 = load(U + r * O + o), u1 = load(U + r * O + o + VEC);
+                UNROLL for (int k = 0; k < 4; k++) {
+                    vec a = splat(V[r * I + i + k]);
+                    sum[k][0] += a * u0;
+                    sum[k][1] += a * u1;
+                }
+            }
+            UNROLL for (int k = 0; k < 4; k++) {
+                store(D + (i + k) * O + o, sum[k][0]);
+                store(D + (i + k) * O + o + VEC, sum[k][1]);
+            }
+        }
+}
+
+/* y (N x H x W x O) = convolution of x (N x H x W x I) with w (O x I x 3 x 3), plus bias (may be
+ * NULL). Turned: x is the gradient of y, N x H x W x O, and y that of x, N x H x W x I.
+ * Returns 0, or -1 when memory is short. */
+int normlab_conv3x3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64 W, i64 I,
+                    i64 O, int turned, float *y, int threads) {
+    grid_t s = grid(N, H, W);
+    i64 tiles = tiles_of(&s), blocks = (tiles + TILES - 1) / TILES;
+    i64 from = turned ? O : I, to = turned ? I : O;
+    float *U = malloc(POINTS * I * O * sizeof(float));
+    if (!U) return -1;
+    transform_kernel(w, O, I, turned, U);
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        i64 space = POINTS * TILES * (from + to);
+        float *V = aligned_alloc(64, (space + from + to) * sizeof(float));
+        float *M = V + POINTS * TILES * from, *zeros = V + space, *outside = zeros + from;
+        if (V) memset(V, 0, (space + from) * sizeof(float));
+        else {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (i64 b = 0; b < blocks; b++) {
+            if (!V) continue;
+            int count = (int)min64(TILES, tiles - b * TILES);
+            transform_input(x, &s, from, b * TILES, count, zeros, V);
+            for (int p = 0; p < POINTS; p++)
+                product(V + p * TILES * from, U + p * from * to, count, from, to,
+                        M + p * TILES * to);
+            transform_output(M, &s, to, b * TILES, count, bias, outside, y);
+        }
+        free(V);
+    }
+    free(U);
+    return failed ? -1 : 0;
+}
+
+/* Gradients of the kernel, dw (O x I x 3 x 3), and of the bias, db (O), from x and g = dL/dy. */
+int normlab_conv3x3_gradient(const float *x, const float *g, i64 N, i64 H, i64 W, i64 I, i64 O,
+                             float *dw, float *db, int threads) {
+    grid_t s = grid(N, H, W);
+    i64 tiles = tiles_of(&s), blocks = (tiles + TILES - 1) / TILES;
+    i64 size = POINTS * I * O + O; /* of a part: D, POINTS x I x O, and the sums of g */
+    float *parts = calloc(PARTS * size, sizeof(float));
+    if (!parts) return -1;
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        i64 space = POINTS * TILES * (I + O);
+        float *V = aligned_alloc(64, (space + I + O) * sizeof(float));
+        float *U = V + POINTS * TILES * I, *zeros = V + space;
+        if (V) memset(zeros, 0, (I + O) * sizeof(float));
+        else {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (int part = 0; part < PARTS; part++) {
+            float *D = parts + part * size;
+            i64 begin = blocks * part / PARTS, end = blocks * (part + 1) / PARTS;
+            for (i64 b = begin; V && b < end; b++) {
+                int count = (int)min64(TILES, tiles - b * TILES);
+                transform_input(x, &s, I, b * TILES, count, zeros, V);
+                transform_gradient(g, &s, O, b * TILES, count, zeros, U, D + POINTS * I * O);
+                for (int p = 0; p < POINTS; p++)
+                    product_over_tiles(V + p * TILES * I, U + p * TILES * O, count, I, O,
+                                       D + p * I * O);
+            }
+        }
+        free(V);
+    }
+    for (int part = 1; part < PARTS; part++)
+        for (i64 j = 0; j < size; j++) parts[j] += parts[part * size + j];
+    memcpy(db, parts + POINTS * I * O, O * sizeof(float));
+    for (i64 o = 0; o < O; o++)
+        for (i64 i = 0; i < I; i++) {
+            const float *d = parts + i * O + o;
+            float rows[3][4];
+            for (int c = 0; c < 4; c++) {
+                float a = d[c * I * O], b = d[(4 + c) * I * O], e = d[(8 + c) * I * O],
+                      f = d[(12 + c) * I * O];
+                rows[0][c] = a + 0.5f * (b + e);
+                rows[1][c] = 0.5f * (b - e);
+                rows[2][c] = 0.5f * (b + e) + f;
+            }
+            for (int r = 0; r < 3; r++) {
+                float *out = dw + (o * I + i) * 9 + 3 * r, *q = rows[r];
+                out[0] = q[0] + 0.5f * (q[1] + q[2]);
+                out[1] = 0.5f * (q[1] - q[2]);
+                out[2] = 0.5f * (q[1] + q[2]) + q[3];
+            }
+        }
+    free(parts);
+    return failed ? -1 : 0;
+}

@@ -1,0 +1,249 @@
+"""The compiled passes against float64 references in every layout, and doing without them."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, max_pool2d
+
+import normlab
+from normlab import kernels
+from normlab.layers import BatchNorm, Conv2d, MaxPool2d
+from normlab.random import stream
+from oracle import batch_moments, batch_norm, batch_norm_gradients
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="installed without a compiler")
+
+LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
+SHAPES = [(9, 3, 7, 5), (4, 32, 15, 15), (3, 70, 6, 7), (2, 1, 3, 1), (70, 33, 1, 1), (2, 10, 9, 9)]
+MATRICES = [(2, 1), (2, 5), (33, 130), (300, 32), (65, 512)]
+
+
+def laid(x: Tensor, layout: str) -> Tensor:
+    return x.contiguous(memory_format=LAYOUTS[layout]) if x.ndim == 4 else x
+
+
+def check_layer(x: Tensor, norm: BatchNorm, tolerance: float = 3e-6) -> None:
+    """Output and all gradients of `norm` at `x` against the float64 oracle."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2, generator=generator)
+        norm.bias.normal_(generator=generator)
+    g = torch.empty_like(x).normal_(generator=generator)
+    x = x.detach().requires_grad_()
+    assert kernels.layout(x) is not None
+    y = norm(x)
+    grads = torch.autograd.grad(y, [x, norm.weight, norm.bias], g)
+    gamma, beta = norm.weight.detach().numpy(), norm.bias.detach().numpy()
+    expected = (
+        batch_norm(x.detach().numpy(), gamma, beta, norm.eps),
+        *batch_norm_gradients(x.detach().numpy(), gamma, norm.eps, g.numpy()),
+    )
+    for ours, theirs in zip((y, *grads), expected, strict=True):
+        scale = max(np.abs(theirs).max(), 1.0)
+        assert np.abs(ours.detach().numpy() - theirs).max() <= tolerance * scale
+    assert y.stride() == x.stride()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_images_match_float64(shape: tuple[int, ...], layout: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    x = laid(torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 1, layout)
+    check_layer(x, BatchNorm(shape[1]), tolerance=3e-5 if shape == (2, 1, 3, 1) else 3e-6)
+
+
+@pytest.mark.parametrize("shape", MATRICES)
+def test_rows_match_float64(shape: tuple[int, int]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    # Two values a channel: dx is a difference of nearly equal terms.
+    check_layer(x, BatchNorm(shape[1]), tolerance=1e-4 if shape[0] == 2 else 3e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("ratio", "bound"), [(1e3, 1e-3), (1e4, 1e-2)])
+def test_large_means_keep_the_error_bounds(layout: str, ratio: float, bound: float) -> None:
+    x = laid(torch.randn(16, 32, 12, 12, generator=torch.Generator().manual_seed(0)), layout)
+    x = x + ratio
+    x[0, :, 0, 0] = 0  # an outlier in the first place must not spoil what is relative to it
+    norm = BatchNorm(32)
+    y, mean, var = kernels.batch_norm(x, norm.weight, norm.bias, norm.eps, None)
+    expected_mean, expected_var = batch_moments(x.numpy())
+    expected = batch_norm(x.numpy(), np.ones(32), np.zeros(32), norm.eps)
+    assert np.abs(y.detach().numpy() - expected).max() <= bound
+    np.testing.assert_allclose(mean.numpy(), expected_mean, rtol=1e-6)
+    np.testing.assert_allclose(var.numpy(), expected_var, rtol=1e-5)
+    assert (var >= 0).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", [0.1, -1e6, 3e-39])
+def test_constant_channels_give_beta_exactly(layout: str, value: float) -> None:
+    x = laid(torch.full((7, 33, 5, 9), value), layout)
+    norm = BatchNorm(33)
+    nn.init.normal_(norm.bias)
+    assert torch.equal(norm(x), norm.bias.view(1, -1, 1, 1).expand_as(x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_visible_in_its_channel(layout: str, value: float) -> None:
+    x = laid(torch.randn(4, 32, 6, 6), layout)
+    x[2, 5, 3, 3] = value
+    y = BatchNorm(32)(x)
+    assert not y[:, 5].isfinite().any()
+    assert y[:, :5].isfinite().all()
+    assert y[:, 6:].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_bits_do_not_depend_on_the_number_of_threads(layout: str) -> None:
+    x = laid(torch.randn(40, 32, 20, 20), layout).requires_grad_()
+    convolution = Conv2d(32, 64, padding=1, rng=stream(0, "conv"))
+    results = []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        y = convolution(BatchNorm(32)(x).contiguous(memory_format=torch.channels_last))
+        grads = torch.autograd.grad(y, [x, *convolution.parameters()], torch.ones_like(y))
+        results.append((y, *grads))
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+def test_running_statistics_move_as_without_kernels() -> None:
+    for convention in ("keras", "torch", "onnx"):
+        x = torch.randn(6, 32, 4, 4).contiguous(memory_format=torch.channels_last)
+        compiled, plain = (BatchNorm(32, convention=convention) for _ in range(2))
+        for step in range(3):
+            compiled(x + step)
+            with kernels.disabled():
+                plain(x + step)
+        torch.testing.assert_close(compiled.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("scale", "center"), [(False, False), (True, False), (False, True)])
+def test_gamma_and_beta_are_optional(scale: bool, center: bool) -> None:
+    x = torch.randn(6, 40, requires_grad=True)
+    norm = BatchNorm(40, scale=scale, center=center)
+    norm(x).square().sum().backward()
+    ours = x.grad
+    x.grad = None
+    with kernels.disabled():
+        norm(x).square().sum().backward()
+    torch.testing.assert_close(ours, x.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.ones(2, 3, dtype=torch.float64),
+        torch.ones(2, 3, dtype=torch.float16),
+        torch.ones(3, 2).T,
+        torch.ones(4, 6)[:, ::2],
+        torch.ones(0, 3),
+        torch.ones(2, 3, device="meta"),
+    ],
+    ids=["float64", "half", "transposed", "strided", "empty", "meta"],
+)
+def test_other_tensors_are_left_to_pytorch(x: Tensor) -> None:
+    assert kernels.layout(x) is None
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 6, 8), (3, 32, 15, 15), (2, 5, 7, 3), (1, 17, 2, 2)])
+def test_pooling_equals_pytorch_bit_for_bit(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.integers(-2, 3, size=shape).astype(np.float32)  # few values: many ties
+    values.flat[rng.integers(0, values.size, 5)] = np.nan
+    x = torch.from_numpy(values).contiguous(memory_format=torch.channels_last).requires_grad_()
+    ours, theirs = MaxPool2d(2)(x), max_pool2d(x, 2)
+    assert "_MaxPool" in type(ours.grad_fn).__name__
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    g = torch.randn(ours.shape)
+    (dx,), (expected,) = (torch.autograd.grad(y, [x], g) for y in (ours, theirs))
+    assert torch.equal(dx, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "c_out"), [((2, 32, 8, 8), 64), ((3, 64, 15, 15), 32), ((1, 32, 1, 5), 32)]
+)
+def test_convolution_matches_float64(shape: tuple[int, ...], c_out: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
+    convolution = Conv2d(shape[1], c_out, padding=1, rng=stream(0, "conv"))
+    nn.init.normal_(convolution.bias, generator=generator)
+    x.requires_grad_()
+    y = convolution(x)
+    assert "_Conv3x3" in type(y.grad_fn).__name__
+    g = torch.randn(y.shape, generator=generator)
+    ours = torch.autograd.grad(y, [x, *convolution.parameters()], g)
+    wide = [t.detach().double().requires_grad_() for t in (x, *convolution.parameters())]
+    expected = conv2d(*wide, padding=1)
+    theirs = torch.autograd.grad(expected, wide, g.double())
+    for a, b in zip((y, *ours), (expected, *theirs), strict=True):
+        assert (a - b).abs().max() <= 2e-6 * b.abs().max()
+
+
+def test_convolution_passes_on_what_is_not_finite() -> None:
+    x = torch.zeros(1, 32, 9, 9).contiguous(memory_format=torch.channels_last)
+    x[0, 3, 4, 4] = float("nan")
+    y = Conv2d(32, 32, padding=1, rng=stream(0, "conv"))(x)
+    assert not y[0, :, 3:6, 3:6].isfinite().any()
+
+
+def test_disabled_is_nested_and_ends() -> None:
+    with kernels.disabled():
+        with kernels.disabled():
+            assert not kernels.available()
+        assert not kernels.available()
+    assert kernels.available()
+
+
+PROGRAM = """
+import torch, normlab
+from normlab import kernels
+from normlab.layers import BatchNorm
+from normlab.kernels.memory import keep_freed_memory
+torch.set_num_threads(2)
+keep_freed_memory()
+y = BatchNorm(32)(torch.randn(64, 32, 20, 20).contiguous(memory_format=torch.channels_last))
+print(kernels.available(), bool(y.isfinite().all()))
+"""
+
+
+def run(program: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("library", ["missing", "damaged"])
+def test_without_a_library_pytorch_does_the_work(tmp_path: Path, library: str) -> None:
+    package = Path(normlab.__file__).parent
+    shutil.copytree(package, tmp_path / "normlab", ignore=shutil.ignore_patterns("*.so", "*.c"))
+    if library == "damaged":
+        for variant in ("default", "avx2", "avx512"):
+            (tmp_path / "normlab" / "kernels" / f"_{variant}.so").write_bytes(b"no library")
+    output = run(PROGRAM, PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
+    assert output.split() == ["False", "True"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_openmp_runtime_serves_both() -> None:
+    program = PROGRAM + "print(open('/proc/self/maps').read())"
+    output = run(program, PYTHONPATH=str(Path(normlab.__file__).parents[1]))
+    assert output.startswith("True True")
+    assert len(set(re.findall(r"/\S*/lib(?:gomp|iomp|omp)\S*", output))) == 1
