@@ -206,6 +206,14 @@ def test_disabled_is_nested_and_ends() -> None:
     assert kernels.available()
 
 
+def test_a_backward_pass_ends_as_it_began() -> None:
+    x = torch.randn(6, 40, requires_grad=True)
+    y = BatchNorm(40)(x)
+    with kernels.disabled():
+        y.square().sum().backward()
+    assert x.grad is not None
+
+
 PROGRAM = """
 import torch, normlab
 from normlab import kernels

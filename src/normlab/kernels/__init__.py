@@ -96,6 +96,10 @@ def layout(x: Tensor) -> tuple[int, int, int] | None:
         or torch.compiler.is_compiling()
     ):
         return None
+    return _arrangement(x)
+
+
+def _arrangement(x: Tensor) -> tuple[int, int, int] | None:
     channels = x.shape[1]
     if x.movedim(1, -1).is_contiguous():
         return x.numel() // channels, channels, 1
@@ -277,7 +281,7 @@ def conv3x3_gradients(
 
 
 def _shape(x: Tensor) -> tuple[int, int, int]:
-    shape = layout(x)
+    shape = _arrangement(x)  # also where disabled since: a backward pass ends as it began
     if shape is None:
         raise ValueError(f"no kernel for {x.dtype} of shape {tuple(x.shape)}, as it lies")
     return shape
@@ -285,10 +289,14 @@ def _shape(x: Tensor) -> tuple[int, int, int]:
 
 def _call(name: str, *arguments: object) -> None:
     library = _library()
-    assert library is not None  # `layout` is None without it
-    values = [
-        a.data_ptr() if isinstance(a, Tensor) else a.ctypes.data if isinstance(a, np.ndarray) else a
-        for a in arguments
-    ]
+    if library is None:
+        raise ValueError(f"no kernels here for {name}: ask `layout` first")
+    values = [_pointer(a) for a in arguments]
     if getattr(library, f"normlab_{name}")(*values, torch.get_num_threads()):
         raise MemoryError(f"normlab_{name}")
+
+
+def _pointer(argument: object) -> object:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return argument.ctypes.data if isinstance(argument, np.ndarray) else argument
