@@ -2,6 +2,7 @@
 #   make run     train the default recipe on CIFAR-10 and score it
 #   make test    the whole test suite
 #   make check   format, lint, strict types, import direction
+#   make compare six pairs of batch against none, with a verdict
 #   make soak    longer tests
 #
 # TORCH_INDEX=URL installs PyTorch from another package index (for its CPU build, see README.md).
@@ -12,11 +13,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 INPUTS := pyproject.toml constraints.txt $(wildcard setup.py)
 
-.PHONY: run test check soak clean
+.PHONY: run compare test check soak clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
 	@NORMLAB_INSTALL_SECONDS=$$(cat $(VENV)/.installed) $(BIN)/normlab train $(ARGS)
+
+compare: $(VENV)/.installed
+	$(BIN)/normlab compare --arms batch,none --seeds 6 $(ARGS)
 
 test: $(VENV)/.tested
 	$(BIN)/python -m pytest -n 2 -m "not soak" $(ARGS)

@@ -177,6 +177,21 @@ def test_an_interrupted_run_resumed_ends_with_the_same_bits(
         normlab.resume(tmp_path / "cut", data=data)
 
 
+def test_a_second_signal_ends_at_once_and_writes_no_torn_checkpoint(
+    sample: normlab.ImageData, tmp_path: Path
+) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit) as caught:
+        normlab.train(
+            "notebook", data=sample, out=tmp_path / "r", observers=(After(2, twice),), **TINY
+        )
+    assert caught.value.code == 130
+    assert not list((tmp_path / "r").glob("*checkpoint*"))
+
+
 def test_resume_under_other_data_or_threads_is_refused(
     sample: normlab.ImageData, tmp_path: Path
 ) -> None:
@@ -263,6 +278,42 @@ def test_a_last_batch_of_one_joins_the_one_before(
     n: int, size: int, expected: list[tuple[int, int]]
 ) -> None:
     assert batch_bounds(n, size, join_single=True) == expected
+
+
+def test_joining_is_said(sample: normlab.ImageData, tmp_path: Path) -> None:
+    def describe(n: int) -> str:
+        train, validation = split_validation(sample.x_train[:n], sample.y_train[:n], 0)
+        return Plan(
+            recipe=Recipe(name="x", batch_size=8),
+            folder=tmp_path,
+            seed=0,
+            threads=1,
+            train=train,
+            validation=validation,
+        ).describe()
+
+    assert "joins the one before" in describe(17)
+    assert "joins" not in describe(18)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"batch_size": 1}, "no variance"),
+        ({"n": 1, "validation": 0}, "no variance"),
+        ({"n": 5, "validation": 1e-17}, "is none"),
+        ({"height": 16}, "square"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_a_folder_is_made(
+    sample: normlab.ImageData, tmp_path: Path, changes: dict[str, Any], word: str
+) -> None:
+    changes = dict(changes)
+    n, height = changes.pop("n", 50), changes.pop("height", 32)
+    data = small(sample, n, x_train=sample.x_train[:n, :height], x_test=sample.x_test[:40, :height])
+    with pytest.raises(normlab.UserError, match=word):
+        normlab.train("notebook", data=data, out=tmp_path / "a", **(TINY | changes))
+    assert not (tmp_path / "a").exists()
 
 
 def test_keras_split_and_number_of_steps() -> None:

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from normlab.data import ImageData as ImageData
     from normlab.data import load as load
+    from normlab.diagnosis import Diagnosis as Diagnosis
+    from normlab.diagnosis import Finding as Finding
+    from normlab.diagnosis import doctor as doctor
     from normlab.errors import DataError as DataError
     from normlab.errors import NonFiniteError as NonFiniteError
     from normlab.errors import NormlabError as NormlabError
@@ -21,26 +24,43 @@ if TYPE_CHECKING:
     from normlab.evaluation import Evaluation as Evaluation
     from normlab.evaluation import evaluate as evaluate
     from normlab.layers import BatchNorm as BatchNorm
+    from normlab.recalibration import ThreeWay as ThreeWay
+    from normlab.recalibration import recalibrate as recalibrate
+    from normlab.recalibration import three_way as three_way
     from normlab.recipes import Recipe as Recipe
     from normlab.runs import Run as Run
     from normlab.runs import open_run as open_run
+    from normlab.study import Arm as Arm
+    from normlab.study import Study as Study
+    from normlab.study import compare as compare
+    from normlab.study import open_study as open_study
     from normlab.training import resume as resume
     from normlab.training import train as train
 
 _HOMES = {
+    "Arm": "study",
     "BatchNorm": "layers",
     "DataError": "errors",
+    "Diagnosis": "diagnosis",
     "Evaluation": "evaluation",
+    "Finding": "diagnosis",
     "ImageData": "data",
     "NonFiniteError": "errors",
     "NormlabError": "errors",
     "Recipe": "recipes",
     "Run": "runs",
+    "Study": "study",
+    "ThreeWay": "recalibration",
     "UserError": "errors",
+    "compare": "study",
+    "doctor": "diagnosis",
     "evaluate": "evaluation",
     "load": "data",
     "open_run": "runs",
+    "open_study": "study",
+    "recalibrate": "recalibration",
     "resume": "training",
+    "three_way": "recalibration",
     "train": "training",
 }
 

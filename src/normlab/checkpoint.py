@@ -8,13 +8,13 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from normlab.errors import DataError
-from normlab.files import read_tensors, write_atomic, write_tensors
+from normlab.files import read_tensors, sweep, write_atomic, write_tensors
 from normlab.fit import Plan, State, Totals
+from normlab.optim import Optimizer
 
 CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
@@ -46,7 +46,7 @@ def save(folder: Path, state: State) -> None:
     """Write a checkpoint; the last good one is kept beside it."""
     tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
     tensors |= {f"best.{k}": v for k, v in state.best_weights.items()}
-    for index, values in state.optimizer.state_dict()["state"].items():
+    for index, values in enumerate(state.optimizer.state.values()):
         tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
     target = folder / CHECKPOINT
     if target.exists():
@@ -60,6 +60,7 @@ def restore(folder: Path, state: State) -> str | None:
     Returns:
         Why an older checkpoint, or the start, had to do; None if the newest one is good.
     """
+    sweep(folder)
     problem = None
     for name in (CHECKPOINT, PREVIOUS):
         if not (folder / name).exists():
@@ -79,7 +80,7 @@ def _restore(path: Path, state: State) -> None:
         part, rest = name.split(".", 1)
         parts[part][rest] = tensor
     state.model.load_state_dict(parts["model"])
-    state.optimizer.load_state_dict(_optimizer_state(state.optimizer, parts["optimizer"]))
+    _restore_optimizer(state.optimizer, parts["optimizer"])
     state.best_weights = parts["best"]
     state.step, state.seconds = loop["step"], loop["seconds"]
     state.totals, state.history = Totals(**loop["totals"]), loop["history"]
@@ -88,23 +89,19 @@ def _restore(path: Path, state: State) -> None:
         state.best_val_loss = state.history[state.best_epoch - 1]["val_loss"]
 
 
-def _optimizer_state(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
-) -> dict[str, Any]:
-    """Undo the flat names, and lay each moment out as its parameter lies in memory.
+def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Give each parameter its moments back, laid out as the parameter lies in memory.
 
     Fused updates walk both in memory order; moments in another layout would meet wrong weights.
     """
-    whole = optimizer.state_dict()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    restored: dict[int, dict[str, torch.Tensor]] = {}
+    parameters = list(optimizer.state)
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
-        parameter = parameters[int(index)]
-        if tensor.shape == parameter.shape:
-            tensor = torch.empty_like(parameter).copy_(tensor)
-        restored.setdefault(int(index), {})[key] = tensor.detach()
-    return {**whole, "state": restored}
+        p = parameters[int(index)]
+        if tensor.shape == p.shape:
+            optimizer.state[p][key] = torch.empty_like(p).copy_(tensor).detach()
+        else:
+            optimizer.state[p][key] = tensor.to(p.device)
 
 
 def remove(folder: Path) -> None:

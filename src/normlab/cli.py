@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from normlab.cli_compare import compare
 from normlab.cli_data import data as data_group
+from normlab.cli_doctor import doctor, recalibrate
+from normlab.cli_export import export_command, import_command
+from normlab.cli_inspect import inspect
+from normlab.cli_predict import predict
 
 if TYPE_CHECKING:
     from normlab.fit import Observer
@@ -26,12 +31,19 @@ def cli() -> None:
 
 
 cli.add_command(data_group)
+cli.add_command(inspect)
+cli.add_command(export_command)
+cli.add_command(import_command)
+cli.add_command(compare)
+cli.add_command(doctor)
+cli.add_command(recalibrate)
+cli.add_command(predict)
 
 DATA = click.option(
     "--data",
     metavar="DATA",
-    help="cifar10 (the default), sample (a few hundred images, no network), a .npz, or an archive "
-    "or folder that holds CIFAR-10.",
+    help="cifar10 (the default), sample (a few hundred images, no network), a folder of pictures, "
+    "a .npz, a .parquet, or an archive or folder that holds CIFAR-10.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
 
@@ -46,12 +58,16 @@ JSON = click.option("--json", "as_json", is_flag=True, help="End with one line o
 @click.option("--threads", type=int, help="CPU threads; all cores by default.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @DATA
+@click.option("--image-size", type=click.IntRange(8, 512), help="Of pictures; 32 by default.")
+@click.option("--skip-bad", is_flag=True, help="Leave out pictures that cannot be used.")
 @click.option(
     "--validation", type=float, help="Share of the training images, the last ones, to hold out."
 )
 @click.option("--patience", type=int, help="Stop after so many epochs without a better val_loss.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder, new or empty.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into the run, too.")
+@click.option("--three-way", is_flag=True, help="Score each epoch with three kinds of statistics.")
+@click.option("--record", is_flag=True, help="Keep what each layer sees, for `normlab inspect`.")
 @click.option("--resume", metavar="RUN", help="Go on with an interrupted run.")
 @click.option("--allow-changes", is_flag=True, help="With --resume: although something differs.")
 @JSON
@@ -64,8 +80,12 @@ def train(
     threads: int | None,
     device: str,
     data: str | None,
+    image_size: int | None,
+    skip_bad: bool,
     out: Path | None,
     tensorboard: bool,
+    three_way: bool,
+    record: bool,
     resume: str | None,
     allow_changes: bool,
     as_json: bool,
@@ -83,6 +103,20 @@ def train(
         from normlab.tensorboard import TensorBoard
 
         observers.append(TensorBoard())
+    if three_way:
+        from normlab.recalibration import ThreeWayScores
+
+        chosen = recipes.get(recipe or recipes.DEFAULT).override(**changes)
+        if resume is None and chosen.validation == 0:
+            raise click.UsageError(
+                f"--three-way scores validation images and {chosen.name} holds out none: "
+                "add --validation 0.1"
+            )
+        observers.insert(0, ThreeWayScores())  # before those who tell of the epoch
+    if record or (resume is not None and (Path(resume) / "recording.npz").exists()):
+        from normlab.recording import Recorder
+
+        observers.append(Recorder())
     install_seconds = os.environ.get("NORMLAB_INSTALL_SECONDS")
     with observer if isinstance(observer, AbstractContextManager) else nullcontext():
         if resume is not None:
@@ -94,6 +128,8 @@ def train(
             run = training.train(
                 recipe or recipes.DEFAULT,
                 data=data,
+                image_size=image_size,
+                skip_bad=skip_bad,
                 out=out,
                 seed=seed,
                 threads=threads,
@@ -106,7 +142,15 @@ def train(
 
 def _refuse_with_resume(context: click.Context) -> None:
     """A resumed run is decided by its folder; options that would change it are a mistake."""
-    allowed = {"resume", "data", "allow_changes", "tensorboard", "as_json"}
+    allowed = {
+        "resume",
+        "data",
+        "allow_changes",
+        "tensorboard",
+        "three_way",
+        "record",
+        "as_json",
+    }
     for name in context.params:
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
         if given and name not in allowed:
@@ -135,19 +179,27 @@ def _close(run: "Run", install_seconds: float | None, as_json: bool) -> None:
 @cli.command()
 @click.argument("run", required=False)
 @DATA
-@click.option("--weights", default="last", show_default=True, help="last or best.")
+@click.option("--weights", default="last", show_default=True, help="last, best or recalibrated.")
+@click.option(
+    "--views",
+    default="single",
+    show_default=True,
+    help="Versions of each picture to answer from: single, flip (2) or shift (6).",
+)
 @JSON
-def evaluate(run: str | None, data: str | None, weights: str, as_json: bool) -> None:
+def evaluate(run: str | None, data: str | None, weights: str, views: str, as_json: bool) -> None:
     """Score RUN (by default the latest) on the test images, with plots and its mistakes."""
-    from normlab.data import load
     from normlab.report import write_evaluation
     from normlab.runs import open_run
 
     opened = open_run(run)
-    images = load(opened.task.data if data is None else data)
-    evaluation = opened.evaluate(images, weights=weights)
-    folder = opened.path / f"evaluation-{weights}"
+    images = opened.task.load(data)
+    evaluation = opened.evaluate(images, weights=weights, views=views)
+    name = weights if views == "single" else f"{weights}-{views}"
+    folder = opened.path / f"evaluation-{name}"
     write_evaluation(evaluation, images, folder)
+    if views != "single":
+        click.echo(f"Views: {views}; not comparable with figures from a single view")
     click.echo(str(evaluation))
     click.echo(f"Balanced accuracy: {evaluation.balanced_accuracy:.4f}")
     width = max(map(len, evaluation.class_names))

@@ -45,6 +45,7 @@ class Evaluation:
 
     Attributes:
         run: the run's folder, or the name of what was evaluated.
+        views: how many versions of a picture were seen: `single`, `flip` or `shift`.
         probabilities: (N, K).
         labels: (N,).
         loss: mean cross-entropy in nats.
@@ -54,6 +55,7 @@ class Evaluation:
 
     run: str
     weights: str
+    views: str
     data: str
     class_names: tuple[str, ...]
     probabilities: NDArray[np.float64]
@@ -81,6 +83,11 @@ class Evaluation:
     def balanced_accuracy(self) -> float:
         """Mean of `class_accuracy` over the classes that have test images."""
         return float(np.nanmean(self.class_accuracy))
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean of the classes' F1 scores, over the classes that occur as label or answer."""
+        return macro_f1(self.confusion)
 
     @property
     def weakest(self) -> tuple[str, float, str, float]:
@@ -116,12 +123,14 @@ class Evaluation:
         return {
             "run": self.run,
             "weights": self.weights,
+            "views": self.views,
             "data": self.data,
             "test_images": len(self.labels),
             "test_accuracy": self.accuracy,
             "test_accuracy_interval": list(self.interval),
             "test_loss": self.loss,
             "balanced_accuracy": self.balanced_accuracy,
+            "macro_f1": self.macro_f1,
             "class_accuracy": dict(zip(self.class_names, accuracies, strict=True)),
             "confusion": self.confusion.tolist(),
             "calibration_error": self.calibration.error,
@@ -162,6 +171,16 @@ class Evaluation:
         return evaluation_summary_html(self)
 
 
+def macro_f1(confusion: NDArray[np.integer]) -> float:
+    """Mean over classes of 2·right/(labels + answers), from counts (K, K), label by answer.
+
+    A class that is neither a label nor an answer has no F1 and does not count.
+    """
+    total = confusion.sum(0) + confusion.sum(1)
+    occurs = total > 0
+    return float((2 * confusion.diagonal()[occurs] / total[occurs]).mean())
+
+
 def calibrate(
     probabilities: NDArray[np.float64], labels: NDArray[np.int64], bins: int = 15
 ) -> Calibration:
@@ -184,6 +203,7 @@ def assess(
     *,
     run: str,
     weights: str,
+    views: str = "single",
     data: str,
     class_names: tuple[str, ...],
     limits: tuple[str, ...],
@@ -199,6 +219,7 @@ def assess(
     return Evaluation(
         run=run,
         weights=weights,
+        views=views,
         data=data,
         class_names=class_names,
         probabilities=probabilities,
@@ -217,16 +238,20 @@ def evaluate(
     data: "str | Path | Mapping[str, Any] | ImageData | None" = None,
     *,
     weights: str = "last",
+    views: str = "single",
 ) -> Evaluation:
     """Score `run` on the test images of `data`, or of the data it was trained on.
+
+    With `views` other than `single` (see `normlab.data.augment.views_of`) a picture is answered
+    from several versions of it, which is more work and not comparable with a single view.
 
     Raises:
         DataError: the data cannot be had, or has other classes or another image size.
     """
-    from normlab.data import load
+    from normlab.data.loading import PUBLIC
     from normlab.fit import predict_logits
 
-    images = load(run.task.data if data is None else data)
+    images = run.task.load(data)
     size = images.x_test.shape[1:3]
     if images.class_names != run.task.class_names:
         raise DataError(
@@ -239,11 +264,12 @@ def evaluate(
             f"takes {run.task.image_size} × {run.task.image_size}: resize them"
         )
     return assess(
-        predict_logits(run.model(weights), images.x_test).numpy(),
+        predict_logits(run.model(weights), images.x_test, views=views).numpy(),
         images.y_test,
         run=str(run.path),
         weights=weights,
+        views=views,
         data=images.name,
         class_names=images.class_names,
-        limits=CIFAR10_LIMITS if images.name in ("cifar10", "sample") else OWN_LIMITS,
+        limits=CIFAR10_LIMITS if images.name in PUBLIC else OWN_LIMITS,
     )

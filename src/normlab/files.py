@@ -31,15 +31,22 @@ def digest(tensors: Mapping[str, Tensor], document: str = "") -> str:
     return h.hexdigest()
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Put `content` at `path` so that a reader finds the old file or the new one, never a part."""
+def write_atomic(path: Path, content: bytes, *, replace: bool = True) -> None:
+    """Put `content` at `path` so that a reader finds the old file or the new one, never a part.
+
+    Raises:
+        FileExistsError: without `replace`, if there is a file already.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)
         flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -56,9 +63,16 @@ def flush_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as readable JSON, atomically."""
-    write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+def sweep(folder: Path) -> None:
+    """Remove what a killed writer left under a temporary name."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any, *, replace: bool = True) -> None:
+    """Write `value` as readable JSON, atomically; see `write_atomic`."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomic(path, text.encode(), replace=replace)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Any = None) -> None:

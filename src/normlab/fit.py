@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from normlab.data.batches import Split, batch_bounds, to_input
+from normlab.data.augment import views_of
+from normlab.data.batches import Batches, Split, batch_bounds, to_input
 from normlab.errors import NonFiniteError, NormlabError
-from normlab.optim import Adam
+from normlab.optim import SCHEDULES, Optimizer, set_rate
 from normlab.random import stream
 from normlab.recipes import Recipe
 
@@ -54,7 +55,7 @@ class State:
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     step: int = 0
     seconds: float = 0.0
     totals: Totals = field(default_factory=Totals)
@@ -79,7 +80,7 @@ class Plan:
     """What is about to happen; told to observers before the first step."""
 
     recipe: Recipe
-    folder: Path
+    folder: Path | None  # None in a study, whose runs leave no folder
     seed: int
     threads: int
     train: Split
@@ -99,8 +100,8 @@ class Plan:
         text = (
             f"{self.recipe.name}: norm {self.recipe.norm}, seed {self.seed}, "
             f"{len(self.train):,} training and {len(self.validation):,} validation images, "
-            f"{self.recipe.epochs} epochs of {len(self.bounds):,} steps, {self.threads} threads, "
-            f"into {self.folder}"
+            f"{self.recipe.epochs} epochs of {len(self.bounds):,} steps, {self.threads} threads"
+            + (f", into {self.folder}" if self.folder else "")
         )
         if self.bounds[-1][1] - self.bounds[-1][0] > self.recipe.batch_size:
             text += "\nThe last batch, of one image, joins the one before it: one has no variance."
@@ -126,17 +127,13 @@ class Interrupted(NormlabError):
         self.exit_code = 128 + signum
 
 
-def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """Make the optimiser that the recipe names."""
-    return Adam([p for p in model.parameters() if p.requires_grad], lr=recipe.learning_rate)
-
-
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     x: Tensor,  # (N, 3, H, W)
     labels: Tensor,  # (N,)
     rng: np.random.Generator,
+    label_smoothing: float = 0.0,
 ) -> tuple[float, int]:
     """One update of the weights; returns the batch's mean loss and how many were right.
 
@@ -144,7 +141,7 @@ def train_step(
         NonFiniteError: the loss is NaN or infinite; the weights are as before the step.
     """
     logits = model(x, rng)
-    loss = cross_entropy(logits, labels)
+    loss = cross_entropy(logits, labels, label_smoothing=label_smoothing)
     value = loss.item()
     if not np.isfinite(value):
         raise NonFiniteError(f"the loss is {value}")
@@ -156,15 +153,21 @@ def train_step(
 
 @torch.no_grad()
 def predict_logits(
-    model: nn.Module, images: np.ndarray, device: torch.device | str = "cpu"
+    model: nn.Module,
+    images: np.ndarray,
+    device: torch.device | str = "cpu",
+    views: str = "single",
 ) -> Tensor:
-    """Logits (N, K) of images (N, H, W, 3) uint8, in evaluation mode, on the CPU."""
+    """Logits (N, K) of images (N, H, W, 3) uint8, in evaluation mode, on the CPU.
+
+    With more `views` of an image than one (see `views_of`), the mean of their logits.
+    """
     was_training = model.training
     model.eval()
-    parts = [
-        model(to_input(images[a:b], device)).cpu()
-        for a, b in batch_bounds(len(images), EVALUATION_BATCH, join_single=False)
-    ]
+    parts = []
+    for a, b in batch_bounds(len(images), EVALUATION_BATCH, join_single=False):
+        seen = [model(x) for x in views_of(to_input(images[a:b], device), views)]
+        parts.append(torch.stack(seen).mean(0).cpu())
     model.train(was_training)
     return torch.cat(parts)
 
@@ -185,31 +188,34 @@ def fit(plan: Plan, state: State, device: torch.device, observers: Sequence[Obse
         Interrupted: SIGINT or SIGTERM came; observers have seen the last step.
     """
     recipe, seed, train, bounds = plan.recipe, plan.seed, plan.train, plan.bounds
-    order = np.empty(0, np.int64)
+    batches = Batches(train, bounds, plan.steps, recipe, seed, device)
+    schedule = SCHEDULES[recipe.schedule]
     for observer in observers:
         observer.before_training(plan)
     started = time.perf_counter() - state.seconds
+    state.model.train()
     with _signals() as interrupted:
         for step in range(state.step, plan.steps):
             epoch, batch = divmod(step, len(bounds))
             if batch == 0 and _out_of_patience(recipe, state):
                 break
-            if batch == 0 or not len(order):
-                order = stream(seed, "order", epoch).permutation(len(train))
-                state.model.train()
-            chosen = order[slice(*bounds[batch])]
-            x = to_input(train.images[chosen], device)
-            labels = torch.from_numpy(train.labels[chosen]).to(device)
+            x, labels = batches(step)
+            set_rate(state.optimizer, schedule(step / plan.steps))
             try:
                 loss, correct = train_step(
-                    state.model, state.optimizer, x, labels, stream(seed, "dropout", step)
+                    state.model,
+                    state.optimizer,
+                    x,
+                    labels,
+                    stream(seed, "dropout", step),
+                    recipe.label_smoothing,
                 )
             except NonFiniteError as e:
                 raise NonFiniteError(
                     f"{e} at step {batch + 1} of epoch {epoch + 1}: training stopped there; "
                     f"try a lower --learning-rate than {recipe.learning_rate:g}"
                 ) from None
-            state.totals.add(loss, correct, len(chosen))
+            state.totals.add(loss, correct, len(labels))
             state.step = step + 1
             state.seconds = time.perf_counter() - started
             if batch + 1 == len(bounds):
@@ -251,6 +257,9 @@ def _out_of_patience(recipe: Recipe, state: State) -> bool:
 def _signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of dying of them; a second one ends at once.
 
+    At once means within a step, where weights and step number may not belong together: so it is no
+    `Interrupted`, after which a checkpoint is written. The one before it stays.
+
     Outside the main thread, where Python allows no handlers, signals are left as they are.
     """
     received: list[int] = []
@@ -260,7 +269,7 @@ def _signals() -> Iterator[list[int]]:
 
     def note(signum: int, _: object) -> None:
         if received:
-            raise Interrupted(signum)
+            raise SystemExit(128 + signum)
         received.append(signum)
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -14,6 +14,7 @@ from PIL import Image
 
 from normlab import plots
 from normlab.data import ImageData
+from normlab.data.collection import DEFAULT_SIZE
 from normlab.evaluation import Evaluation
 from normlab.files import write_atomic, write_json
 from normlab.runs import Run
@@ -21,12 +22,13 @@ from normlab.runs import Run
 SHOWN_CLASSES = 20
 
 
-def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> None:
+def write_run_report(
+    run: Run, result: dict[str, Any], evaluation: Evaluation, images: ImageData
+) -> None:
     """Draw `curves.png` and `report.html` into the run's folder."""
     curves = plots.png(plots.draw_curves(run.history))
     write_atomic(run.path / "curves.png", curves)
-    result, recipe = run.result or {}, run.task.recipe
-    environment = run.environment
+    recipe, environment = run.task.recipe, run.environment
     facts = [
         ("recipe", ", ".join(f"{k} {v}" for k, v in recipe.as_dict().items() if v is not None)),
         ("seed", run.task.seed),
@@ -71,7 +73,7 @@ def repeat_command(run: Run) -> str:
             if value != plain[key]:
                 words += [f"--{key.replace('_', '-')}", str(value)]
     if run.task.data != "cifar10":
-        words += ["--data", f'"{run.task.data}"']
+        words += ["--data", f'"{run.task.data}"', *_picture_options(run)]
     return " ".join([*words, "--threads", str(run.environment["threads"])])
 
 
@@ -101,6 +103,7 @@ def closing_lines(run: Run, install_seconds: float | None = None) -> list[str]:
             f"Surest mistake: test picture {surest['index']}, labelled {surest['label']}, "
             f"answered {surest['answer']} with {surest['probability']:.2%}"
         )
+    lines += _own_data_lines(result)
     lines += [f"Limit: {limit}" for limit in scores["limits"]]
     return [
         *lines,
@@ -110,9 +113,34 @@ def closing_lines(run: Run, install_seconds: float | None = None) -> list[str]:
     ]
 
 
+def _own_data_lines(result: dict[str, Any]) -> list[str]:
+    """On data of one's own, what the score is worth: beside answers that need no network."""
+    if not result.get("baselines"):
+        return []
+    rows = {"this network": result["evaluation"], **result["baselines"]}
+    width = max(map(len, rows))
+    lines = ["Beside simpler answers, on the same test pictures:"]
+    for name, scores in rows.items():
+        low, high = scores["test_accuracy_interval"]
+        lines.append(
+            f"  {name:<{width}}  accuracy {scores['test_accuracy']:.4f} ({low:.4f} to {high:.4f}), "
+            f"balanced {scores['balanced_accuracy']:.4f}, macro-F1 {scores['macro_f1']:.4f}"
+        )
+    return lines
+
+
+def _picture_options(run: Run) -> list[str]:
+    """The options with which a run's pictures were read; other data need none."""
+    path, words = Path(run.task.data).expanduser(), []
+    if run.task.image_size != DEFAULT_SIZE and (path.is_dir() or path.suffix == ".parquet"):
+        words += ["--image-size", str(run.task.image_size)]
+    return [*words, "--skip-bad"] if run.task.skip_bad else words
+
+
 def _next_commands(run: Run) -> list[str]:
     recipe = run.task.recipe
     data = "" if run.task.data == "cifar10" else f' --data "{run.task.data}"'
+    data = " ".join([data, *_picture_options(run)])
     twin = "none" if recipe.norm == "batch" else "batch"
     return [
         f"normlab train {recipe.name} --norm {twin}{data}    # its twin",

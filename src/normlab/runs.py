@@ -6,12 +6,14 @@ history.jsonl      one line an epoch
 checkpoint.safetensors, checkpoint.previous.safetensors   while unfinished: where to go on
 last.safetensors   weights after the last step
 best.safetensors   weights at the lowest validation loss
+recalibrated.safetensors   the last weights with the statistics of a whole set of images
 result.json        the scores; there once the run is finished
 curves.png, report.html
 """
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +26,11 @@ from normlab.models import MODELS
 from normlab.recipes import Recipe
 
 if TYPE_CHECKING:
+    from normlab.data import ImageData
     from normlab.evaluation import Evaluation
 
 RUNS = Path("runs")
+WEIGHTS = ("last", "best", "recalibrated")
 NUMBERED = re.compile(r"(\d{4,})-.+")
 
 
@@ -40,6 +44,14 @@ class Task:
     data_sha256: str
     class_names: tuple[str, ...]
     image_size: int
+    skip_bad: bool = False
+
+    def load(self, data: "str | Path | Mapping[str, Any] | ImageData | None" = None) -> "ImageData":
+        """The run's data, or `data`, with pictures read as the run's were."""
+        from normlab.data import load
+
+        chosen = self.data if data is None else data
+        return load(chosen, image_size=self.image_size, skip_bad=self.skip_bad)
 
     def build(self) -> nn.Module:
         """Make the network with its initial values."""
@@ -58,6 +70,7 @@ class Task:
             "data_sha256": self.data_sha256,
             "class_names": list(self.class_names),
             "image_size": self.image_size,
+            "skip_bad": self.skip_bad,
         }
 
     @classmethod
@@ -69,6 +82,7 @@ class Task:
             data_sha256=str(values["data_sha256"]),
             class_names=tuple(map(str, values["class_names"])),
             image_size=int(values["image_size"]),
+            skip_bad=bool(values.get("skip_bad", False)),
         )
 
 
@@ -101,16 +115,19 @@ class Run:
         """Return the trained network in evaluation mode.
 
         Args:
-            weights: `last` (after the last step) or `best` (at the lowest validation loss).
+            weights: `last` (after the last step), `best` (at the lowest validation loss) or
+                `recalibrated` (the last with statistics from `normlab recalibrate`).
 
         Raises:
             UserError: other weights, or a run that does not have these.
         """
-        if weights not in ("last", "best"):
-            raise UserError(f"weights {weights!r}: choose last or best")
+        if weights not in WEIGHTS:
+            raise UserError(f"weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
         path = self.path / f"{weights}.safetensors"
         if not path.exists():
             why = "it held out no images to choose by" if self.result else "it is unfinished"
+            if weights == "recalibrated":
+                why = "`normlab recalibrate` makes it"
             raise UserError(
                 f"run {self.path} has no {path.name}: {why}; use another run or weights"
             )
@@ -123,11 +140,13 @@ class Run:
             raise DataError(f"{path} does not fit the recipe beside it: {reason}") from None
         return model.eval()
 
-    def evaluate(self, data: Any = None, *, weights: str = "last") -> "Evaluation":
+    def evaluate(
+        self, data: Any = None, *, weights: str = "last", views: str = "single"
+    ) -> "Evaluation":
         """Score the run on the test images; see `normlab.evaluate`."""
         from normlab.evaluation import evaluate
 
-        return evaluate(self, data, weights=weights)
+        return evaluate(self, data, weights=weights, views=views)
 
     def _repr_html_(self) -> str:
         """Show the report's heart in a notebook cell."""

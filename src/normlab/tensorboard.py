@@ -28,7 +28,8 @@ class TensorBoard:
     def before_training(self, plan: Plan) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(plan.folder / "tensorboard"))
+        if plan.folder is not None:
+            self.writer = SummaryWriter(str(plan.folder / "tensorboard"))
 
     def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
         if batch < batches or self.writer is None:

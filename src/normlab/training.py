@@ -1,7 +1,7 @@
 """Train a recipe: data in, a run's folder with an honest score out."""
 
-import json
 import shlex
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +12,13 @@ import torch
 from normlab import checkpoint, recipes
 from normlab.data import ImageData, load
 from normlab.data.batches import split_validation
+from normlab.data.loading import PUBLIC
 from normlab.environment import describe, resolve_device, resolve_threads, settings
 from normlab.errors import UserError
 from normlab.files import digest, write_json, write_tensors
-from normlab.fit import Interrupted, Observer, Plan, State, fit, make_optimizer
+from normlab.fit import Interrupted, Observer, Plan, State, fit
+from normlab.models import FastNet
+from normlab.optim import make_optimizer
 from normlab.recipes import Recipe
 from normlab.runs import Run, Task, create_folder, open_run
 
@@ -28,6 +31,8 @@ def train(
     seed: int = 0,
     threads: int | None = None,
     device: str = "auto",
+    image_size: int | None = None,
+    skip_bad: bool = False,
     observers: tuple[Observer, ...] = (),
     **changes: Any,
 ) -> Run:
@@ -43,6 +48,7 @@ def train(
         seed: of everything random.
         threads: of the CPU; None for all cores.
         device: `auto`, `cpu` or `cuda`.
+        image_size, skip_bad: for pictures in a folder or parquet; see `normlab.data.load`.
         observers: told after each step.
         **changes: fields of `Recipe` to replace: `epochs`, `batch_size`, `norm`, ….
 
@@ -56,7 +62,7 @@ def train(
     if not 0 <= seed < 2**63:
         raise UserError(f"seed={seed}: choose a whole number from 0 to 2⁶³ − 1")
     started = time.perf_counter()
-    images = load(data)
+    images = load(data, image_size=image_size, skip_bad=skip_bad)
     data_seconds = time.perf_counter() - started
     task = Task(
         recipe=chosen,
@@ -65,25 +71,49 @@ def train(
         data_sha256=images.sha256,
         class_names=images.class_names,
         image_size=images.x_train.shape[1],
+        skip_bad=skip_bad,
     )
+    if image_size is not None and image_size != task.image_size:
+        raise UserError(
+            f"image_size={image_size}: {images.name} has {task.image_size} × {task.image_size} "
+            "pixels; only pictures from a folder or parquet are resized"
+        )
     with settings(threads, where):
         started = time.perf_counter()
-        task.build()  # refuses what the network cannot take before a folder is made
-        split_validation(images.x_train, images.y_train, chosen.validation)
+        _refuse_impossible(task, images)
         folder = create_folder(out, chosen.name)
         _claim(folder, task)
         write_json(folder / "environment.json", describe(threads, where))
-        state = _new_state(task, where)
+        state = new_state(task, images, where)
         state.seconds = time.perf_counter() - started
         return _finish(Run(folder, task), images, data_seconds, state, where, observers)
+
+
+def _refuse_impossible(task: Task, images: ImageData) -> None:
+    """Find out before a folder is made what the first step could not do.
+
+    Raises:
+        UserError: pictures that are not square or too small, or batches of a single image.
+    """
+    height, width, _ = images.image_shape
+    if height != width:
+        raise UserError(
+            f"data {images.name!r} has images of {height} × {width} pixels: make them square"
+        )
+    task.build()
+    recipe = task.recipe
+    train, _ = split_validation(images.x_train, images.y_train, recipe.validation)
+    if recipe.norm == "batch" and min(recipe.batch_size, len(train)) < 2:
+        raise UserError(
+            f"batch_size={recipe.batch_size} with {len(train):,} training images gives batches of "
+            "one, which have no variance: take two or more, or --norm none"
+        )
 
 
 def _claim(folder: Path, task: Task) -> None:
     """Write `recipe.json`; of two runs given the same folder the second one fails here."""
     try:
-        with open(folder / "recipe.json", "x", encoding="utf-8") as f:
-            json.dump(task.as_dict(), f, indent=2)
-            f.write("\n")
+        write_json(folder / "recipe.json", task.as_dict(), replace=False)
     except FileExistsError:
         raise UserError(
             f"folder {str(folder)!r} is not empty: choose a new one for --out"
@@ -112,11 +142,15 @@ def resume(
     opened = open_run(run)
     if opened.result is not None:
         raise UserError(f"run {str(opened.path)!r} is finished: nothing is left to resume")
+    if not (opened.path / "environment.json").exists():
+        raise UserError(
+            f"run {str(opened.path)!r} ended before its first step: train again, with a new --out"
+        )
     environment = opened.environment
     threads = resolve_threads(min(environment["threads"], resolve_threads(None)))
     where = resolve_device(str(environment["device"]))
     started = time.perf_counter()
-    images = load(opened.task.data if data is None else data)
+    images = opened.task.load(data)
     data_seconds = time.perf_counter() - started
     differs = _differences(opened, images, describe(threads, where))
     if differs and not allow_changes:
@@ -125,8 +159,10 @@ def resume(
             "--allow-changes goes on all the same, but the end will differ"
         )
     with settings(threads, where):
-        state = _new_state(opened.task, where)
-        checkpoint.restore(opened.path, state)
+        state = new_state(opened.task, images, where)
+        problem = checkpoint.restore(opened.path, state)
+        if problem:
+            print(f"normlab: {problem}; going on from step {state.step:,}", file=sys.stderr)
         return _finish(opened, images, data_seconds, state, where, observers)
 
 
@@ -142,10 +178,27 @@ def _differences(run: Run, images: ImageData, now: dict[str, Any]) -> list[str]:
     return found
 
 
-def _new_state(task: Task, device: torch.device) -> State:
+def new_state(task: Task, images: ImageData, device: torch.device) -> State:
+    """The network with its initial values and its optimiser, before the first step."""
     model = task.build().to(device)
+    if isinstance(model, FastNet):
+        train, _ = split_validation(images.x_train, images.y_train, task.recipe.validation)
+        model.fit_to(train.images)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return State(model=model, optimizer=make_optimizer(task.recipe, model))
+
+
+def make_plan(task: Task, images: ImageData, threads: int, folder: Path | None = None) -> Plan:
+    """Split the images and say what `fit` shall do with them."""
+    train, validation = split_validation(images.x_train, images.y_train, task.recipe.validation)
+    return Plan(
+        recipe=task.recipe,
+        folder=folder,
+        seed=task.seed,
+        threads=threads,
+        train=train,
+        validation=validation,
+    )
 
 
 def _finish(
@@ -157,21 +210,15 @@ def _finish(
     observers: tuple[Observer, ...],
 ) -> Run:
     """Train to the end, write weights, score the test images once, draw the report."""
+    from normlab.baselines import score_baselines
     from normlab.report import write_run_report
 
     recipe, folder = run.task.recipe, run.path
-    train, validation = split_validation(images.x_train, images.y_train, recipe.validation)
-    plan = Plan(
-        recipe=recipe,
-        folder=folder,
-        seed=run.task.seed,
-        threads=run.environment["threads"],
-        train=train,
-        validation=validation,
-    )
+    plan = make_plan(run.task, images, run.environment["threads"], folder)
     keeper = checkpoint.Keeper(folder, saved_at=state.seconds)
     try:
-        fit(plan, state, device, (keeper, *observers))
+        # The keeper comes last: what the others add to the history is written down, too.
+        fit(plan, state, device, (*observers, keeper))
     except Interrupted as e:
         checkpoint.save(folder, state)
         raise Interrupted(
@@ -195,13 +242,14 @@ def _finish(
         "val_accuracy": state.history[-1]["val_accuracy"],
         "val_loss": state.history[-1]["val_loss"],
         "train_seconds": state.seconds,
-        "images_per_second": len(train) * len(state.history) / state.seconds,
+        "images_per_second": len(plan.train) * len(state.history) / state.seconds,
         "weights_sha256": digest(state.model.state_dict()),
         "data_seconds": data_seconds,
         "evaluation_seconds": evaluation_seconds,
         "evaluation": evaluation.as_dict(),
+        "baselines": None if images.name in PUBLIC else score_baselines(images),
     }
-    write_json(folder / "result.json", result)
-    write_run_report(run, evaluation, images)
+    write_run_report(run, result, evaluation, images)
+    write_json(folder / "result.json", result)  # from here on the run counts as finished
     checkpoint.remove(folder)
     return run

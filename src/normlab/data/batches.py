@@ -7,7 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from normlab.data.augment import Augmentation, halve
 from normlab.errors import UserError
+from normlab.random import stream
+from normlab.recipes import Recipe
 
 
 @dataclass(frozen=True)
@@ -59,5 +62,38 @@ def to_input(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> T
     The one place where pixels become numbers for a network, in training and everywhere else. The
     result is laid out channels-last.
     """
-    x = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    x = torch.from_numpy(np.array(images)).to(device)  # a copy: the cache's pages are read-only
     return x.float().div_(255).permute(0, 3, 1, 2)
+
+
+@dataclass
+class Batches:
+    """The batches of a training: each epoch's in a new order, as the recipe augments them.
+
+    Any step can be asked for at any time; what it sees follows from the seed and its number.
+    """
+
+    train: Split
+    bounds: list[tuple[int, int]]  # of an epoch's batches, in the order of its images
+    steps: int  # of the whole training
+    recipe: Recipe
+    seed: int
+    device: torch.device
+    epoch: int = -1
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Pixels (N, 3, H, W) in [0, 1] and labels (N,) of a step."""
+        epoch, batch = divmod(step, len(self.bounds))
+        if epoch != self.epoch:
+            self._begin(epoch)
+        chosen = self.order[slice(*self.bounds[batch])]
+        x = self.augment(to_input(self.train.images[chosen], self.device), chosen)
+        if step < self.recipe.half_size * self.steps:
+            x = halve(x)
+        return x, torch.from_numpy(self.train.labels[chosen]).to(self.device)
+
+    def _begin(self, epoch: int) -> None:
+        n, recipe = len(self.train), self.recipe
+        self.epoch = epoch
+        self.order = stream(self.seed, "order", epoch).permutation(n)
+        self.augment = Augmentation.draw(self.seed, epoch, n, flip=recipe.flip, shift=recipe.shift)

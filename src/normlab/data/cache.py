@@ -162,15 +162,15 @@ def is_good(reference: Reference, report: Report | None = None) -> bool:
 
 
 @contextmanager
-def writing(report: Report) -> Iterator[Path]:
-    """The right to write the cache, and a folder in it to work in that is gone afterwards."""
-    root = cache_folder()
+def writing(report: Report, name: str = _FOLDER) -> Iterator[Path]:
+    """The right to write the folder `name` of the cache, and one to work in, gone afterwards."""
+    root, partial = cache_folder(), f"{_PARTIAL}{name}-"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _lock(root / f"{_FOLDER}.lock", report):
-            for stray in root.glob(f"{_PARTIAL}*"):  # of a process that was killed
+        with _lock(root / f"{name}.lock", report):
+            for stray in root.glob(f"{partial}*"):  # of a process that was killed
                 shutil.rmtree(stray, ignore_errors=True)
-            work = Path(tempfile.mkdtemp(dir=root, prefix=_PARTIAL))
+            work = Path(tempfile.mkdtemp(dir=root, prefix=partial))
             try:
                 yield work
             finally:
@@ -191,7 +191,7 @@ def _lock(path: Path, report: Report) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            report("another process is fetching CIFAR-10; waiting for it")
+            report(f"another process is writing {path.stem} to the cache; waiting for it")
             lock.acquire(timeout=_LOCK_WAIT)
     except filelock.Timeout:
         raise DataError(

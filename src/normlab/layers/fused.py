@@ -76,8 +76,8 @@ def norm_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d) -> Tensor:
     image, as costly as the convolution itself, is never computed.
     """
     if (
-        x.requires_grad
-        or not _batch_normalizes(norm)
+        not _batch_normalizes(norm)
+        or x.requires_grad
         or _hooked(conv)
         or conv.padding != (0, 0)
         or conv.groups != 1

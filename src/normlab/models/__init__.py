@@ -1,10 +1,18 @@
 """Networks by name."""
 
+from collections.abc import Callable
+
 from torch import nn
 
+from normlab.models.fast import FastNet
 from normlab.models.notebook import NotebookNet
+from normlab.models.sigmoid import SigmoidNet
 from normlab.models.summary import Summary, summarize
 
-MODELS: dict[str, type[nn.Module]] = {"notebook": NotebookNet}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "notebook": NotebookNet,
+    "fast": FastNet,
+    "sigmoid": SigmoidNet,
+}
 
-__all__ = ["MODELS", "NotebookNet", "Summary", "summarize"]
+__all__ = ["MODELS", "FastNet", "NotebookNet", "SigmoidNet", "Summary", "summarize"]

@@ -1,0 +1,75 @@
+"""Train a recipe from seeds 0…n−1 on all training images and keep every test score.
+
+    python scripts/headline.py fast79 --seeds 10
+    python scripts/headline.py fast79 --seeds 10 --norm none
+
+One JSON a run in docs/results/headline/RECIPE/; seeds that have theirs are not run again. A time
+counts only where `load_at_start` says that the machine was quiet.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import normlab
+from normlab import recipes
+from normlab.environment import cores
+from normlab.files import write_json
+from normlab.runs import Run, read_json
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "headline"
+QUIET_LOAD = 0.3  # a core
+
+
+def record(run: Run, load: float) -> dict[str, Any]:
+    """What is kept of a run."""
+    result, flip = run.result or {}, run.evaluate(views="flip")
+    return {
+        "recipe": run.task.recipe.as_dict(),
+        "seed": run.task.seed,
+        "test_accuracy": result["test_accuracy"],
+        "test_loss": result["test_loss"],
+        "test_accuracy_flip": flip.accuracy,
+        "train_seconds": result["train_seconds"],
+        "data_seconds": result["data_seconds"],
+        "evaluation_seconds": result["evaluation_seconds"],
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "load_at_start": load,
+        "quiet": load <= QUIET_LOAD * cores(),
+        "weights_sha256": result["weights_sha256"],
+        "environment": run.environment,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--norm")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--first", type=int, default=0, help="seed to begin with")
+    arguments = parser.parse_args()
+    recipe = recipes.get(arguments.recipe).override(norm=arguments.norm)
+    folder = RESULTS / (recipe.name if recipe.norm == "batch" else f"{recipe.name}-{recipe.norm}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(arguments.first, arguments.seeds):
+        target = folder / f"seed-{seed}.json"
+        if not target.exists():
+            load = os.getloadavg()[0]
+            with tempfile.TemporaryDirectory() as scratch:
+                run = normlab.train(recipe, out=scratch, seed=seed, threads=arguments.threads)
+                write_json(target, record(run, load))
+        kept = read_json(target)
+        print(f"seed {seed}: {kept['test_accuracy']:.4f} in {kept['train_seconds']:.1f} s")
+    kept = [read_json(path) for path in sorted(folder.glob("seed-*.json"))]
+    scores = [k["test_accuracy"] for k in kept]
+    spread = statistics.stdev(scores) if len(scores) > 1 else float("nan")
+    print(f"{statistics.mean(scores):.4f} ± {spread:.4f} (standard deviation), n = {len(scores)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Train one variant of a recipe and score it on images held out of the training set.
+
+    python scripts/tune.py fast79 --seed 3 epochs=2 learning_rate=0.1 widths=32,64,128
+
+The last 5,000 training images are held out; the test images are never looked at. Every run is a
+line in docs/results/tuning.jsonl, whatever comes of it.
+"""
+
+import argparse
+import ast
+import json
+import resource
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normlab import recipes
+from normlab.data import load
+from normlab.data.batches import split_validation
+from normlab.environment import describe, settings
+from normlab.fit import Plan, State, fit, score
+from normlab.models import MODELS
+from normlab.optim import make_optimizer
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "tuning.jsonl"
+NETWORK = ("components", "widths")  # of FastNet, not of a recipe
+
+
+def parse(setting: str) -> tuple[str, Any]:
+    """`name=value`, the value a Python literal or else a word."""
+    name, _, value = setting.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe")
+    parser.add_argument("settings", nargs="*", metavar="name=value")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    changes = dict(map(parse, arguments.settings))
+    network = {name: changes.pop(name) for name in NETWORK if name in changes}
+    recipe = recipes.get(arguments.recipe).override(**changes, validation=0.1)
+    images = load()
+    train, validation = split_validation(images.x_train, images.y_train, recipe.validation)
+    device = torch.device("cpu")
+    with settings(arguments.threads, device):
+        started, processor = time.perf_counter(), time.process_time()
+        model = partial(MODELS[recipe.model], **network)(norm=recipe.norm, seed=arguments.seed)
+        model.to(memory_format=torch.channels_last)
+        if hasattr(model, "fit_to"):
+            model.fit_to(train.images)
+        state = State(model=model, optimizer=make_optimizer(recipe, model))
+        plan = Plan(
+            recipe=recipe,
+            folder=Path(),
+            seed=arguments.seed,
+            threads=arguments.threads,
+            train=train,
+            validation=validation.__class__(validation.images[:0], validation.labels[:0]),
+        )
+        fit(plan, state, device)
+        seconds, processor = time.perf_counter() - started, time.process_time() - processor
+        loss, accuracy = score(model, validation, device)
+    line = {
+        "recipe": recipe.as_dict() | network,
+        "seed": arguments.seed,
+        "val_accuracy": accuracy,
+        "val_loss": loss,
+        "seconds": round(seconds, 1),
+        "processor_seconds": round(processor, 1),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "environment": describe(arguments.threads, device),
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with open(RESULTS, "a", encoding="utf-8") as f:
+        f.write(json.dumps(line) + "\n")
+    print(f"{accuracy:.4f} {seconds:.1f} s {processor:.1f} cpu-s", arguments.settings, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Rules on how the layers stand to one another, and in which modes."""
+
+from collections.abc import Iterator
+
+from normlab.diagnosis.patient import Node, Patient
+from normlab.diagnosis.rule import Sign, rule
+
+
+def normalizer_nodes(patient: Patient) -> Iterator[Node]:
+    yield from (node for node in patient.graph or () if node.kind == "normalizer")
+
+
+@rule(
+    "graph",
+    worst="note",
+    remedy="leave the bias out (bias=False, use_bias=False): the normaliser subtracts it again, "
+    "and β does its work",
+    source="Ioffe and Szegedy 2015, arXiv 1502.03167, section 3.2",
+)
+def useless_bias(patient: Patient) -> Iterator[Sign]:
+    """A bias is subtracted again by the normaliser right behind it."""
+    nodes = {node.name: node for node in patient.graph or ()}
+    readers: dict[str, int] = {}
+    for node in nodes.values():
+        for name in node.inputs:
+            readers[name] = readers.get(name, 0) + 1
+    for node in normalizer_nodes(patient):
+        for source in (nodes[name] for name in node.inputs if name in nodes):
+            if source.kind == "weights" and source.has_bias and readers[source.name] == 1:
+                yield Sign(source.name, "note", f"its bias has no effect: {node.name} follows")
+
+
+@rule(
+    "graph",
+    worst="note",
+    remedy="put dropout behind the last normaliser, or `normlab recalibrate RUN`",
+    source="Li et al. 2018, arXiv 1801.05134",
+)
+def dropout_before_normalizer(patient: Patient) -> Iterator[Sign]:
+    """Dropout stands before a normaliser: its variance shifts between training and evaluation."""
+    nodes = {node.name: node for node in patient.graph or ()}
+    for node in normalizer_nodes(patient):
+        for dropout in _dropouts_before(node, nodes):
+            evidence = f"{dropout} stands before it: the variance it learns in training is another"
+            yield Sign(node.name, "note", f"{evidence} than in evaluation")
+
+
+def _dropouts_before(node: Node, nodes: dict[str, Node]) -> list[str]:
+    """Dropouts that reach `node` without passing another normaliser."""
+    found, seen, waiting = [], set[str](), list(node.inputs)
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name not in nodes:
+            continue
+        seen.add(name)
+        if nodes[name].kind == "dropout":
+            found.append(name)
+        if nodes[name].kind != "normalizer":
+            waiting += nodes[name].inputs
+    return sorted(found)
+
+
+@rule(
+    "modes",
+    worst="serious",
+    remedy="keep it in .eval() after every .train(), or use normlab.BatchNorm.freeze()",
+    source="fastai issue 3030: .train() thaws frozen normalisers",
+)
+def frozen_but_updating(patient: Patient) -> Iterator[Sign]:
+    """A layer that learns nothing still moves its running statistics."""
+    if not patient.training:
+        return
+    for n in patient.normalizers:
+        if n.trainable is False and n.weight is not None and n.training and n.updates:
+            evidence = "γ and β do not require gradients, yet it is in training mode"
+            yield Sign(n.name, "serious", evidence)
+
+
+@rule(
+    "modes",
+    worst="warning",
+    remedy="freeze γ and β too, or put the layer into training mode",
+    source="PyTorch's documentation of Module.eval and requires_grad",
+)
+def learning_but_frozen(patient: Patient) -> Iterator[Sign]:
+    """A layer that learns does not move its running statistics."""
+    if not patient.training:
+        return
+    for n in patient.normalizers:
+        if n.trainable and n.running_var is not None and not (n.training and n.updates):
+            evidence = "γ or β learns, but in training it normalises by fixed running statistics"
+            yield Sign(n.name, "warning", evidence)
+
+
+@rule(
+    "exported",
+    worst="serious",
+    remedy="call .eval() before the export and ask for inference mode",
+    source="ONNX BatchNormalization, attribute training_mode; PyTorch issue 75252",
+)
+def training_mode_exported(patient: Patient) -> Iterator[Sign]:
+    """An exported graph is still in training mode: answers depend on the other images."""
+    for name in patient.training_nodes or ():
+        yield Sign(name, "serious", "the node is in training mode")

@@ -1,0 +1,142 @@
+"""What the rules look at: one description of a model, whatever file or object it came from.
+
+What a source cannot tell is None; `facts` says what is there, and a rule that needs more than that
+is reported as not checked.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normlab.recalibration import ThreeWay
+
+Vector = NDArray[np.float64]  # (C,)
+
+# What a rule may need, and how it is called where it is missing.
+FACTS = {
+    "tensors": "tensors",
+    "statistics": "running statistics",
+    "steps": "the number of training steps and the momentum",
+    "counters": "counters of batches",
+    "momentum": "the momentum",
+    "eps": "ε",
+    "scale": "γ",
+    "graph": "the order of the layers",
+    "modes": "a live module",
+    "exported": "an exported graph",
+    "batches": "the batch size",
+    "last_batch": "the number of training images",
+    "accumulation": "the accumulation of gradients",
+    "data": "images to run through the network (--data)",
+    "scores": "labelled images to run through the network (--data)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalizer:
+    """A batch normalisation of C channels.
+
+    Attributes:
+        weight: γ.
+        old_weight: m, the share of the old running statistics that one step keeps.
+        steps: t, how often the running statistics were updated.
+        data_mean, data_var: population moments of its input, where data were given.
+        updates: whether it takes batch statistics when its model is in training mode.
+        trainable: whether γ or β learns.
+        training: the mode it stands in.
+    """
+
+    name: str
+    running_mean: Vector | None = None
+    running_var: Vector | None = None
+    weight: Vector | None = None
+    eps: float | None = None
+    old_weight: float | None = None
+    steps: int | None = None
+    data_mean: Vector | None = None
+    data_var: Vector | None = None
+    updates: bool | None = None
+    trainable: bool | None = None
+    training: bool | None = None
+
+    @property
+    def initial_share(self) -> float | None:
+        """mᵗ: what the initial values 0 and 1 still weigh in the running statistics."""
+        if self.old_weight is None or self.steps is None:
+            return None
+        return float(self.old_weight**self.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A layer in the graph. `kind`: `normalizer`, `weights`, `dropout` or `other`."""
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...] = ()
+    has_bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """How training feeds the model, as far as it is known.
+
+    Attributes:
+        size: images that are normalised together.
+        last: images in an epoch's last batch.
+        accumulation: batches whose gradients make one update.
+    """
+
+    size: int | None = None
+    last: int | None = None
+    accumulation: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patient:
+    """A model as the rules see it.
+
+    Attributes:
+        tensors: all weights and statistics, by name.
+        graph: its layers in an order in which they can run.
+        assumes: what was taken for granted where the source does not say; cited as evidence.
+        training: whether the model as a whole is in training mode, if it is a live one.
+        training_nodes: nodes of an exported graph that are in training mode.
+    """
+
+    path: str
+    kind: str
+    normalizers: tuple[Normalizer, ...]
+    tensors: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    graph: tuple[Node, ...] | None = None
+    assumes: str = ""
+    training: bool | None = None
+    training_nodes: tuple[str, ...] | None = None
+    batches: Batches = Batches()
+    scores: ThreeWay | None = None
+
+    @property
+    def facts(self) -> frozenset[str]:
+        """The keys of `FACTS` that are known, of one normaliser at least."""
+        ns = self.normalizers
+        known = {
+            "tensors": bool(self.tensors),
+            "statistics": any(n.running_var is not None for n in ns),
+            "steps": any(n.initial_share is not None for n in ns),
+            "counters": any(n.steps is not None for n in ns),
+            "momentum": any(n.old_weight is not None for n in ns),
+            "eps": any(n.eps is not None and n.running_var is not None for n in ns),
+            "scale": any(n.weight is not None for n in ns),
+            "graph": self.graph is not None,
+            "modes": self.training is not None,
+            "exported": self.training_nodes is not None,
+            "batches": self.batches.size is not None,
+            "last_batch": self.batches.last is not None,
+            "accumulation": self.batches.accumulation is not None,
+            "data": any(n.data_var is not None for n in ns),
+            "scores": self.scores is not None,
+        }
+        return frozenset(k for k, is_known in known.items() if is_known)

@@ -1,0 +1,210 @@
+"""Rules on what the tensors say: running statistics, γ, ε and momentum."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from normlab.diagnosis.patient import Normalizer, Patient, Vector
+from normlab.diagnosis.rule import Sign, rule
+
+PAPER = "Ioffe and Szegedy 2015, arXiv 1502.03167"
+RECALIBRATE = "`normlab recalibrate RUN` writes the statistics of a whole set of images"
+
+Tracked = tuple[Normalizer, Vector, Vector]
+
+
+def tracked(patient: Patient) -> Iterator[Tracked]:
+    """Each normaliser with running statistics: itself, mean, variance."""
+    for n in patient.normalizers:
+        if n.running_mean is not None and n.running_var is not None:
+            yield n, n.running_mean, n.running_var
+
+
+def share(found: np.ndarray) -> str:
+    """Say how many of the channels: '3 of 32 channels'."""
+    return f"{int(found.sum())} of {found.size} channels"
+
+
+@rule(
+    "tensors",
+    worst="serious",
+    remedy="train again from weights that are finite, with a lower learning rate; a step skipped "
+    "because of its gradients has already changed the running statistics",
+    source="PyTorch issue 88474",
+)
+def not_finite(patient: Patient) -> Iterator[Sign]:
+    """A weight or statistic is NaN or infinite."""
+    for name, values in patient.tensors.items():
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            bad = int((~np.isfinite(values)).sum())
+            yield Sign(name, "serious", f"{bad} of {values.size} values are NaN or infinite")
+
+
+@rule(
+    "statistics",
+    worst="serious",
+    remedy="a variance cannot be: compute it as Σ(x − μ)²/M, not as E[x²] − E[x]²; " + RECALIBRATE,
+    source="Chan, Golub and LeVeque 1983; Caffe issue 3963",
+)
+def variance_not_positive(patient: Patient) -> Iterator[Sign]:
+    """A running variance is negative, or zero in every channel."""
+    for n, _, var in tracked(patient):
+        if (var < 0).any():
+            low = f"running_var is negative in {share(var < 0)}, at lowest {var.min():.3g}"
+            yield Sign(n.name, "serious", low)
+        elif not var.any():
+            yield Sign(n.name, "serious", f"running_var is 0 in all {var.size} channels")
+
+
+@rule(
+    "statistics",
+    worst="serious",
+    remedy="train with the layer in training mode, or " + RECALIBRATE,
+    source=f"{PAPER}, algorithm 2: inference takes the training population's statistics",
+)
+def never_updated(patient: Patient) -> Iterator[Sign]:
+    """Running statistics stand where they began."""
+    for n, mean, var in tracked(patient):
+        if not mean.any() and (var == 1).all():
+            after = "" if n.steps is None else f" after {n.steps:,} batches"
+            yield Sign(n.name, "serious", f"running_mean is 0 and running_var 1{after}")
+
+
+@rule(
+    "steps",
+    worst="serious",
+    remedy="train longer, choose a smaller m, or " + RECALIBRATE,
+    source="closed form of running ← m·running + (1 − m)·batch; Keras issue 6977",
+)
+def stale(patient: Patient) -> Iterator[Sign]:
+    """The initial 0 and 1 still weigh in the running statistics.
+
+    After t steps they weigh mᵗ: serious from 0.25, a warning from 0.02.
+    """
+    for n, _, _ in tracked(patient):
+        weight = n.initial_share
+        if weight is None or weight < 0.02 or n.steps == 0:
+            continue
+        severity = "serious" if weight >= 0.25 else "warning"
+        evidence = f"after {n.steps} steps with m = {n.old_weight:.3g} they weigh {weight:.2f}"
+        yield Sign(n.name, severity, evidence + patient.assumes)
+
+
+@rule(
+    "counters",
+    worst="warning",
+    remedy="if no layer was meant to be frozen for a while, look for one left in .eval()",
+    source="PyTorch's documentation of num_batches_tracked; fastai issue 3030",
+)
+def updated_unequally(patient: Patient) -> Iterator[Sign]:
+    """Some normalisers were updated less often than others."""
+    most = max((n.steps for n in patient.normalizers if n.steps is not None), default=0)
+    for n, _, _ in tracked(patient):
+        if n.steps is not None and 0 < n.steps < most:
+            yield Sign(n.name, "warning", f"updated {n.steps:,} times, others {most:,} times")
+
+
+@rule(
+    "momentum",
+    worst="serious",
+    remedy="Keras and ONNX weigh the old value (0.99, 0.9), PyTorch the new one (0.1): "
+    "m_torch = 1 − m_keras",
+    source="Keras' BatchNormalization and torch.nn.BatchNorm2d, documentation of momentum",
+)
+def momentum_turned_round(patient: Patient) -> Iterator[Sign]:
+    """Momentum of another library: running statistics forget, or stand still.
+
+    Serious when a step keeps at most 0.1 of the old statistics, or all of them.
+    """
+    for n in patient.normalizers:
+        if n.old_weight is None or patient.assumes:
+            continue
+        if n.old_weight < 0.5:
+            severity = "serious" if n.old_weight <= 0.1 + 1e-9 else "warning"
+            memory = f"one step keeps {n.old_weight:.3g} of the old statistics"
+            yield Sign(n.name, severity, f"{memory}: they are little more than the last batch's")
+        elif n.old_weight == 1 and n.updates is not False:
+            yield Sign(
+                n.name, "serious", "a step keeps all of the old statistics and takes in nothing"
+            )
+
+
+def constant(var: Vector) -> np.ndarray:
+    """Which channels have no variance next to the others of their layer."""
+    finite = var[np.isfinite(var)]
+    middle = float(np.median(finite)) if finite.size else 0.0
+    return np.abs(var) <= 1e-5 * middle
+
+
+@rule(
+    "statistics",
+    worst="warning",
+    remedy="dead: lower the learning rate or drop the channels; constant in the pixels: expected "
+    "of borders and of grey pictures",
+    source="Lu et al. 2020, arXiv 1903.06733, on dying ReLU",
+)
+def constant_channel(patient: Patient) -> Iterator[Sign]:
+    """Channels are dead, always 0, or constant.
+
+    Their variance is below 1e-5 of the layer's median. A note, from a quarter on a warning.
+    """
+    for n, running_mean, running_var in tracked(patient):
+        mean = running_mean if n.data_mean is None else n.data_mean
+        var = running_var if n.data_var is None else n.data_var
+        flat = constant(var)
+        if not flat.any() or flat.all():
+            continue
+        dead = flat & (mean**2 <= 1e-5 * float(np.median(var)))
+        severity = "warning" if flat.mean() >= 0.25 else "note"
+        evidence = f"{share(flat)} do not vary, {int(dead.sum())} of them always 0"
+        yield Sign(
+            n.name, severity, evidence + (" on these data" if n.data_var is not None else "")
+        )
+
+
+@rule(
+    "eps",
+    worst="warning",
+    remedy="choose a smaller ε (PyTorch 1e-5, Keras 1e-3), or scale the layer's input",
+    source=f"{PAPER}, algorithm 1: ε is there for stability only",
+)
+def eps_matters(patient: Patient) -> Iterator[Sign]:
+    """ε is as large as the variance, so outputs shrink.
+
+    Counted are channels that vary and whose variance is below ε, which costs them 30 % of their
+    scale: a note from 5 % of the channels, a warning from 25 %.
+    """
+    for n, _, var in tracked(patient):
+        if n.eps is None or n.eps == 0:
+            continue
+        varying = ~constant(var) & (var > 0)
+        small = varying & (var < n.eps)
+        part = small.sum() / max(varying.sum(), 1)
+        if part >= 0.05:
+            middle = float(np.median(var[small]))
+            shrunk = np.sqrt(middle / (middle + n.eps))
+            evidence = f"ε = {n.eps:g} exceeds the variance of {share(small)}; the median one of "
+            evidence += f"these leaves with a standard deviation of {shrunk:.2g}, not 1"
+            severity = "warning" if part >= 0.25 else "note"
+            yield Sign(n.name, severity, evidence + patient.assumes)
+
+
+@rule(
+    "scale",
+    worst="warning",
+    remedy="no weight decay on γ; prune the channels; before training, γ = 0 at the end of a "
+    "residual branch is meant",
+    source="Goyal et al. 2017, arXiv 1706.02677, section 5.1; Liu et al. 2017, arXiv 1708.06519",
+)
+def gamma_vanished(patient: Patient) -> Iterator[Sign]:
+    """γ is so small that a channel passes nothing on.
+
+    Below 1e-3 of the network's median |γ|, or of 1 if that is larger: a note, from a quarter of
+    the channels on a warning.
+    """
+    scales = [np.abs(n.weight) for n in patient.normalizers if n.weight is not None]
+    limit = 1e-3 * min(float(np.median(np.concatenate(scales))) or 1.0, 1.0)
+    for n in patient.normalizers:
+        if n.weight is not None and (gone := np.abs(n.weight) < limit).any():
+            severity = "warning" if gone.mean() >= 0.25 else "note"
+            yield Sign(n.name, severity, f"|γ| is below {limit:.1g} in {share(gone)}")

@@ -1,0 +1,128 @@
+"""Rules on batches, on given data, and on the three scores."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from normlab.diagnosis.network_rules import dropout_before_normalizer
+from normlab.diagnosis.patient import Patient
+from normlab.diagnosis.rule import Sign, rule
+from normlab.diagnosis.statistics_rules import (
+    RECALIBRATE,
+    momentum_turned_round,
+    never_updated,
+    stale,
+    tracked,
+)
+
+GROUP_NORM = "Wu and He 2018, arXiv 1803.08494, figure 1"
+
+
+@rule(
+    "batches",
+    worst="warning",
+    remedy="use batches of 16 or more, or a normaliser that does not depend on them",
+    source=GROUP_NORM,
+)
+def small_batches(patient: Patient) -> Iterator[Sign]:
+    """Batches are too small to normalise by: a warning below 8 images, a note below 16."""
+    size = patient.batches.size
+    if size is not None and size < 16:
+        yield Sign("batches", "warning" if size < 8 else "note", f"{size} images a batch")
+
+
+@rule(
+    "last_batch",
+    worst="serious",
+    remedy="join it with the batch before (normlab does), or shift the batch size by one",
+    source="torch.nn.functional.batch_norm: more than 1 value per channel when training",
+)
+def last_batch_of_one(patient: Patient) -> Iterator[Sign]:
+    """The last batch of an epoch is a single image, which has no variance."""
+    if patient.batches.last == 1:
+        yield Sign("batches", "serious", f"batches of {patient.batches.size} leave one image over")
+
+
+@rule(
+    "accumulation",
+    worst="warning",
+    remedy="raise the batch itself, or recompute statistics over the accumulated images",
+    source="PyTorch Lightning issue 17446",
+)
+def accumulation(patient: Patient) -> Iterator[Sign]:
+    """Gradient accumulation does not enlarge the batch that is normalised.
+
+    A warning when that batch is known to have fewer than 16 images, otherwise a note.
+    """
+    size, accumulated = patient.batches.size, patient.batches.accumulation
+    if accumulated is not None and accumulated > 1:
+        severity = "warning" if size is not None and size < 16 else "note"
+        seen = "one" if size is None else f"one, of {size} images"
+        evidence = f"an update sees {accumulated} batches, the statistics of each only {seen}"
+        yield Sign("batches", severity, evidence)
+
+
+@rule(
+    "data",
+    worst="serious",
+    remedy=RECALIBRATE + "; if these pictures differ on purpose, give them with --data",
+    source="Li et al. 2016, arXiv 1603.04779",
+)
+def far_from_data(patient: Patient) -> Iterator[Sign]:
+    """Running statistics are far from those of the data.
+
+    Medians over the channels, with σ² the data's variance plus ε: serious when the mean is off by
+    more than σ or the variance by more than 4 times, a warning at half σ and 2 times.
+    """
+    for n, mean, var in tracked(patient):
+        if n.data_mean is None or n.data_var is None:
+            continue
+        eps = n.eps or 1e-12
+        shift = float(np.median(np.abs(mean - n.data_mean) / np.sqrt(n.data_var + eps)))
+        factor = float(np.median(np.abs(np.log((np.maximum(var, 0) + eps) / (n.data_var + eps)))))
+        factor = float(np.exp(factor))
+        if shift > 0.5 or factor > 2:
+            severity = "serious" if shift > 1 or factor > 4 else "warning"
+            evidence = f"in the median channel of {len(mean)} the mean is off by {shift:.2g} σ "
+            yield Sign(n.name, severity, evidence + f"and the variance by a factor of {factor:.3g}")
+
+
+@rule(
+    "scores",
+    worst="serious",
+    remedy="where population statistics do better, " + RECALIBRATE + "; where batch statistics do "
+    "worse, use larger batches",
+    source="Keras issue 6977; Li et al. 2018, arXiv 1801.05134",
+)
+def score_gap(patient: Patient) -> Iterator[Sign]:
+    """Batch, running and population statistics give different scores.
+
+    A gap counts when it exceeds 2 points and twice its standard error, taken as if the scores were
+    independent; it is serious from 5 points on.
+    """
+    scores = patient.scores
+    if scores is None:
+        return
+    best = scores.population.accuracy
+    for name, score, cause in (
+        ("running", scores.running.accuracy, _cause(patient)),
+        ("batch", scores.batch.accuracy, f"batches of {scores.batch_size} images are noisy"),
+    ):
+        error = np.sqrt((best * (1 - best) + score * (1 - score)) / scores.count)
+        gap = best - score
+        if gap > max(0.02, 2 * error):
+            severity = "serious" if gap >= 0.05 and name == "running" else "warning"
+            evidence = f"accuracy {score:.3f} with {name} statistics, {best:.3f} with population "
+            yield Sign("model", severity, evidence + f"statistics, {scores.count} images: {cause}")
+
+
+def _cause(patient: Patient) -> str:
+    """The likeliest reason why running statistics are not the population's."""
+    causes = {
+        "they were never updated": never_updated,
+        "they are stale": stale,
+        "their momentum is turned round": momentum_turned_round,
+        "they are far from these data": far_from_data,
+        "dropout stands before a normaliser": dropout_before_normalizer,
+    }
+    return next((c for c, r in causes.items() if any(r.check(patient))), "the cause is not known")

@@ -1,0 +1,117 @@
+"""Does an exported model agree with the run it came from? Measured on every test image."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normlab.errors import NormlabError
+
+TOLERANCE = 1e-4  # in probability
+TIE = 2 * TOLERANCE  # two probabilities this close may change places
+
+
+class CertificateError(NormlabError):
+    """An exported model does not agree with its run; nothing was written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """The comparison of an exported model's answers with its run's, on N test images.
+
+    Attributes:
+        checked_with: what computed the exported model's answers.
+        largest_difference: in probability, over all images and classes; None if not finite.
+        other_answers: images with another most probable class, ties not counted.
+        ties: images with another most probable class whose two highest probabilities are within
+            `TIE` of each other.
+        run_accuracy, exported_accuracy: fractions of the N images.
+    """
+
+    data: str
+    data_sha256: str
+    weights_sha256: str
+    test_images: int
+    checked_with: str
+    largest_difference: float | None
+    tolerance: float = TOLERANCE
+    other_answers: int
+    ties: int
+    tie: float = TIE
+    run_accuracy: float
+    exported_accuracy: float
+
+    @property
+    def passed(self) -> bool:
+        within = self.largest_difference is not None and self.largest_difference <= self.tolerance
+        return within and self.other_answers == 0
+
+    def require(self) -> None:
+        """Raise `CertificateError` with the figures unless the model agrees."""
+        if not self.passed:
+            raise CertificateError(f"the exported model disagrees, nothing was written: {self}")
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def as_json(self) -> str:
+        return json.dumps(self.as_dict(), allow_nan=False)
+
+    def __str__(self) -> str:
+        largest = self.largest_difference
+        difference = "not finite" if largest is None else f"{largest:.1e}"
+        return (
+            f"largest difference in probability {difference} (at most {self.tolerance:g}), "
+            f"another answer on {self.other_answers:,} of {self.test_images:,} test images, "
+            f"{self.ties:,} ties; accuracy {self.run_accuracy:.4f} in the run, "
+            f"{self.exported_accuracy:.4f} exported"
+        )
+
+
+# Compares an exported model's answers, computed by what is named, with the run's, or raises.
+Check = Callable[[NDArray[np.floating], str], Certificate]
+
+
+def certify(
+    expected: NDArray[np.floating],
+    exported: NDArray[np.floating],
+    labels: NDArray[np.integer],
+    *,
+    data: str,
+    data_sha256: str,
+    weights_sha256: str,
+    checked_with: str,
+) -> Certificate:
+    """Compare probabilities (N, K) of the run, `expected`, with those of the exported model.
+
+    Args:
+        labels: (N,).
+
+    Raises:
+        CertificateError: the shapes differ.
+    """
+    if expected.shape != exported.shape:
+        raise CertificateError(
+            f"the exported model disagrees, nothing was written: it answers {exported.shape} "
+            f"where the run answers {expected.shape}"
+        )
+    difference = float(np.abs(expected - exported.astype(np.float64)).max())
+    top_two = np.sort(expected, axis=1)[:, -2:]
+    tied = top_two[:, 1] - top_two[:, 0] <= TIE
+    answers = exported.argmax(1)
+    other = answers != expected.argmax(1)
+    return Certificate(
+        data=data,
+        data_sha256=data_sha256,
+        weights_sha256=weights_sha256,
+        checked_with=checked_with,
+        test_images=len(labels),
+        largest_difference=difference if np.isfinite(difference) else None,
+        other_answers=int((other & ~tied).sum()),
+        ties=int((other & tied).sum()),
+        run_accuracy=float((expected.argmax(1) == labels).mean()),
+        exported_accuracy=float((answers == labels).mean()),
+    )

@@ -1,0 +1,155 @@
+"""The ONNX graph of a chain of steps: pixels in, probabilities out."""
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from normlab.export.certificate import Certificate, Check
+from normlab.export.folding import fold
+from normlab.export.steps import (
+    Array,
+    Chain,
+    Conv,
+    Dense,
+    Flatten,
+    GlobalMax,
+    MaxPool,
+    Norm,
+    Relu,
+    Step,
+    chain_of,
+)
+from normlab.runs import Run
+
+# Old enough for every runtime of the last years; nothing here needs more.
+OPSET, IR_VERSION = 17, 8
+BATCH = 256
+
+
+class _Nodes:
+    """Collects nodes, each fed by the one before, and the arrays they use."""
+
+    def __init__(self, start: str) -> None:
+        self.last = start
+        self.nodes: list[onnx.NodeProto] = []
+        self.arrays: list[onnx.TensorProto] = []
+        self.flat = False  # whether channels are the last dimension
+
+    def add(self, op: str, name: str, arrays: Sequence[Array] = (), **attributes: Any) -> None:
+        """Add a node that takes the last output and `arrays`, rounded to float32."""
+        inputs = [self.last]
+        for i, array in enumerate(arrays):
+            inputs.append(f"{name}.{i}")
+            self.arrays.append(numpy_helper.from_array(array.astype(np.float32), inputs[-1]))
+        self.nodes.append(helper.make_node(op, inputs, [name], name=name, **attributes))
+        self.last = name
+
+
+def build(chain: Chain, num_classes: int) -> onnx.ModelProto:
+    """Make the graph: `images` uint8 (N, H, W, 3) → `probabilities` float32 (N, K)."""
+    nodes = _Nodes("images")
+    nodes.add("Transpose", "channels_first", perm=[0, 3, 1, 2])
+    nodes.add("Cast", "pixels", to=TensorProto.FLOAT)
+    for i, step in enumerate(chain.steps):
+        _add(nodes, step, f"step{i}")
+    nodes.add("Softmax", "probabilities", axis=1)
+    size = chain.image_size
+    graph = helper.make_graph(
+        nodes.nodes,
+        "normlab",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", size, size, 3])],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", num_classes])],
+        nodes.arrays,
+    )
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="normlab",
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _add(nodes: _Nodes, step: Step, name: str) -> None:
+    match step:
+        case Norm():
+            _add_norm(nodes, step)
+        case Conv():
+            _add_conv(nodes, step)
+        case Dense():
+            nodes.add("Gemm", step.name, [step.kernel, step.bias], transB=1)
+        case Relu():
+            nodes.add("Relu", name)
+        case MaxPool():
+            nodes.add("MaxPool", name, kernel_shape=[2, 2], strides=[2, 2])
+        case GlobalMax():
+            nodes.add("GlobalMaxPool", name)
+            nodes.add("Flatten", f"{name}.flat")
+            nodes.flat = True
+        case Flatten():
+            nodes.add("Flatten", name)
+            nodes.flat = True
+
+
+def _add_conv(nodes: _Nodes, conv: Conv) -> None:
+    uniform = conv.bias.ndim == 1
+    nodes.add(
+        "Conv",
+        conv.name,
+        [conv.kernel, conv.bias] if uniform else [conv.kernel],
+        kernel_shape=conv.kernel.shape[2:],
+        pads=[conv.padding] * 4,
+        strides=[conv.stride] * 2,
+    )
+    if not uniform:
+        nodes.add("Add", f"{conv.name}.border", [conv.bias])
+
+
+def _add_norm(nodes: _Nodes, norm: Norm) -> None:
+    """γ/σ·(x − μ) + β, the subtraction first: it is what keeps the precision."""
+    shape = (-1,) if nodes.flat else (-1, 1, 1)
+    nodes.add("Sub", f"{norm.name}.centred", [norm.mean.reshape(shape)])
+    nodes.add("Mul", f"{norm.name}.scaled", [norm.scale.reshape(shape)])
+    nodes.add("Add", norm.name, [norm.beta.reshape(shape)])
+
+
+def probabilities(content: bytes, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Probabilities (N, K) that ONNX Runtime computes for `images` (N, H, W, 3)."""
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(content, providers=["CPUExecutionProvider"])
+    starts = range(0, len(images), BATCH)
+    parts = [
+        session.run(["probabilities"], {"images": np.ascontiguousarray(images[i : i + BATCH])})[0]
+        for i in starts
+    ]
+    return np.concatenate(parts)
+
+
+def certified(
+    run: Run, model: nn.Module, images: NDArray[np.uint8], check: Check
+) -> tuple[bytes, Certificate, tuple[str, ...]]:
+    """The file's content, its certificate, and which normalisations were not folded and why.
+
+    The certificate goes into the metadata of the very graph that was checked.
+    """
+    chain = fold(chain_of(model, run.task.image_size))
+    graph = build(chain, len(run.task.class_names))
+    answers = probabilities(graph.SerializeToString(), images)
+    certificate = check(answers, f"ONNX Runtime {version('onnxruntime')}")
+    metadata = {
+        "class_names": json.dumps(run.task.class_names, ensure_ascii=False),
+        "certificate": certificate.as_json(),
+        "recipe": json.dumps(run.task.as_dict(), ensure_ascii=False),
+        "not_folded": json.dumps(chain.kept, ensure_ascii=False),
+    }
+    helper.set_model_props(graph, metadata)
+    return graph.SerializeToString(), certificate, chain.kept

@@ -1,0 +1,202 @@
+"""A trained network as a list of plain steps: what folding rewrites and the ONNX graph is built of.
+
+Arrays are float64, so that folding rounds once, at the end. Images are (N, C, H, W) on the way;
+`Flatten` therefore runs over C, H, W, and whatever follows it is reordered here from the H, W, C of
+the networks.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from normlab.errors import UserError
+from normlab.layers import BatchNorm
+from normlab.models import FastNet, NotebookNet
+from normlab.models.fast import LOGIT_SCALE, PATCH, STRIDE
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """y = γ·(x − μ)/σ + β for each channel or feature; every vector (C,), σ with its ε."""
+
+    name: str
+    mean: Array
+    std: Array
+    gamma: Array
+    beta: Array
+
+    @property
+    def scale(self) -> Array:
+        """a of y = a·x + b."""
+        return self.gamma / self.std
+
+    @property
+    def shift(self) -> Array:
+        """b of y = a·x + b."""
+        return self.beta - self.scale * self.mean
+
+
+@dataclass(frozen=True)
+class Conv:
+    """Convolution with kernel (O, C, h, w) and bias: (O,), or (O, H, W) where it differs by place.
+
+    `padding` is the width of the border of zeros.
+    """
+
+    name: str
+    kernel: Array
+    bias: Array
+    padding: int
+    stride: int = 1
+
+
+@dataclass(frozen=True)
+class Dense:
+    """W·x + bias with kernel W (O, C)."""
+
+    name: str
+    kernel: Array
+    bias: Array
+
+
+@dataclass(frozen=True)
+class Relu:
+    """max(x, 0)."""
+
+
+@dataclass(frozen=True)
+class MaxPool:
+    """Maxima of windows of 2 × 2; an odd last row or column is left out."""
+
+
+@dataclass(frozen=True)
+class GlobalMax:
+    """(N, C, H, W) → (N, C), the maximum over all positions."""
+
+
+@dataclass(frozen=True)
+class Flatten:
+    """(N, C, H, W) → (N, C·H·W)."""
+
+
+Step = Norm | Conv | Dense | Relu | MaxPool | GlobalMax | Flatten
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Steps from pixels 0 … 255 (N, 3, H, W) to logits (N, K).
+
+    Attributes:
+        image_size: H = W in pixels.
+        kept: why a normalisation was left as it is, one sentence each.
+    """
+
+    image_size: int
+    steps: tuple[Step, ...]
+    kept: tuple[str, ...] = field(default=())
+
+
+def chain_of(model: nn.Module, image_size: int) -> Chain:
+    """List the steps of `model` in evaluation mode.
+
+    Raises:
+        UserError: a network or a normaliser that cannot be exported.
+    """
+    if isinstance(model, NotebookNet):
+        return Chain(image_size, tuple(_notebook(model, image_size)))
+    if isinstance(model, FastNet):
+        return Chain(image_size, tuple(_fast(model)))
+    raise UserError(
+        f"network {type(model).__name__} cannot be exported: only NotebookNet and FastNet can"
+    )
+
+
+def _notebook(model: NotebookNet, image_size: int) -> list[Step]:
+    side = (image_size - 2) // 2 // 2
+    order = np.arange(side * side * 64).reshape(side, side, 64).transpose(2, 0, 1).ravel()
+    first = _norm("batch_normalization", model.batch_normalization)
+    hidden_norm = _norm("batch_normalization_3", model.batch_normalization_3)
+    hidden = _dense("hidden", model.hidden)
+    return [
+        _of_pixels(*first),
+        _conv("conv1", model.conv1),
+        Relu(),
+        *_norm("batch_normalization_1", model.batch_normalization_1),
+        _conv("conv2", model.conv2),
+        MaxPool(),
+        Relu(),
+        *_norm("batch_normalization_2", model.batch_normalization_2),
+        _conv("conv3", model.conv3),
+        MaxPool(),
+        Relu(),
+        Flatten(),
+        *(_reordered(norm, order) for norm in hidden_norm),
+        replace(hidden, kernel=hidden.kernel[:, order]),
+        Relu(),
+        *_norm("batch_normalization_4", model.batch_normalization_4),
+        _dense("output", model.output),
+    ]
+
+
+def _fast(model: FastNet) -> list[Step]:
+    mean, ones = _array(model.whitening.mean), np.ones(3)
+    kernel = _array(model.whitening.kernel)
+    steps: list[Step] = [
+        _of_pixels(Norm("whitening.mean", mean, ones, ones, np.zeros(3))),
+        Conv("whitening", kernel, np.zeros(len(kernel)), (PATCH - STRIDE) // 2, STRIDE),
+        Relu(),
+    ]
+    for i, block in enumerate(model.blocks):
+        pooled = not isinstance(block.pool, nn.Identity)
+        steps += [
+            _conv(f"blocks.{i}.conv", block.conv),  # type: ignore[arg-type]
+            *([MaxPool()] if pooled else []),
+            *_norm(f"blocks.{i}.norm", block.norm),  # type: ignore[arg-type]
+            Relu(),
+        ]
+    output = _array(model.output.weight) * LOGIT_SCALE
+    return [*steps, GlobalMax(), Dense("output", output, np.zeros(len(output)))]
+
+
+def _array(t: Tensor) -> Array:
+    return t.detach().cpu().double().numpy()
+
+
+def _conv(name: str, conv: nn.Conv2d) -> Conv:
+    padding, stride = conv.padding[0], conv.stride[0]
+    assert isinstance(padding, int)
+    bias = np.zeros(conv.out_channels) if conv.bias is None else _array(conv.bias)
+    return Conv(name, _array(conv.weight), bias, padding, stride)
+
+
+def _dense(name: str, dense: nn.Linear) -> Dense:
+    return Dense(name, _array(dense.weight), _array(dense.bias))
+
+
+def _norm(name: str, norm: nn.Module) -> list[Norm]:
+    """No step at all where the network has no normaliser."""
+    if isinstance(norm, nn.Identity):
+        return []
+    if not isinstance(norm, BatchNorm):
+        raise UserError(
+            f"normaliser {type(norm).__name__} cannot be exported: only batch and none can"
+        )
+    mean, var = _array(norm.running_mean), _array(norm.running_var)
+    gamma = np.ones_like(mean) if norm.weight is None else _array(norm.weight)
+    beta = np.zeros_like(mean) if norm.bias is None else _array(norm.bias)
+    return [Norm(name, mean, np.sqrt(var + norm.eps), gamma, beta)]
+
+
+def _of_pixels(norm: Norm | None = None) -> Norm:
+    """What `norm` does to pixels in [0, 1], done to pixels 0 … 255."""
+    if norm is None:
+        return Norm("scaling", np.zeros(3), np.full(3, 255.0), np.ones(3), np.zeros(3))
+    return replace(norm, mean=255 * norm.mean, std=255 * norm.std)
+
+
+def _reordered(norm: Norm, order: NDArray[np.int64]) -> Norm:
+    return Norm(norm.name, norm.mean[order], norm.std[order], norm.gamma[order], norm.beta[order])

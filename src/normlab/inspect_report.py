@@ -1,0 +1,125 @@
+"""`normlab inspect`: one recording, or two side by side, as pictures and a page with a slider."""
+
+import io
+import json
+from base64 import b64encode
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from normlab import plots_inspect
+from normlab.errors import UserError
+from normlab.files import write_atomic
+from normlab.inspection import Inspected, describe, inspected, running_gap, shared_layers
+from normlab.plots import png
+from normlab.recording import Recording
+from normlab.runs import Run
+
+NUMBERS = ("dead", "grad", "weight_grad", "weight_norm", "effective_rate")
+
+
+def write_inspection(runs: Sequence[Run], folder: Path) -> list[str]:
+    """Write `report.html`, and each picture as PNG and SVG, into `folder`.
+
+    Returns:
+        What the recordings say, in lines for the terminal.
+
+    Raises:
+        UserError: a run was not recorded, or two runs have no layer in common.
+    """
+    seen = [inspected(run) for run in runs]
+    if not shared_layers(seen, "weight"):
+        raise UserError(
+            f"runs {' and '.join(str(run.path) for run in runs)} have no weight layer in common: "
+            "compare two of one model"
+        )
+    folder.mkdir(exist_ok=True)
+    pictures = {}
+    for name, fig in _drawings(seen).items():
+        pictures[name] = save_figure(fig, folder / name)
+    write_atomic(folder / "report.html", _page(seen, pictures).encode())
+    return [describe(run) for run in seen]
+
+
+def save_figure(fig: Figure, path: Path) -> bytes:
+    """Write `path`.png and `path`.svg; return the SVG, the same bytes for the same figure."""
+    write_atomic(path.with_suffix(".png"), png(fig))
+    buffer = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "normlab"}):
+        fig.savefig(buffer, format="svg", metadata={"Date": None})
+    write_atomic(path.with_suffix(".svg"), buffer.getvalue())
+    return buffer.getvalue()
+
+
+def _drawings(runs: Sequence[Inspected]) -> dict[str, Figure]:
+    figures = {
+        "figure-1": plots_inspect.draw_figure_1(runs),
+        "percentiles": plots_inspect.draw_percentiles(runs),
+        "ridges": plots_inspect.draw_ridges(runs),
+        "drift": plots_inspect.draw_drift(runs),
+        "gradients": plots_inspect.draw_gradients(runs),
+        "rates": plots_inspect.draw_rates(runs),
+    }
+    gamma_beta = plots_inspect.draw_gamma_beta(runs)
+    return figures if gamma_beta is None else {**figures, "gamma-beta": gamma_beta}
+
+
+def _page(runs: Sequence[Inspected], pictures: dict[str, bytes]) -> str:
+    layers = [x for x in runs[0].recording.layers if all(x in r.recording.layers for r in runs)]
+    data = {
+        "layers": layers,
+        "steps": sorted({int(step) for run in runs for step in run.recording.steps}),
+        "runs": [_run_data(run, layers) for run in runs],
+    }
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    environment = Environment(
+        loader=PackageLoader("normlab"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("inspect.html").render(
+        runs=runs,
+        lines=[describe(run) for run in runs],
+        data=text.replace("<", "\\u003c"),  # so that no name can end the script element
+        pictures={
+            name: "data:image/svg+xml;base64," + b64encode(svg).decode()
+            for name, svg in pictures.items()
+        },
+    )
+
+
+def _run_data(run: Inspected, layers: Sequence[str]) -> dict[str, Any]:
+    recording = run.recording
+    return {
+        "label": run.label,
+        "steps": recording.steps.tolist(),
+        "loss": _rounded(recording.arrays["loss"]),
+        "layers": {layer: _layer_data(recording, layer) for layer in layers},
+    }
+
+
+def _layer_data(recording: Recording, layer: str) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for side in ("in", "out"):
+        arrays = {key: recording.arrays[f"{layer}/{side}/{key}"] for key in ("range", "drift")}
+        data[side] = {key: _rounded(values) for key, values in arrays.items()}
+        data[side]["percentiles"] = _rounded(recording.arrays[f"{layer}/{side}/percentiles"])
+        histogram = recording.arrays[f"{layer}/{side}/histogram"]
+        data[side]["histogram"] = histogram.astype(int).tolist()
+    for key in NUMBERS:
+        if (values := recording.get(layer, key)) is not None:
+            data[key] = _rounded(values)
+    if (gap := running_gap(recording, layer)) is not None:
+        data["gap"] = _rounded(gap)
+    return data
+
+
+def _rounded(values: NDArray[np.floating]) -> Any:
+    """Nested lists with four significant digits; None for what is not finite."""
+    if values.ndim > 1:
+        return [_rounded(row) for row in values]
+    return [float(f"{v:.4g}") if np.isfinite(v) else None for v in values]

@@ -1,0 +1,153 @@
+"""A network built for the clock: most of its time goes into three convolutions on small maps.
+
+Pixels are whitened in patches of 4 × 4 by a convolution that is computed from the training images
+and never trained, so no gradient is ever needed at full resolution. Pooling comes before the
+normaliser and ReLU, which then touch a quarter of the values.
+
+Whitening and identity filters follow airbench (Jordan 2024, arXiv 2404.00498, sections 3.1 to 3.2).
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, relu
+
+from normlab.errors import UserError
+from normlab.layers import BatchNorm, MaxPool2d, normalizer
+from normlab.layers.weights import glorot_uniform_
+from normlab.random import stream
+
+PATCH, STRIDE = 4, 2  # pixels
+STATISTICS_IMAGES = 1_000
+# Maxima are large; without this the first logits are, too, and the first steps go to waste.
+LOGIT_SCALE = 1 / 3
+# A run of some hundred steps ends before Keras' 0.99 has forgotten its first weights.
+RUNNING_MOMENTUM = 0.6
+
+
+class Whitening(nn.Module):
+    """Uncorrelated features of 4 × 4 patches and their negatives, after ReLU.
+
+    The filters are the leading eigenvectors e of the covariance of the patches, divided by the
+    standard deviation along them: e/√(λ + ε). Nothing here is trained.
+
+    Args:
+        components: eigenvectors; the output has twice as many channels.
+    """
+
+    mean: Tensor
+    kernel: Tensor
+
+    def __init__(self, components: int) -> None:
+        super().__init__()
+        self.components = components
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("kernel", torch.zeros(2 * components, 3, PATCH, PATCH))
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, eps: float = 3e-5) -> None:
+        """Compute mean and filters from pixels `x` (N, 3, H, W) in [0, 1]."""
+        self.mean.copy_(x.mean((0, 2, 3)))
+        patches = patches_of(x - self.mean.view(3, 1, 1)).double()  # (patches, 48)
+        centred = patches - patches.mean(0)
+        variances, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))  # ascending
+        leading = vectors.flip(1)[:, : self.components]  # (48, components)
+        scale = (variances.flip(0)[: self.components].clamp_min(0) + eps).rsqrt()
+        kernel = (leading * scale).T.reshape(-1, 3, PATCH, PATCH)
+        self.kernel.copy_(torch.cat([kernel, -kernel]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) → (N, 2·components, H/2, W/2)."""
+        centred = x - self.mean.view(3, 1, 1)
+        return conv2d(centred, self.kernel, stride=STRIDE, padding=(PATCH - STRIDE) // 2).relu_()
+
+
+def patches_of(x: Tensor) -> Tensor:
+    """Patches of `x` (N, 3, H, W) that lie wholly inside, as rows (patches, 3·4·4)."""
+    windows = x.unfold(2, PATCH, STRIDE).unfold(3, PATCH, STRIDE)
+    return windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
+
+
+class Block(nn.Module):
+    """3 × 3 convolution, pooling if asked for, normaliser, ReLU.
+
+    The first filters start as the identity of the block's input, the others Glorot-uniform. With a
+    normaliser the convolution has no bias: the normaliser's β is one.
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, *, pooled: bool, norm: str, rng: np.random.Generator
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=norm == "none")
+        glorot_uniform_(self.conv.weight, rng)
+        with torch.no_grad():
+            nn.init.dirac_(self.conv.weight[: min(c_in, c_out)])
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
+        self.pool = MaxPool2d(2) if pooled else nn.Identity()
+        self.norm = normalizer(norm, c_out)
+        if isinstance(self.norm, BatchNorm):
+            self.norm.momentum = RUNNING_MOMENTUM
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) → (N, C_out, H, W), or half of H and W when pooled."""
+        return relu(self.norm(self.pool(self.conv(x))))
+
+
+class FastNet(nn.Module):
+    """Whitened patches, three blocks, the maximum over all positions, a linear layer.
+
+    Every layer's initial values come from a stream named after the layer, so networks with
+    different `norm` start with the same kernels. Any image size from 16 pixels on will do, and a
+    trained network takes images of other sizes.
+
+    Args:
+        num_classes: K.
+        image_size: H = W, at least 16.
+        norm: a name in `normlab.layers.NORMS`.
+        seed: of the initial values.
+        components: of the whitening.
+        widths: channels of the blocks.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 10,
+        image_size: int = 32,
+        norm: str = "batch",
+        seed: int = 0,
+        components: int = 16,
+        widths: tuple[int, int, int] = (32, 64, 128),
+    ) -> None:
+        super().__init__()
+        if image_size < 16:
+            raise UserError(f"image size {image_size}: this network needs at least 16 × 16 pixels")
+        self.whitening = Whitening(components)
+        c_in = 2 * components
+        blocks = []
+        for i, c_out in enumerate(widths, 1):
+            rng = stream(seed, "init", f"block{i}")
+            blocks.append(Block(c_in, c_out, pooled=i < len(widths), norm=norm, rng=rng))
+            c_in = c_out
+        self.blocks = nn.Sequential(*blocks)
+        self.output = nn.Linear(c_in, num_classes, bias=False)
+        limit = c_in**-0.5
+        values = stream(seed, "init", "output").uniform(-limit, limit, (num_classes, c_in))
+        with torch.no_grad():
+            self.output.weight.copy_(torch.from_numpy(values))
+
+    def fit_to(self, images: NDArray[np.uint8]) -> None:
+        """Compute the whitening from training images (N, H, W, 3), evenly chosen among them."""
+        chosen = images[:: -(-len(images) // STATISTICS_IMAGES)]
+        x = torch.from_numpy(np.array(chosen)).to(self.output.weight.device)
+        self.whitening.fit(x.permute(0, 3, 1, 2).float() / 255)
+
+    def forward(self, x: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+        """Logits (N, K) of pixels (N, 3, H, W) in [0, 1]; `rng` is not used: no dropout here."""
+        h = self.whitening(x.contiguous(memory_format=torch.channels_last))  # (N, 32, 16, 16)
+        h = self.blocks(h)  # (N, 128, 4, 4)
+        logits: Tensor = self.output(h.amax((2, 3))) * LOGIT_SCALE  # (N, K)
+        return logits

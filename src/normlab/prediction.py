@@ -1,0 +1,107 @@
+"""Pictures in, classes out: any number of files, one batch of them in memory at a time."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normlab.data.decoding import read_small
+from normlab.data.pictures import quiet
+from normlab.data.walking import Found, walk
+from normlab.fit import predict_logits
+from normlab.runs import Run
+
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A classifier of pictures, wherever it comes from.
+
+    probabilities: images (N, S, S, 3) uint8 → (N, K), rows that add up to 1.
+    class_names: K names.
+    image_size: S.
+    """
+
+    probabilities: Callable[[NDArray[np.uint8]], NDArray[np.floating]]
+    class_names: tuple[str, ...]
+    image_size: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer to one picture: probabilities (K,), or why there is none."""
+
+    path: Path
+    probabilities: NDArray[np.floating] | None
+    problem: str | None = None
+
+    def top(self, class_names: tuple[str, ...], count: int) -> list[tuple[str, float]]:
+        """The most probable classes, most probable first."""
+        p = np.empty(0) if self.probabilities is None else self.probabilities
+        order = np.argsort(-p, kind="stable")[:count]
+        return [(class_names[k], float(p[k])) for k in order]
+
+
+def run_predictor(run: Run, weights: str = "last") -> Predictor:
+    """The network of a run, as trained.
+
+    Raises:
+        UserError: the run has no such weights.
+    """
+    model = run.model(weights)
+
+    def probabilities(images: NDArray[np.uint8]) -> NDArray[np.floating]:
+        answers: NDArray[np.floating] = predict_logits(model, images).double().softmax(1).numpy()
+        return answers
+
+    return Predictor(probabilities, run.task.class_names, run.task.image_size)
+
+
+def predict(
+    predictor: Predictor, paths: Iterable[str | Path], batch_size: int = BATCH_SIZE
+) -> Iterator[Prediction]:
+    """Classify the pictures at `paths` and in the folders among them, in order, lazily.
+
+    Each file gives one `Prediction`, and so does a bad one and what cannot be reached. Files are
+    decoded on all cores, at most `batch_size` at a time, exactly as for training.
+    """
+    found = _files(paths)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while batch := list(islice(found, batch_size)):
+            yield from _predict_batch(predictor, batch, pool)
+
+
+def _predict_batch(
+    predictor: Predictor, batch: list[Found], pool: ThreadPoolExecutor
+) -> list[Prediction]:
+    def read(file: Found) -> tuple[NDArray[np.uint8] | None, str]:
+        if file.problem is not None:
+            return None, file.problem
+        pixels, _, problem = read_small(file.path, predictor.image_size)
+        return pixels, problem
+
+    with quiet():
+        decoded = list(pool.map(read, batch))
+    good = [pixels for pixels, _ in decoded if pixels is not None]
+    answers = iter(predictor.probabilities(np.stack(good)) if good else ())
+    return [
+        Prediction(file.path, None, problem)
+        if pixels is None
+        else Prediction(file.path, next(answers))
+        for file, (pixels, problem) in zip(batch, decoded, strict=True)
+    ]
+
+
+def _files(paths: Iterable[str | Path]) -> Iterator[Found]:
+    """Named files as they are; of folders, everything below them but litter."""
+    for path in map(Path, paths):
+        if path.is_dir():
+            yield from walk(path)
+        else:
+            yield Found(path)

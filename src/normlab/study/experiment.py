@@ -1,0 +1,255 @@
+"""The verb of this package: from arms and seeds to a `Study`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from normlab import recipes
+from normlab.data import ImageData
+from normlab.data import load as load_data
+from normlab.data.batches import split_validation
+from normlab.environment import cores, describe, resolve_threads
+from normlab.errors import UserError
+from normlab.fit import Interrupted
+from normlab.recipes import Recipe
+from normlab.statistics.verdict import MARGIN
+from normlab.study import design as plans
+from normlab.study import outcomes as runs
+from normlab.study.arms import Arm, check_arm, make_arms
+from normlab.study.design import Design, default_contrasts, enough_pairs
+from normlab.study.progress import Lines, Progress
+from normlab.study.result import RUNS, TUNING, Study, open_study
+from normlab.study.runner import Job, Pool, Reporter, run_all
+from normlab.study.tuning import choose, parse_tuning, trials
+
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8)
+CHECKS = 10
+STUDIES = Path("studies")
+
+
+def compare(
+    recipe: str | Recipe = recipes.DEFAULT,
+    *,
+    arms: Sequence[str | Arm] = ("batch", "none"),
+    contrasts: Sequence[tuple[str, str]] | None = None,
+    seeds: int | None = None,
+    first_seed: int = 0,
+    data: str | Path | Mapping[str, Any] | ImageData | None = None,
+    out: str | Path | None = None,
+    jobs: int | None = None,
+    threads: int = 1,
+    scheduler: str | None = None,
+    tune: str | None = None,
+    margin: float = MARGIN,
+    thresholds: Sequence[float] = THRESHOLDS,
+    checks: int = CHECKS,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> Study:
+    """Train every arm from the same seeds and say which is better, and how sure that is.
+
+        study = normlab.compare("fast79", arms=["batch", "none"], seeds=6)
+        print(study.comparisons[0].sentence)
+
+    Called again with the same arguments it goes on where it was stopped; with more seeds it adds
+    pairs, which counts as a further look.
+
+    Args:
+        recipe: what all arms have in common.
+        arms: each a normaliser's name, `NAME: key=value, …`, or an `Arm`.
+        contrasts: (first, other) names to compare; None for the first arm with each other one.
+        seeds: pairs; None for what the study was planned with, in a new one for as many as can
+            decide: 6 for one contrast, 8 for four.
+        first_seed: pair i has the seed first_seed + i.
+        data: as `normlab.load` takes it.
+        out: the study's folder; None for `studies/RECIPE-ARM-ARM…`.
+        jobs: runs side by side on this machine; None for cores ÷ threads.
+        threads: of each run.
+        scheduler: address of a Dask scheduler whose workers do the runs.
+        tune: `learning_rate=0.3,1,3`: choose each arm's own value on validation images first.
+        margin: what counts as no difference, a fraction of accuracy.
+        thresholds: validation accuracies whose steps are counted.
+        checks: at least so many checks of validation accuracy a run.
+        progress: told of each run; None for plain lines.
+        **changes: fields of `Recipe` to replace for all arms.
+
+    Raises:
+        UserError: something asked for is not possible, or another plan is in the folder.
+        Interrupted: SIGINT or SIGTERM came; finished runs are kept.
+    """
+    images = load_data(data)
+    wanted = _design(
+        recipes.get(recipe).override(**changes),
+        make_arms(arms),
+        _name(data, images),
+        images,
+        contrasts=contrasts,
+        seeds=seeds,
+        first_seed=first_seed,
+        threads=resolve_threads(threads),
+        tune=tune,
+        margin=margin,
+        thresholds=thresholds,
+        checks=checks,
+    )
+    if jobs is not None and jobs < 1:
+        raise UserError(f"jobs={jobs}: choose 1 or more")
+    pool = Pool(jobs=jobs or max(1, cores() // threads), threads=threads, scheduler=scheduler)
+    folder = Path(out) if out is not None else default_folder(wanted)
+    source = wanted.data if isinstance(data, str | Path | None) else images
+    with _only_one(folder):
+        design = _claim(folder, wanted, seeds)
+        return _work(folder, design, source, pool, progress or Lines())
+
+
+def _design(
+    recipe: Recipe,
+    arms: tuple[Arm, ...],
+    data: str,
+    images: ImageData,
+    *,
+    contrasts: Sequence[tuple[str, str]] | None,
+    seeds: int | None,
+    tune: str | None,
+    thresholds: Sequence[float],
+    **plan: Any,
+) -> Design:
+    """Make the plan, and refuse here what could not be done later."""
+    size = images.image_shape[0]
+    for arm in arms:
+        check_arm(arm, recipe, images.class_names, size)
+        split_validation(images.x_train, images.y_train, arm.recipe(recipe).validation)
+    named = tuple(contrasts) if contrasts else default_contrasts(arms)
+    return Design(
+        recipe=recipe,
+        arms=arms,
+        contrasts=named,
+        seeds=enough_pairs(len(named)) if seeds is None else seeds,
+        data=data,
+        data_sha256=images.sha256,
+        class_names=images.class_names,
+        image_size=size,
+        train_images=len(images.y_train),
+        test_images=len(images.y_test),
+        tuning=parse_tuning(tune),
+        thresholds=tuple(thresholds),
+        environment=describe(plan["threads"], torch.device("cpu")),
+        **plan,
+    )
+
+
+def _name(data: object, images: ImageData) -> str:
+    """How a study and its workers name the data."""
+    if data is None or data in ("cifar10", "sample"):
+        return str(data or "cifar10")
+    return str(Path(data).absolute()) if isinstance(data, (str, Path)) else images.name
+
+
+def default_folder(design: Design) -> Path:
+    """Where a study goes that is given no folder: the same command finds it again."""
+    return STUDIES / "-".join([design.recipe.name, *design.arm_names])
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Keep two studies out of one folder; the system frees the lock when a process dies."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(
+            f"another `normlab compare` is at work in {str(folder)!r}: wait for it, or choose "
+            "another --out"
+        ) from None
+
+
+def _claim(folder: Path, wanted: Design, seeds: int | None) -> Design:
+    """Write the plan into a new folder, or go on with the one in it, with more seeds if asked.
+
+    Raises:
+        UserError: the folder holds another plan, or something else.
+    """
+    there = plans.load(folder)
+    if there is None:
+        if any(p.name != ".lock" for p in folder.iterdir()):
+            raise UserError(f"folder {str(folder)!r} holds no study: choose a new one for --out")
+        design = wanted
+    else:
+        differing = plans.differences(there, wanted)
+        if differing:
+            raise UserError(
+                f"study {str(folder)!r} was begun with other {'; '.join(differing)}: "
+                "choose another --out"
+            )
+        design = there
+        if seeds is not None and seeds != there.seeds:
+            design = there.extended(seeds, open_study(folder).pairs_seen)
+    for name in (RUNS, TUNING):
+        (folder / name).mkdir(exist_ok=True)
+        for left_over in (folder / name).glob(".*.tmp"):
+            left_over.unlink()
+    plans.save(folder, design)
+    return design
+
+
+def _work(
+    folder: Path, design: Design, data: str | ImageData, pool: Pool, progress: Progress
+) -> Study:
+    """Do the trials and the runs that are missing, then write the report."""
+    try:
+        if design.tuning is not None and not design.tuning.chosen:
+            jobs = trials(design)
+            given_up = _do(folder / TUNING, jobs, data, pool, progress.trials(jobs))
+            if given_up:
+                return open_study(folder, given_up)
+            found = [runs.load(folder / TUNING, job.task, job.arm, job.seed) for job in jobs]
+            design = choose(design, [outcome for outcome in found if outcome is not None])
+            plans.save(folder, design)
+        given_up = _do(folder / RUNS, _jobs(design), data, pool, progress.study(open_study(folder)))
+    except Interrupted as e:
+        kept = len(open_study(folder).outcomes)
+        raise Interrupted(
+            e.signum,
+            f": {kept} of {design.seeds * len(design.arms)} runs are kept in {str(folder)!r}; "
+            "the same command goes on from there",
+        ) from None
+    study = open_study(folder, given_up)
+    if study.complete:
+        from normlab.study.report import write_report
+
+        write_report(study)
+    return study
+
+
+def _do(
+    folder: Path, jobs: list[Job], data: str | ImageData, pool: Pool, reporter: Reporter
+) -> dict[str, str]:
+    """Do those jobs that have no file yet; each outcome becomes one as it comes."""
+    missing = [job for job in jobs if runs.load(folder, job.task, job.arm, job.seed) is None]
+    if not missing:
+        return {}
+    with reporter:
+        return run_all(missing, data, pool, partial(runs.save, folder), reporter)
+
+
+def _jobs(design: Design) -> list[Job]:
+    """Every run of the study, pair by pair."""
+    return [
+        Job(
+            arm=arm.name,
+            seed=seed,
+            task=design.task(arm, seed),
+            threads=design.threads,
+            thresholds=design.thresholds,
+            checks=design.checks,
+            test=True,
+        )
+        for seed in range(design.first_seed, design.first_seed + design.seeds)
+        for arm in design.arms
+    ]

@@ -1,0 +1,226 @@
+"""What one run of a study gives, how it is trained, and the small file that keeps it."""
+
+import base64
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from normlab.data import ImageData
+from normlab.environment import describe, settings
+from normlab.errors import DataError, NonFiniteError, UserError
+from normlab.files import digest, write_json
+from normlab.fit import Observer, Plan, State, fit, predict_logits, score
+from normlab.runs import Task, read_json
+from normlab.training import make_plan, new_state
+
+Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One run's outcomes. A diverged run has chance scores: accuracy 1/K, loss log K.
+
+    Attributes:
+        seed: of the pair; the arm's own offset is in `task`.
+        task: recipe, seed and data, as `recipe.json` of a run has them.
+        diverged: why, or None.
+        test_accuracy, test_loss: after the last epoch; None in a tuning run, which sees no test
+            images.
+        val_accuracy: after the last epoch; None without validation images.
+        curve: (step, validation accuracy) at evenly spread steps.
+        area: mean of `curve`; None without validation images.
+        steps_to: step of the first check at or above each threshold; None for never.
+        step_seconds: median of a training step; None if too few were made.
+        test_correct: which test images were right, one bit each, base64.
+        weights_sha256: after the last step.
+    """
+
+    arm: str
+    seed: int
+    task: dict[str, Any]
+    diverged: str | None
+    test_accuracy: float | None
+    test_loss: float | None
+    val_accuracy: float | None
+    curve: Curve
+    area: float | None
+    steps_to: dict[str, int | None]
+    steps: int
+    step_seconds: float | None
+    seconds: float
+    history: list[dict[str, Any]]
+    test_correct: str | None
+    weights_sha256: str
+    environment: dict[str, Any]
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy of a run of the study proper."""
+        if self.test_accuracy is None:
+            raise UserError(f"{self.arm} seed {self.seed} is a tuning run: it saw no test images")
+        return self.test_accuracy
+
+    def correct(self, images: int) -> NDArray[np.bool_]:
+        """Which of the test images (N,) were answered rightly."""
+        packed = np.frombuffer(base64.b64decode(self.test_correct or ""), np.uint8)
+        return np.unpackbits(packed, count=images).astype(bool)
+
+    def steps_until(self, accuracy: float) -> int | None:
+        """Step of the first check at or above `accuracy`; None for never, as if it diverged."""
+        return None if self.diverged else first_step(self.curve, accuracy)
+
+
+@dataclass
+class _Checks:
+    """Observes a training: validation accuracy at evenly spread steps, seconds of each step.
+
+    Checks change nothing: they run in evaluation mode and draw no random number.
+    """
+
+    per_epoch: int
+    curve: Curve = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    _last: float | None = None
+
+    def before_training(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
+        now = time.perf_counter()
+        if self._last is not None and batch < batches:  # an epoch's last step holds its validation
+            self.seconds.append(now - self._last)
+        if len(self.plan.validation):
+            if batch == batches:
+                self._note(state.step, state.history[-1]["val_accuracy"])
+            elif batch in {round(i * batches / self.per_epoch) for i in range(1, self.per_epoch)}:
+                device = next(state.model.parameters()).device
+                self._note(state.step, score(state.model, self.plan.validation, device)[1])
+        self._last = time.perf_counter()
+
+    def _note(self, step: int, accuracy: float) -> None:
+        self.curve.append((step, accuracy))
+
+
+def train_one(
+    task: Task,
+    images: ImageData,
+    *,
+    arm: str,
+    seed: int,
+    threads: int = 1,
+    thresholds: tuple[float, ...] = (),
+    checks: int = 1,
+    test: bool = True,
+    observers: tuple[Observer, ...] = (),
+) -> Outcome:
+    """Train in memory, on the CPU, to the bits that `normlab train` gives, and score once.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came.
+    """
+    device, k = torch.device("cpu"), len(task.class_names)
+    watch = _Checks(per_epoch=-(-checks // task.recipe.epochs))
+    with settings(threads, device):
+        state = new_state(task, images, device)
+        plan = make_plan(task, images, threads)
+        diverged = None
+        try:
+            fit(plan, state, device, (watch, *observers))
+        except NonFiniteError as e:
+            diverged = str(e).split(":")[0]
+        logits = predict_logits(state.model, images.x_test) if test else None
+    if diverged is None and logits is not None and not logits.isfinite().all():
+        diverged = "its answers to the test images are not finite"
+    curve = None if not len(plan.validation) else watch.curve
+    return Outcome(
+        arm=arm,
+        seed=seed,
+        task=task.as_dict(),
+        diverged=diverged,
+        **_test_scores(logits, images, diverged, k),
+        **_validation_scores(curve, diverged, k),
+        steps_to={f"{t:g}": None if diverged else first_step(watch.curve, t) for t in thresholds},
+        steps=state.step,
+        step_seconds=float(np.median(watch.seconds)) if watch.seconds else None,
+        seconds=state.seconds,
+        history=[{key: _finite(value) for key, value in row.items()} for row in state.history],
+        weights_sha256=digest(state.model.state_dict()),
+        environment=describe(threads, device),
+    )
+
+
+def pack(right: NDArray[np.bool_]) -> str:
+    """Which images were right (N,), one bit each, as text."""
+    return base64.b64encode(np.packbits(right).tobytes()).decode()
+
+
+def first_step(curve: Curve, accuracy: float) -> int | None:
+    """Step of the first check at or above `accuracy`; None for never."""
+    return next((step for step, value in curve if value >= accuracy), None)
+
+
+def _test_scores(
+    logits: Tensor | None, images: ImageData, diverged: str | None, k: int
+) -> dict[str, Any]:
+    if logits is None:
+        return {"test_accuracy": None, "test_loss": None, "test_correct": None}
+    if diverged:
+        return {"test_accuracy": 1 / k, "test_loss": math.log(k), "test_correct": None}
+    labels = torch.from_numpy(images.y_test.astype(np.int64))
+    right = (logits.argmax(1) == labels).numpy()
+    return {
+        "test_accuracy": float(right.mean()),
+        "test_loss": cross_entropy(logits.double(), labels).item(),
+        "test_correct": pack(right),
+    }
+
+
+def _validation_scores(curve: Curve | None, diverged: str | None, k: int) -> dict[str, Any]:
+    if curve is None:
+        return {"val_accuracy": None, "area": None, "curve": []}
+    if diverged:
+        return {"val_accuracy": 1 / k, "area": 1 / k, "curve": curve}
+    area = sum(accuracy for _, accuracy in curve) / len(curve)
+    return {"val_accuracy": curve[-1][1], "area": area, "curve": curve}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN; a diverging epoch's losses may be."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def path_of(folder: Path, arm: str, seed: int) -> Path:
+    return folder / f"{arm}-seed-{seed}.json"
+
+
+def save(folder: Path, outcome: Outcome) -> None:
+    """Keep a finished run as one small file, atomically."""
+    write_json(path_of(folder, outcome.arm, outcome.seed), vars(outcome))
+
+
+def load(folder: Path, task: Task, arm: str, seed: int) -> Outcome | None:
+    """Read a run's file; None if it is not there.
+
+    Raises:
+        DataError: it is damaged, or is of another task than `task`.
+    """
+    path = path_of(folder, arm, seed)
+    if not path.exists():
+        return None
+    try:
+        values = read_json(path)
+        outcome = Outcome(**{**values, "curve": [(int(s), float(a)) for s, a in values["curve"]]})
+    except (KeyError, TypeError, ValueError) as e:
+        raise DataError(f"{path} is not a run's file ({e}): remove it to repeat the run") from None
+    then, now = {**outcome.task, "data": ""}, {**task.as_dict(), "data": ""}
+    if then != now:
+        raise DataError(f"{path} is of another recipe, seed or data: remove it to repeat the run")
+    return outcome

@@ -1,0 +1,142 @@
+"""What a person sees while a study goes on."""
+
+import time
+from types import TracebackType
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+from normlab.study.design import enough_pairs
+from normlab.study.outcomes import Outcome
+from normlab.study.result import Study
+from normlab.study.runner import Job, Reporter
+
+
+class Progress(Protocol):
+    """Makes a reporter for each part of a study."""
+
+    def trials(self, jobs: list[Job]) -> Reporter:
+        """For the trials before the study."""
+
+    def study(self, study: Study) -> Reporter:
+        """For the study, as far as it has come."""
+
+
+class Lines:
+    """One line a finished run, for logs, pipes and terminals; with a console, a bar below them."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console
+
+    def trials(self, jobs: list[Job]) -> Reporter:
+        return _Reporter("trial", len(jobs), [], None, self.console)
+
+    def study(self, study: Study) -> Reporter:
+        return _Reporter("run", study.total, list(study.outcomes), study, self.console)
+
+
+class _Reporter:
+    """Counts, guesses the time that remains, and describes the pairs so far."""
+
+    def __init__(
+        self,
+        noun: str,
+        total: int,
+        done: list[Outcome],
+        study: Study | None,
+        console: Console | None,
+    ) -> None:
+        self.noun, self.total, self.done, self.study = noun, total, done, study
+        self.before = len(done)
+        self.started = time.perf_counter()
+        self.bar = None if console is None else _bar(console)
+
+    def __enter__(self) -> "_Reporter":
+        if self.study is not None:
+            design = self.study.design
+            print(
+                f"{design.recipe.name}: {', '.join(design.arm_names)}; {design.seeds} seeds from "
+                f"{design.first_seed}, {self.total} runs, {self.before} done; "
+                f"into {self.study.path}",
+                flush=True,
+            )
+            enough = enough_pairs(len(design.contrasts), design.look)
+            if design.seeds < enough:
+                print(
+                    f"{design.seeds} pairs cannot decide {len(design.contrasts)} contrast(s) on "
+                    f"look {design.look}: {enough} or more can",
+                    flush=True,
+                )
+        if self.bar is not None:
+            self.bar.start()
+            self.bar.add_task("", total=self.total, completed=self.before, note="")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def finished(self, job: Job, outcome: Outcome, in_flight: int) -> None:
+        self.done.append(outcome)
+        if outcome.diverged:
+            score = f"diverged ({outcome.diverged})"
+        elif outcome.test_accuracy is None:
+            score = f"validation accuracy {outcome.val_accuracy:.4f}"
+        else:
+            score = f"test accuracy {outcome.test_accuracy:.4f}"
+        note = f"{in_flight} in flight, {self._remaining()}"
+        print(
+            f"{len(self.done)}/{self.total} {job.name}: {score}, {outcome.seconds:.0f} s; {note}",
+            flush=True,
+        )
+        for line in self._so_far(job):
+            print(line, flush=True)
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=len(self.done), note=note)
+
+    def repeated(self, job: Job, reason: str) -> None:
+        print(f"{job.name}: {reason}; it is done again", flush=True)
+
+    def given_up(self, job: Job, reason: str) -> None:
+        print(f"{job.name}: {reason}; given up", flush=True)
+
+    def _remaining(self) -> str:
+        seconds = (time.perf_counter() - self.started) / (len(self.done) - self.before)
+        seconds *= self.total - len(self.done)
+        if seconds == 0:
+            return "none left"
+        return (
+            f"about {seconds:.0f} s left" if seconds < 90 else f"about {seconds / 60:.0f} min left"
+        )
+
+    def _so_far(self, job: Job) -> list[str]:
+        """The contrasts that a run adds a pair to, described; that is no look."""
+        if self.study is None:
+            return []
+        study = Study(self.study.path, self.study.design, tuple(self.done))
+        lines = []
+        for first, other in study.design.contrasts:
+            pair_is_done = job.seed in study.arm(first) and job.seed in study.arm(other)
+            if job.arm not in (first, other) or not pair_is_done:
+                continue
+            so_far = study.so_far(first, other)
+            if so_far is not None and so_far.t_interval is not None:
+                low, high = (100 * limit for limit in so_far.t_interval)
+                lines.append(
+                    f"  so far {first} - {other}: {100 * so_far.mean:+.2f} points, 95 % t interval "
+                    f"{low:+.2f} to {high:+.2f}, {so_far.n} pairs (no look, decides nothing)"
+                )
+        return lines
+
+
+def _bar(console: Console) -> RichProgress:
+    columns: list[Any] = [TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=None)]
+    columns.append(TextColumn("{task.fields[note]}"))
+    return RichProgress(*columns, console=console, transient=True, redirect_stdout=True)

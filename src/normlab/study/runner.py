@@ -1,0 +1,235 @@
+"""Runs side by side, each in a process that may die, here or on a cluster.
+
+Runs are independent and each depends on its task alone, so neither their number side by side nor
+their order changes a figure. When a worker dies nothing says which of the runs in flight killed it:
+all of them are suspects and are repeated one at a time, where blame is certain.
+"""
+
+import os
+import re
+import signal
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, Protocol
+
+from joblib import Parallel, delayed, effective_n_jobs, parallel_config
+
+from normlab.data import ImageData
+from normlab.data import load as load_data
+from normlab.errors import DataError
+from normlab.fit import Interrupted
+from normlab.runs import Task
+from normlab.study.outcomes import Outcome, train_one
+
+
+class WorkerDied(RuntimeError):
+    """A worker of a cluster died under a run, more often than its scheduler puts up with."""
+
+
+ATTEMPTS = 3
+_ONE_AT_A_TIME = threading.Lock()  # a Dask worker may have several threads; torch's are global
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run to do: everything a worker has to be told but the data."""
+
+    arm: str
+    seed: int
+    task: Task
+    threads: int
+    thresholds: tuple[float, ...]
+    checks: int
+    test: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm} seed {self.seed}"
+
+
+class Reporter(AbstractContextManager[Any], Protocol):
+    """What is told of the runs while they go on; entered before the first one."""
+
+    def finished(self, job: Job, outcome: Outcome, in_flight: int) -> None:
+        """A run is done and kept."""
+
+    def repeated(self, job: Job, reason: str) -> None:
+        """A run's worker died or failed; the run is done again."""
+
+    def given_up(self, job: Job, reason: str) -> None:
+        """It failed too often."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Where runs are done.
+
+    Attributes:
+        jobs: how many side by side on this machine.
+        threads: of each run.
+        scheduler: address of a Dask scheduler, whose workers take the runs instead.
+    """
+
+    jobs: int
+    threads: int = 1
+    scheduler: str | None = None
+
+    @contextmanager
+    def parallel(self, alone: bool) -> Iterator[tuple[Parallel, int]]:
+        """A joblib pool that hands out its results as they come, and how many runs it does at once.
+
+        With n_jobs=1 joblib would run in this process, which a run could then take with it; so
+        there are two workers at least, and `pre_dispatch` decides how many runs are under way.
+
+        Raises:
+            UserError: the scheduler cannot be reached, or Dask is not installed.
+        """
+        how: dict[str, Any] = {"batch_size": 1, "return_as": "generator_unordered"}
+        if self.scheduler is not None:
+            from normlab.study.cluster import dask_backend
+
+            with dask_backend(self.scheduler) as backend, parallel_config(backend=backend):
+                width = 1 if alone else effective_n_jobs(-1)
+                yield Parallel(n_jobs=-1, pre_dispatch=width, **how), width
+            return
+        width = 1 if alone else self.jobs
+        with parallel_config(backend="loky", inner_max_num_threads=self.threads):
+            yield Parallel(n_jobs=max(2, self.jobs), pre_dispatch=width, **how), width
+
+
+def run_all(
+    jobs: Sequence[Job],
+    data: str | ImageData,
+    pool: Pool,
+    keep: Callable[[Outcome], None],
+    reporter: Reporter,
+) -> dict[str, str]:
+    """Do all jobs; `keep` is given each outcome as it comes.
+
+    Args:
+        data: what a worker gives `normlab.data.load`, or the images themselves.
+
+    Returns:
+        The reason for each run that was given up, by the job's name.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; what was kept stays, the rest was stopped.
+    """
+    waiting = {job.name: job for job in jobs}
+    suspects: list[Job] = []
+    failures: Counter[str] = Counter()
+    given_up: dict[str, str] = {}
+    with _interruptible():
+        while waiting or suspects:
+            alone = bool(suspects)
+            batch = [suspects.pop(0)] if alone else list(waiting.values())
+            with closing(_results(batch, data, pool, alone)) as results:
+                for job, result, in_flight in results:
+                    waiting.pop(job.name, None)
+                    if isinstance(result, Outcome):
+                        keep(result)
+                        reporter.finished(job, result, in_flight)
+                        continue
+                    failures[job.name] += 1
+                    if failures[job.name] < ATTEMPTS:
+                        suspects.append(job)
+                        reporter.repeated(job, result)
+                    else:
+                        given_up[job.name] = result
+                        reporter.given_up(job, result)
+    return given_up
+
+
+def _results(
+    batch: list[Job], data: str | ImageData, pool: Pool, alone: bool
+) -> Generator[tuple[Job, Outcome | str, int], None, None]:
+    """Each job with its outcome, or why there is none, and how many more are under way.
+
+    When a worker dies the runs under way are reported as failed; those behind them not at all.
+    """
+    taken: dict[str, Job] = {}  # by joblib, which takes a few more than it has begun
+    parent = None if pool.scheduler else os.getpid()
+
+    def calls() -> Iterator[Any]:
+        for job in batch:
+            taken[job.name] = job
+            yield delayed(attempt)(job, data, parent)
+
+    with pool.parallel(alone) as (parallel, width), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
+        try:
+            with closing(parallel(calls())) as finished:
+                for name, result in finished:
+                    job = taken.pop(name)
+                    yield job, result, min(width, len(taken))
+        except (BrokenExecutor, WorkerDied) as e:
+            codes = re.search(r"\{(.+?)\}", str(e))
+            reason = "its worker died" if alone else "a worker died while it was under way"
+            for job in list(taken.values())[:width]:
+                yield job, reason + (f", {codes[1]}" if codes else ""), 0
+
+
+def attempt(job: Job, data: str | ImageData, parent: int | None) -> tuple[str, Outcome | str]:
+    """Do a job in a worker: its name, and the outcome or why there is none. Raises nothing."""
+    if parent is not None:
+        _end_with(parent)
+    try:
+        with _ONE_AT_A_TIME:
+            images = data if isinstance(data, ImageData) else _load(data)
+            if images.sha256 != job.task.data_sha256:
+                raise DataError(f"data {data!r} are others here than where the study was begun")
+            outcome = train_one(
+                job.task,
+                images,
+                arm=job.arm,
+                seed=job.seed,
+                threads=job.threads,
+                thresholds=job.thresholds,
+                checks=job.checks,
+                test=job.test,
+            )
+        return job.name, outcome
+    except Exception as e:
+        return job.name, f"{type(e).__name__}: {e}"
+
+
+@lru_cache(maxsize=1)
+def _load(data: str) -> ImageData:
+    return load_data(data)
+
+
+@cache
+def _end_with(parent: int) -> None:
+    """From now on end this worker when its study has died: a resumed one needs the room."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into `Interrupted`, at which joblib stops its workers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, _: object) -> None:
+        raise Interrupted(signum)
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
