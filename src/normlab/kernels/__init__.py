@@ -250,10 +250,11 @@ def max_pool_gradient(g: Tensor, which: Tensor, x_shape: torch.Size) -> Tensor:
 
 def convolves(x: Tensor, weight: Tensor) -> bool:
     """Whether `conv3x3` takes channels-last `x` (N, I, H, W) and `weight` (O, I, 3, 3)."""
-    if x.ndim != 4 or weight.dtype != torch.float32 or weight.device.type != "cpu":
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.shape[2:] != (3, 3):
         return False
     shape, (c_out, c_in) = layout(x), weight.shape[:2]
-    return shape is not None and shape[2] == 1 and c_out % 32 == 0 and c_in % 32 == 0
+    fits = x.ndim == 4 and x.shape[1] == c_in and c_in % 32 == 0 and c_out % 32 == 0
+    return fits and shape is not None and shape[2] == 1
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
