@@ -15,7 +15,7 @@ from torch.nn.functional import conv2d, max_pool2d
 
 import normlab
 from normlab import kernels
-from normlab.layers import BatchNorm, Conv2d, MaxPool2d
+from normlab.layers import BatchNorm, Conv2d, MaxPool2d, conv3x3
 from normlab.random import stream
 from oracle import batch_moments, batch_norm, batch_norm_gradients
 
@@ -191,6 +191,21 @@ def test_convolution_matches_float64(shape: tuple[int, ...], c_out: int) -> None
         assert (a - b).abs().max() <= 2e-6 * b.abs().max()
 
 
+def test_a_convolution_may_have_no_bias() -> None:
+    x = torch.randn(2, 32, 6, 6).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(32, 32, 3, 3, requires_grad=True)
+    grads = []
+    for convolve in (conv3x3, lambda *args: conv2d(*args, padding=1)):
+        grads += torch.autograd.grad(convolve(x, weight, None).square().sum(), [weight])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-2)
+
+
+def test_channels_that_do_not_fit_are_refused() -> None:
+    x = torch.randn(2, 32, 6, 6).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="to have 64 channels"):
+        conv3x3(x, torch.randn(32, 64, 3, 3), None)
+
+
 def test_convolution_passes_on_what_is_not_finite() -> None:
     x = torch.zeros(1, 32, 9, 9).contiguous(memory_format=torch.channels_last)
     x[0, 3, 4, 4] = float("nan")
@@ -204,6 +219,14 @@ def test_disabled_is_nested_and_ends() -> None:
             assert not kernels.available()
         assert not kernels.available()
     assert kernels.available()
+
+
+def test_a_backward_pass_ends_as_it_began() -> None:
+    x = torch.randn(6, 40, requires_grad=True)
+    y = BatchNorm(40)(x)
+    with kernels.disabled():
+        y.square().sum().backward()
+    assert x.grad is not None
 
 
 PROGRAM = """

@@ -96,6 +96,10 @@ def layout(x: Tensor) -> tuple[int, int, int] | None:
         or torch.compiler.is_compiling()
     ):
         return None
+    return _arrangement(x)
+
+
+def _arrangement(x: Tensor) -> tuple[int, int, int] | None:
     channels = x.shape[1]
     if x.movedim(1, -1).is_contiguous():
         return x.numel() // channels, channels, 1
@@ -246,10 +250,11 @@ def max_pool_gradient(g: Tensor, which: Tensor, x_shape: torch.Size) -> Tensor:
 
 def convolves(x: Tensor, weight: Tensor) -> bool:
     """Whether `conv3x3` takes channels-last `x` (N, I, H, W) and `weight` (O, I, 3, 3)."""
-    if x.ndim != 4 or weight.dtype != torch.float32 or weight.device.type != "cpu":
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.shape[2:] != (3, 3):
         return False
     shape, (c_out, c_in) = layout(x), weight.shape[:2]
-    return shape is not None and shape[2] == 1 and c_out % 32 == 0 and c_in % 32 == 0
+    fits = x.ndim == 4 and x.shape[1] == c_in and c_in % 32 == 0 and c_out % 32 == 0
+    return fits and shape is not None and shape[2] == 1
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -277,7 +282,7 @@ def conv3x3_gradients(
 
 
 def _shape(x: Tensor) -> tuple[int, int, int]:
-    shape = layout(x)
+    shape = _arrangement(x)  # also where disabled since: a backward pass ends as it began
     if shape is None:
         raise ValueError(f"no kernel for {x.dtype} of shape {tuple(x.shape)}, as it lies")
     return shape
@@ -285,10 +290,14 @@ def _shape(x: Tensor) -> tuple[int, int, int]:
 
 def _call(name: str, *arguments: object) -> None:
     library = _library()
-    assert library is not None  # `layout` is None without it
-    values = [
-        a.data_ptr() if isinstance(a, Tensor) else a.ctypes.data if isinstance(a, np.ndarray) else a
-        for a in arguments
-    ]
+    if library is None:
+        raise ValueError(f"no kernels here for {name}: ask `layout` first")
+    values = [_pointer(a) for a in arguments]
     if getattr(library, f"normlab_{name}")(*values, torch.get_num_threads()):
         raise MemoryError(f"normlab_{name}")
+
+
+def _pointer(argument: object) -> object:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return argument.ctypes.data if isinstance(argument, np.ndarray) else argument

@@ -9,7 +9,7 @@ from normlab.layers.batchnorm import CONVENTIONS, BatchNorm, Convention, moments
 from normlab.layers.dropout import Dropout
 from normlab.layers.fused import MaxPool2d, norm_conv, relu_dropout_norm
 from normlab.layers.norms import GroupNorm, InstanceNorm, LayerNorm
-from normlab.layers.weights import Conv2d, Dense, Flatten
+from normlab.layers.weights import Conv2d, Dense, Flatten, conv3x3
 
 
 class NoNorm(nn.Identity):
@@ -50,6 +50,7 @@ __all__ = [
     "LayerNorm",
     "MaxPool2d",
     "NoNorm",
+    "conv3x3",
     "moments",
     "norm_conv",
     "normalize",

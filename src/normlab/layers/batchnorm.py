@@ -252,7 +252,7 @@ class BatchNorm(nn.Module):
     def running(self, count: int) -> kernels.Running:
         """How a batch of `count` values a channel moves the running statistics."""
         correction = count / (count - 1) if self.convention.unbiased_running_var else 1.0
-        self.num_batches_tracked += 1
+        self.num_batches_tracked.add_(1)
         return kernels.Running(self.running_mean, self.running_var, self.old_weight, correction)
 
     @torch.no_grad()

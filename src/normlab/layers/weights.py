@@ -4,16 +4,18 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import conv2d
 
 from normlab import kernels
+from normlab.layers.batchnorm import needed
 
 if TYPE_CHECKING:
     from numpy.random import Generator
 
 
-def glorot_uniform_(weight: torch.Tensor, rng: "Generator") -> None:
+def glorot_uniform_(weight: Tensor, rng: "Generator") -> None:
     """Fill `weight` (out, in, *kernel) from U(−a, a), a = √(6/(fan_in + fan_out)).
 
     Glorot and Bengio (2010), equation 16; a convolution's fans count its kernel's positions.
@@ -34,29 +36,35 @@ class Conv2d(nn.Conv2d):
         glorot_uniform_(self.weight, rng)
         nn.init.zeros_(self.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(N, I, H, W) → (N, O, H, W), or two pixels less a side without padding."""
-        if self.padding != (1, 1) or not kernels.convolves(x, self.weight):
+        if self.padding != (1, 1):
             return super().forward(x)
-        y: torch.Tensor = _Conv3x3.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
-        return y
+        return conv3x3(x, self.weight, self.bias)
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """conv2d(x, weight, bias, padding=1) for 3 × 3 kernels, compiled where that applies."""
+    if not kernels.convolves(x, weight):
+        return conv2d(x, weight, bias, padding=1)
+    y: Tensor = _Conv3x3.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _Conv3x3(torch.autograd.Function):
     """The compiled convolution: the same sums in 4/9 of the multiplications (winograd.c)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return kernels.conv3x3(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return kernels.conv3x3_gradients(x, weight, g, x_grad=ctx.needs_input_grad[0])
+        x_grad = ctx.needs_input_grad[0]
+        return needed(ctx, *kernels.conv3x3_gradients(x, weight, g, x_grad=x_grad))
 
 
 class Dense(nn.Linear):
@@ -71,5 +79,5 @@ class Dense(nn.Linear):
 class Flatten(nn.Module):
     """(N, C, H, W) → (N, H·W·C): the order in which Keras lays pixels and channels out."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1).flatten(1)
