@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
-INPUTS := pyproject.toml constraints.txt $(wildcard setup.py)
+INPUTS := pyproject.toml constraints.txt setup.py $(wildcard src/normlab/kernels/*.c)
 
 .PHONY: run compare test check soak clean
 .DELETE_ON_ERROR:
