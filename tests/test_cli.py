@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from normlab.__main__ import run
+
 SAMPLE = ["--data", "sample", "--threads", "1"]
 TINY = [*SAMPLE, "--epochs", "1", "--batch-size", "90"]
 
@@ -38,8 +40,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_train_ends_with_lines_worth_reading_and_json(trained: Path) -> None:
     lines = (trained / "stdout").read_text(encoding="utf-8").splitlines()
     result = json.loads(lines[-1])
-    run = trained / "runs" / "0001-notebook"
-    assert result == json.loads((run / "result.json").read_text())
+    folder = trained / "runs" / "0001-notebook"
+    assert result == json.loads((folder / "result.json").read_text())
     epoch = r"4/4 - \d+s - loss: \d\.\d{4} - accuracy: 0\.\d{4} - val_loss: .* - val_accuracy: .*"
     assert any(re.fullmatch(epoch, line) for line in lines)
     assert "Epoch 1/1" in lines
@@ -98,18 +100,19 @@ def test_the_printed_commands_work(trained: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_line_with_value_and_remedy(
-    in_tmp: Path, words: list[str], value: str, remedy: str
+    in_tmp: Path, capsys: pytest.CaptureFixture[str], words: list[str], value: str, remedy: str
 ) -> None:
+    """In this process, through the function that the command is: seventeen starts take a minute."""
     (in_tmp / "full").mkdir()
     (in_tmp / "full" / "thesis.tex").touch()
     (in_tmp / "file").touch()
     before = sorted(in_tmp.rglob("*"))
-    done = normlab(*words, cwd=in_tmp)
-    assert done.returncode == 2, (done.stdout, done.stderr)
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert value in done.stderr
-    assert remedy in done.stderr
+    assert run(words) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1
+    assert value in shown.err
+    assert remedy in shown.err
     assert sorted(in_tmp.rglob("*")) == before
 
 
