@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from normlab import kernels
 from normlab.errors import UserError
+from normlab.kernels.memory import keep_freed_memory
 
 
 def cores() -> int:
@@ -60,6 +62,7 @@ def describe(threads: int, device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "compiled_kernels": kernels.available(),
         "cores": cores(),
         "threads": threads,
         "device": str(device),
@@ -83,6 +86,7 @@ def settings(threads: int, device: torch.device) -> Iterator[None]:
     PyTorch's CPU kernels are deterministic at a fixed number of threads as they are; CUDA's have
     to be asked (not measured here: no such device was at hand).
     """
+    keep_freed_memory()
     threads_before = torch.get_num_threads()
     deterministic_before = torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(threads)

@@ -170,7 +170,7 @@ def _differences(run: Run, images: ImageData, now: dict[str, Any]) -> list[str]:
     then = run.environment
     found = [
         f"{key} ({then.get(key)} then, {now[key]} now)"
-        for key in ("torch", "threads", "device", "cpu", "cpu_capability")
+        for key in ("torch", "threads", "device", "cpu", "cpu_capability", "compiled_kernels")
         if then.get(key) != now[key]
     ]
     if images.sha256 != run.task.data_sha256:

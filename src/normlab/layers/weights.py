@@ -31,10 +31,13 @@ def glorot_uniform_(weight: Tensor, rng: "Generator") -> None:
 class Conv2d(nn.Conv2d):
     """3×3 convolution with Glorot-uniform kernel and zero bias."""
 
-    def __init__(self, c_in: int, c_out: int, *, padding: int, rng: "Generator") -> None:
-        super().__init__(c_in, c_out, kernel_size=3, padding=padding)
+    def __init__(
+        self, c_in: int, c_out: int, *, padding: int, rng: "Generator", bias: bool = True
+    ) -> None:
+        super().__init__(c_in, c_out, kernel_size=3, padding=padding, bias=bias)
         glorot_uniform_(self.weight, rng)
-        nn.init.zeros_(self.bias)  # type: ignore[arg-type]
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, I, H, W) → (N, O, H, W), or two pixels less a side without padding."""

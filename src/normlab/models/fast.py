@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, relu
 
 from normlab.errors import UserError
-from normlab.layers import BatchNorm, MaxPool2d, normalizer
-from normlab.layers.weights import glorot_uniform_
+from normlab.layers import BatchNorm, Conv2d, MaxPool2d, normalizer
 from normlab.random import stream
 
 PATCH, STRIDE = 4, 2  # pixels
@@ -80,12 +79,9 @@ class Block(nn.Module):
         self, c_in: int, c_out: int, *, pooled: bool, norm: str, rng: np.random.Generator
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=norm == "none")
-        glorot_uniform_(self.conv.weight, rng)
+        self.conv = Conv2d(c_in, c_out, padding=1, bias=norm == "none", rng=rng)
         with torch.no_grad():
             nn.init.dirac_(self.conv.weight[: min(c_in, c_out)])
-        if self.conv.bias is not None:
-            nn.init.zeros_(self.conv.bias)
         self.pool = MaxPool2d(2) if pooled else nn.Identity()
         self.norm = normalizer(norm, c_out)
         if isinstance(self.norm, BatchNorm):
