@@ -100,8 +100,29 @@ class Pool:
                 yield Parallel(n_jobs=-1, pre_dispatch=width, **how), width
             return
         width = 1 if alone else self.jobs
-        with parallel_config(backend="loky", inner_max_num_threads=self.threads):
+        with (
+            _quiet_tracker(),
+            parallel_config(backend="loky", inner_max_num_threads=self.threads),
+        ):
             yield Parallel(n_jobs=max(2, self.jobs), pre_dispatch=width, **how), width
+
+
+@contextmanager
+def _quiet_tracker() -> Iterator[None]:
+    """Let the process that tidies up after dead workers do so without a warning.
+
+    Python starts it once, with the environment of that moment, and it warns on the terminal, after
+    everything else was said, of each semaphore that a killed worker left behind and it removed.
+    """
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [before, "ignore:resource_tracker"]))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def run_all(
