@@ -124,10 +124,10 @@ def fast79() -> Recipe:
     """The notebook's accuracy in well under a minute on two CPU cores.
 
     Test accuracy 0.7916 ± 0.0022 (standard deviation over seeds; lowest 0.7892), n = 10, one view
-    of each picture, 0.8024 ± 0.0022 with the mirrored view as well; 22.9 s of training (median, 21.2
-    to 27.6), at most 0.9 GiB. All 50,000 images, four epochs, the first 60 % of the steps at 16 × 16
-    pixels. AMD EPYC (Zen 4), 2 cores, AVX-512, 2 threads, compiled kernels, PyTorch 2.13.0, Python
-    3.11.7.
+    of each picture, 0.8024 ± 0.0022 with the mirrored view as well; 22.9 s of training (median,
+    21.2 to 27.6), at most 0.9 GiB. All 50,000 images, four epochs, the first 60 % of the steps at
+    16 × 16 pixels. AMD EPYC (Zen 4), 2 cores, AVX-512, 2 threads, compiled kernels, PyTorch 2.13.0,
+    Python 3.11.7.
 
         python scripts/headline.py fast79 --seeds 10 --threads 2
     """
