@@ -4,6 +4,7 @@ Exit codes: 0; 1 findings, or bad inputs among good ones; 2 a user's mistake; 3 
 130 and 143 for Ctrl-C and SIGTERM.
 """
 
+import errno
 import sys
 
 import click
@@ -34,6 +35,12 @@ def run(arguments: list[str] | None = None) -> int:
         sys.stderr.close()  # the reader has gone; nothing is left to say it to
         return 0
     except OSError as e:
+        if e.errno == errno.ENOSPC:
+            return _fail(
+                "the disk is full: free some space; an unfinished run goes on with "
+                "`normlab train --resume RUN`",
+                2,
+            )
         return _fail(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}", 2)
     except MemoryError:
         return _fail("out of memory: try a smaller --batch-size", 2)
