@@ -26,7 +26,7 @@ from normlab.models import MODELS
 from normlab.optim import make_optimizer
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "tuning.jsonl"
-NETWORK = ("components", "widths")  # of FastNet, not of a recipe
+NETWORK = ("components", "patch", "stride", "widths", "depth")  # of FastNet, not of a recipe
 
 
 def parse(setting: str) -> tuple[str, Any]:
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="name=value")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     changes = dict(map(parse, arguments.settings))
     network = {name: changes.pop(name) for name in NETWORK if name in changes}
     recipe = recipes.get(arguments.recipe).override(**changes, validation=0.1)

@@ -15,16 +15,15 @@ from normlab.__main__ import run as command
 from normlab.errors import UserError
 from normlab.files import read_tensors
 from normlab.models import NotebookNet
-from normlab.recalibration import (
+from normlab.population import (
     Moments,
-    ThreeWayScores,
     normalizers,
     pool,
     population_moments,
     set_statistics,
-    three_way,
     untouched,
 )
+from normlab.recalibration import ThreeWayScores, three_way
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def test_whitened_patches_have_identity_covariance() -> None:
     x = (rough + rough.roll(1, 2) + rough.roll(1, 3) + rough.mean(1, keepdim=True)) / 4
     whitening = Whitening(12)
     whitening.fit(x, eps=0.0)
-    patches = patches_of(x - x.mean((0, 2, 3)).view(3, 1, 1))
+    patches = patches_of(x - x.mean((0, 2, 3)).view(3, 1, 1), 4, 2)
     white = (patches @ whitening.kernel[:12].flatten(1).T).double()
     centred = white - white.mean(0)
     covariance = centred.T @ centred / len(centred)

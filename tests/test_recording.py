@@ -26,6 +26,7 @@ from normlab.fit import Interrupted, Plan, State, fit
 from normlab.layers import BatchNorm, Dropout
 from normlab.models import NotebookNet
 from normlab.optim import make_optimizer
+from normlab.population import untouched
 from normlab.random import stream
 from normlab.recording import MOST_SAMPLES, RECORDING, Recorder, read_recording, sampled_steps
 
@@ -134,7 +135,7 @@ def test_the_model_comes_back_after_an_error() -> None:
     model = Net().eval()
 
     def fail() -> None:
-        with activations.untouched(model):
+        with untouched(model):
             model.train()
             model.norm.running_mean.add_(1)
             raise ZeroDivisionError

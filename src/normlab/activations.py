@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from normlab.errors import NormlabError
 from normlab.layers import NoNorm, moments
+from normlab.population import untouched
 
 PERCENTILES = (15, 50, 85)  # Ioffe and Szegedy (2015), figure 1
 BINS = 64
@@ -27,21 +28,6 @@ DEAD = 1e-6  # of the layer's largest gradient: below it a channel counts as dea
 
 Sample = dict[str, NDArray[np.float32]]
 _NAN = np.full((), np.nan, np.float32)
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Lend the model out: running statistics and train/eval modes come back as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        for module, mode in modes:
-            module.training = mode
 
 
 def observed(model: nn.Module) -> dict[str, nn.Module]:

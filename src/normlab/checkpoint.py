@@ -46,6 +46,7 @@ def save(folder: Path, state: State) -> None:
     """Write a checkpoint; the last good one is kept beside it."""
     tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
     tensors |= {f"best.{k}": v for k, v in state.best_weights.items()}
+    tensors |= {f"average.{k}": v for k, v in state.average.items()}
     for index, values in enumerate(state.optimizer.state.values()):
         tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
     target = folder / CHECKPOINT
@@ -75,18 +76,35 @@ def restore(folder: Path, state: State) -> str | None:
 
 def _restore(path: Path, state: State) -> None:
     tensors, loop = read_tensors(path)
-    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "best": {}}
+    parts: dict[str, dict[str, torch.Tensor]] = {
+        "model": {},
+        "optimizer": {},
+        "best": {},
+        "average": {},
+    }
     for name, tensor in tensors.items():
         part, rest = name.split(".", 1)
         parts[part][rest] = tensor
     state.model.load_state_dict(parts["model"])
     _restore_optimizer(state.optimizer, parts["optimizer"])
     state.best_weights = parts["best"]
+    state.average = _like_parameters(state.model, parts["average"])
     state.step, state.seconds = loop["step"], loop["seconds"]
     state.totals, state.history = Totals(**loop["totals"]), loop["history"]
     state.best_epoch = loop["best_epoch"]
     if state.best_epoch is not None:
         state.best_val_loss = state.history[state.best_epoch - 1]["val_loss"]
+
+
+def _like_parameters(
+    model: torch.nn.Module, average: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Lay averaged weights out as the parameters lie in memory, and in their order."""
+    return {
+        name: torch.empty_like(p).copy_(average[name]).detach()
+        for name, p in model.named_parameters()
+        if name in average
+    }
 
 
 def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, torch.Tensor]) -> None:

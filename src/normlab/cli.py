@@ -63,6 +63,9 @@ JSON = click.option("--json", "as_json", is_flag=True, help="End with one line o
 @click.option(
     "--validation", type=float, help="Share of the training images, the last ones, to hold out."
 )
+@click.option(
+    "--ema", type=float, help="Score and keep averaged weights; their decay a step, such as 0.999."
+)
 @click.option("--patience", type=int, help="Stop after so many epochs without a better val_loss.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder, new or empty.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into the run, too.")

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from normlab.averaging import adopt, averaged, update
 from normlab.data.augment import views_of
-from normlab.data.batches import Batches, Split, batch_bounds, to_input
+from normlab.data.batches import EVALUATION_BATCH, Batches, Split, batch_bounds, to_input
 from normlab.errors import NonFiniteError, NormlabError
 from normlab.optim import SCHEDULES, Optimizer, set_rate
 from normlab.random import stream
 from normlab.recipes import Recipe
-
-EVALUATION_BATCH = 250
 
 
 @dataclass
@@ -63,6 +62,7 @@ class State:
     best_epoch: int | None = None
     best_val_loss: float = float("inf")
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
 
     def loop_state(self) -> dict[str, Any]:
         """The part that is not tensors, as JSON."""
@@ -183,6 +183,8 @@ def score(model: nn.Module, split: Split, device: torch.device) -> tuple[float, 
 def fit(plan: Plan, state: State, device: torch.device, observers: Sequence[Observer] = ()) -> None:
     """Train from where `state` stands to the recipe's end.
 
+    A recipe with `ema` leaves the averaged weights in the model, with statistics of their own.
+
     Raises:
         NonFiniteError: naming epoch and step, and what to try.
         Interrupted: SIGINT or SIGTERM came; observers have seen the last step.
@@ -217,18 +219,22 @@ def fit(plan: Plan, state: State, device: torch.device, observers: Sequence[Obse
                 ) from None
             state.totals.add(loss, correct, len(labels))
             state.step = step + 1
+            if recipe.ema:
+                update(state.average, state.model, recipe.ema, state.step)
             state.seconds = time.perf_counter() - started
             if batch + 1 == len(bounds):
-                _finish_epoch(state, epoch, plan.validation, device)
+                _finish_epoch(plan, state, epoch, device)
                 state.seconds = time.perf_counter() - started
                 state.history[-1]["seconds"] = state.seconds
             for observer in observers:
                 observer.after_step(state, epoch, batch + 1, len(bounds))
             if interrupted:
                 raise Interrupted(interrupted[0])
+    if state.average:
+        adopt(state.model, state.average, train.images)
 
 
-def _finish_epoch(state: State, epoch: int, validation: Split, device: torch.device) -> None:
+def _finish_epoch(plan: Plan, state: State, epoch: int, device: torch.device) -> None:
     """Score the validation images, note the epoch, keep the weights if they are the best so far."""
     row: dict[str, Any] = {
         "epoch": epoch + 1,
@@ -238,11 +244,12 @@ def _finish_epoch(state: State, epoch: int, validation: Split, device: torch.dev
         "val_loss": None,
         "val_accuracy": None,
     }
-    if len(validation):
-        row["val_loss"], row["val_accuracy"] = score(state.model, validation, device)
-        if row["val_loss"] < state.best_val_loss:
-            state.best_val_loss, state.best_epoch = row["val_loss"], epoch + 1
-            state.best_weights = {k: v.clone() for k, v in state.model.state_dict().items()}
+    if len(plan.validation):
+        with averaged(state.model, state.average, plan.train.images):
+            row["val_loss"], row["val_accuracy"] = score(state.model, plan.validation, device)
+            if row["val_loss"] < state.best_val_loss:
+                state.best_val_loss, state.best_epoch = row["val_loss"], epoch + 1
+                state.best_weights = {k: v.clone() for k, v in state.model.state_dict().items()}
     state.history.append(row)
     state.totals = Totals()
 

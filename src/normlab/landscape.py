@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from normlab.activations import untouched
 from normlab.data import ImageData
 from normlab.data.batches import Split, to_input
 from normlab.environment import settings
 from normlab.errors import UserError
 from normlab.fit import Plan, State, fit
+from normlab.population import untouched
 from normlab.random import stream
 from normlab.runs import Task
 from normlab.training import make_plan, new_state

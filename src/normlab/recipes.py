@@ -28,6 +28,10 @@ class Recipe:
         flip: mirror half of the training images, the other half in the next epoch.
         shift: move training images by up to so many pixels.
         half_size: share of the steps, the first ones, at half the images' height and width.
+        ema: decay a step of averaged weights, such as 0.999; these are scored and kept, with
+            population statistics; 0 for none.
+        norm_position: of the normaliser, `before` or `after` the activation; None for where the
+            network was designed to have it.
         validation: share of the training images, the last ones, held out; 0 for none.
         patience: stop after so many epochs without a lower validation loss; None for never.
 
@@ -48,6 +52,8 @@ class Recipe:
     flip: bool = False
     shift: int = 0
     half_size: float = 0.0
+    ema: float = 0.0
+    norm_position: str | None = None
     validation: float = 0.1
     patience: int | None = None
 
@@ -73,6 +79,13 @@ class Recipe:
         )
         _check(0 <= self.shift <= 8, "shift", self.shift, "choose 0 to 8 pixels")
         _check(0 <= self.half_size <= 1, "half_size", self.half_size, "choose a share in [0, 1]")
+        _check(0 <= self.ema < 1, "ema", self.ema, "choose a decay in [0, 1), such as 0.999")
+        _check(
+            self.norm_position in (None, "before", "after"),
+            "norm_position",
+            self.norm_position,
+            "choose before or after (the activation)",
+        )
         _check(0 <= self.validation < 1, "validation", self.validation, "choose a share in [0, 1)")
         if self.patience is not None:
             _check(self.patience >= 1, "patience", self.patience, "choose 1 or more")

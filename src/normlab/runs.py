@@ -59,6 +59,7 @@ class Task:
             num_classes=len(self.class_names),
             image_size=self.image_size,
             norm=self.recipe.norm,
+            norm_position=self.recipe.norm_position,
             seed=self.seed,
         )
 

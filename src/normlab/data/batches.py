@@ -12,6 +12,8 @@ from normlab.errors import UserError
 from normlab.random import stream
 from normlab.recipes import Recipe
 
+EVALUATION_BATCH = 250  # images at a time where nothing is learnt
+
 
 @dataclass(frozen=True)
 class Split:

@@ -12,7 +12,7 @@ from normlab.diagnosis.modules import Samples, from_module, from_run
 from normlab.diagnosis.patient import FACTS, Batches, Patient
 from normlab.diagnosis.rules import RULES
 from normlab.errors import DataError, UserError
-from normlab.recalibration import evenly
+from normlab.population import evenly
 from normlab.runs import Run, open_run
 
 

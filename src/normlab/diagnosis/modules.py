@@ -16,15 +16,15 @@ from normlab.data.batches import batch_bounds, split_validation
 from normlab.diagnosis.patient import Batches, Node, Normalizer, Patient
 from normlab.errors import DataError
 from normlab.layers import BatchNorm, Dropout
-from normlab.recalibration import (
+from normlab.population import (
     Images,
     Moments,
     evenly,
     normalizers,
     population_moments,
-    three_way,
     untouched,
 )
+from normlab.recalibration import three_way
 from normlab.runs import Run
 
 

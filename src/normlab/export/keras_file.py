@@ -45,6 +45,10 @@ def certified(
             f"network {type(model).__name__} cannot be written as Keras, only NotebookNet can: "
             "use --format onnx"
         )
+    if model.norm_first:
+        raise UserError(
+            "norm_position=before cannot be written as Keras, only after can: use --format onnx"
+        )
     norm, size, names = run.task.recipe.norm, run.task.image_size, run.task.class_names
     config, weights = _config(norm, size, len(names)), _weights(model, norm, size, len(names))
     metadata: dict[str, Any] = {"keras_version": KERAS_VERSION, "class_names": names}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normlab.errors import UserError
 from normlab.layers import BatchNorm
 from normlab.models import FastNet, NotebookNet
-from normlab.models.fast import LOGIT_SCALE, PATCH, STRIDE
+from normlab.models.fast import LOGIT_SCALE, Block
 
 Array = NDArray[np.float64]
 
@@ -121,43 +121,43 @@ def _notebook(model: NotebookNet, image_size: int) -> list[Step]:
     first = _norm("batch_normalization", model.batch_normalization)
     hidden_norm = _norm("batch_normalization_3", model.batch_normalization_3)
     hidden = _dense("hidden", model.hidden)
+
+    def activate(norm: list[Norm]) -> list[Step]:
+        return [*norm, Relu()] if model.norm_first else [Relu(), *norm]
+
     return [
         _of_pixels(*first),
         _conv("conv1", model.conv1),
-        Relu(),
-        *_norm("batch_normalization_1", model.batch_normalization_1),
+        *activate(_norm("batch_normalization_1", model.batch_normalization_1)),
         _conv("conv2", model.conv2),
         MaxPool(),
-        Relu(),
-        *_norm("batch_normalization_2", model.batch_normalization_2),
+        *activate(_norm("batch_normalization_2", model.batch_normalization_2)),
         _conv("conv3", model.conv3),
         MaxPool(),
-        Relu(),
         Flatten(),
-        *(_reordered(norm, order) for norm in hidden_norm),
+        *activate([_reordered(norm, order) for norm in hidden_norm]),
         replace(hidden, kernel=hidden.kernel[:, order]),
-        Relu(),
-        *_norm("batch_normalization_4", model.batch_normalization_4),
+        *activate(_norm("batch_normalization_4", model.batch_normalization_4)),
         _dense("output", model.output),
     ]
 
 
 def _fast(model: FastNet) -> list[Step]:
-    mean, ones = _array(model.whitening.mean), np.ones(3)
-    kernel = _array(model.whitening.kernel)
+    whitening = model.whitening
+    mean, ones = _array(whitening.mean), np.ones(3)
+    kernel = _array(whitening.kernel)
     steps: list[Step] = [
         _of_pixels(Norm("whitening.mean", mean, ones, ones, np.zeros(3))),
-        Conv("whitening", kernel, np.zeros(len(kernel)), (PATCH - STRIDE) // 2, STRIDE),
+        Conv("whitening", kernel, np.zeros(len(kernel)), whitening.padding, whitening.stride),
         Relu(),
     ]
     for i, block in enumerate(model.blocks):
-        pooled = not isinstance(block.pool, nn.Identity)
-        steps += [
-            _conv(f"blocks.{i}.conv", block.conv),  # type: ignore[arg-type]
-            *([MaxPool()] if pooled else []),
-            *_norm(f"blocks.{i}.norm", block.norm),  # type: ignore[arg-type]
-            Relu(),
-        ]
+        assert isinstance(block, Block)
+        norm = _norm(f"blocks.{i}.norm", block.norm)
+        steps.append(_conv(f"blocks.{i}.conv", block.conv))
+        if isinstance(block.pool, nn.MaxPool2d):
+            steps.append(MaxPool())
+        steps += [Relu(), *norm] if block.norm_last else [*norm, Relu()]
     output = _array(model.output.weight) * LOGIT_SCALE
     return [*steps, GlobalMax(), Dense("output", output, np.zeros(len(output)))]
 

@@ -17,7 +17,6 @@ from normlab.errors import UserError
 from normlab.layers import BatchNorm, Conv2d, MaxPool2d, normalizer
 from normlab.random import stream
 
-PATCH, STRIDE = 4, 2  # pixels
 STATISTICS_IMAGES = 1_000
 # Maxima are large; without this the first logits are, too, and the first steps go to waste.
 LOGIT_SCALE = 1 / 3
@@ -26,57 +25,68 @@ RUNNING_MOMENTUM = 0.6
 
 
 class Whitening(nn.Module):
-    """Uncorrelated features of 4 × 4 patches and their negatives, after ReLU.
+    """Uncorrelated features of patches and their negatives, after ReLU.
 
     The filters are the leading eigenvectors e of the covariance of the patches, divided by the
     standard deviation along them: e/√(λ + ε). Nothing here is trained.
 
     Args:
         components: eigenvectors; the output has twice as many channels.
+        patch: height and width of a patch in pixels.
+        stride: pixels from one patch to the next; `patch` − `stride` is even.
     """
 
     mean: Tensor
     kernel: Tensor
 
-    def __init__(self, components: int) -> None:
+    def __init__(self, components: int, patch: int = 4, stride: int = 2) -> None:
         super().__init__()
-        self.components = components
+        self.components, self.patch, self.stride = components, patch, stride
+        self.padding = (patch - stride) // 2
         self.register_buffer("mean", torch.zeros(3))
-        self.register_buffer("kernel", torch.zeros(2 * components, 3, PATCH, PATCH))
+        self.register_buffer("kernel", torch.zeros(2 * components, 3, patch, patch))
 
     @torch.no_grad()
     def fit(self, x: Tensor, eps: float = 3e-5) -> None:
         """Compute mean and filters from pixels `x` (N, 3, H, W) in [0, 1]."""
         self.mean.copy_(x.mean((0, 2, 3)))
-        patches = patches_of(x - self.mean.view(3, 1, 1)).double()  # (patches, 48)
+        centred = x - self.mean.view(3, 1, 1)
+        patches = patches_of(centred, self.patch, self.stride).double()  # (patches, 3·patch²)
         centred = patches - patches.mean(0)
         variances, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))  # ascending
-        leading = vectors.flip(1)[:, : self.components]  # (48, components)
+        leading = vectors.flip(1)[:, : self.components]  # (3·patch², components)
         scale = (variances.flip(0)[: self.components].clamp_min(0) + eps).rsqrt()
-        kernel = (leading * scale).T.reshape(-1, 3, PATCH, PATCH)
+        kernel = (leading * scale).T.reshape(-1, 3, self.patch, self.patch)
         self.kernel.copy_(torch.cat([kernel, -kernel]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) → (N, 2·components, H/2, W/2)."""
+        """(N, 3, H, W) → (N, 2·components, H/stride, W/stride)."""
         centred = x - self.mean.view(3, 1, 1)
-        return conv2d(centred, self.kernel, stride=STRIDE, padding=(PATCH - STRIDE) // 2).relu_()
+        return conv2d(centred, self.kernel, stride=self.stride, padding=self.padding).relu_()
 
 
-def patches_of(x: Tensor) -> Tensor:
-    """Patches of `x` (N, 3, H, W) that lie wholly inside, as rows (patches, 3·4·4)."""
-    windows = x.unfold(2, PATCH, STRIDE).unfold(3, PATCH, STRIDE)
+def patches_of(x: Tensor, patch: int, stride: int) -> Tensor:
+    """Patches of `x` (N, 3, H, W) that lie wholly inside, as rows (patches, 3·patch²)."""
+    windows = x.unfold(2, patch, stride).unfold(3, patch, stride)
     return windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
 
 
 class Block(nn.Module):
-    """3 × 3 convolution, pooling if asked for, normaliser, ReLU.
+    """3 × 3 convolution, pooling if asked for, normaliser, ReLU; or ReLU, then normaliser.
 
     The first filters start as the identity of the block's input, the others Glorot-uniform. With a
     normaliser the convolution has no bias: the normaliser's β is one.
     """
 
     def __init__(
-        self, c_in: int, c_out: int, *, pooled: bool, norm: str, rng: np.random.Generator
+        self,
+        c_in: int,
+        c_out: int,
+        *,
+        pooled: bool,
+        norm: str,
+        norm_position: str | None,
+        rng: np.random.Generator,
     ) -> None:
         super().__init__()
         self.conv = Conv2d(c_in, c_out, padding=1, bias=norm == "none", rng=rng)
@@ -86,10 +96,13 @@ class Block(nn.Module):
         self.norm = normalizer(norm, c_out)
         if isinstance(self.norm, BatchNorm):
             self.norm.momentum = RUNNING_MOMENTUM
+        self.norm_last = norm_position == "after"
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) → (N, C_out, H, W), or half of H and W when pooled."""
-        return relu(self.norm(self.pool(self.conv(x))))
+        h = self.pool(self.conv(x))
+        y: Tensor = self.norm(relu(h)) if self.norm_last else relu(self.norm(h))
+        return y
 
 
 class FastNet(nn.Module):
@@ -103,9 +116,11 @@ class FastNet(nn.Module):
         num_classes: K.
         image_size: H = W, at least 16.
         norm: a name in `normlab.layers.NORMS`.
+        norm_position: of each block's, `before` the ReLU, as if None, or `after` it.
         seed: of the initial values.
-        components: of the whitening.
+        components, patch, stride: of the whitening.
         widths: channels of the blocks.
+        depth: convolutions of each width; pooling follows the first one of each but the last.
     """
 
     def __init__(
@@ -114,20 +129,29 @@ class FastNet(nn.Module):
         num_classes: int = 10,
         image_size: int = 32,
         norm: str = "batch",
+        norm_position: str | None = None,
         seed: int = 0,
         components: int = 16,
-        widths: tuple[int, int, int] = (32, 64, 128),
+        patch: int = 4,
+        stride: int = 2,
+        widths: tuple[int, ...] = (32, 64, 128),
+        depth: int = 1,
     ) -> None:
         super().__init__()
         if image_size < 16:
             raise UserError(f"image size {image_size}: this network needs at least 16 × 16 pixels")
-        self.whitening = Whitening(components)
+        self.whitening = Whitening(components, patch, stride)
         c_in = 2 * components
         blocks = []
         for i, c_out in enumerate(widths, 1):
-            rng = stream(seed, "init", f"block{i}")
-            blocks.append(Block(c_in, c_out, pooled=i < len(widths), norm=norm, rng=rng))
-            c_in = c_out
+            for j in range(depth):
+                rng = stream(seed, "init", f"block{i}" + f".{j}" * (j > 0))
+                pooled = j == 0 and i < len(widths)
+                block = Block(
+                    *(c_in, c_out), pooled=pooled, norm=norm, norm_position=norm_position, rng=rng
+                )
+                blocks.append(block)
+                c_in = c_out
         self.blocks = nn.Sequential(*blocks)
         self.output = nn.Linear(c_in, num_classes, bias=False)
         limit = c_in**-0.5

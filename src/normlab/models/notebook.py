@@ -28,17 +28,26 @@ class NotebookNet(nn.Module):
     Args:
         num_classes: K.
         image_size: H = W, at least 8.
-        norm: `batch` or `none`.
+        norm: a name in `normlab.layers.NORMS`.
+        norm_position: `after` ReLU, pooling and dropout, right before the next layer with weights,
+            as if None; or `before`: after pooling, before ReLU and dropout. The input's stays.
         seed: of the initial values.
     """
 
     def __init__(
-        self, *, num_classes: int = 10, image_size: int = 32, norm: str = "batch", seed: int = 0
+        self,
+        *,
+        num_classes: int = 10,
+        image_size: int = 32,
+        norm: str = "batch",
+        norm_position: str | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if image_size < 8:
             raise UserError(f"image size {image_size}: this network needs at least 8 × 8 pixels")
         side = (image_size - 2) // 2 // 2
+        self.norm_first = norm_position == "before"
 
         def rng(layer: str) -> np.random.Generator:
             return stream(seed, "init", layer)
@@ -64,12 +73,25 @@ class NotebookNet(nn.Module):
         """Logits (N, K) of pixels (N, 3, H, W) in [0, 1]; `rng` draws the dropout masks."""
         x = x.contiguous(memory_format=torch.channels_last)  # convolutions and kernels like it so
         h = norm_conv(x, self.batch_normalization, self.conv1)  # (N, 32, 30, 30)
-        h = relu_dropout_norm(h, self.dropout, self.batch_normalization_1, rng)
+        h = self.activate(h, self.dropout, self.batch_normalization_1, rng)
         h = self.pool1(self.conv2(h))  # (N, 32, 15, 15)
-        h = relu_dropout_norm(h, None, self.batch_normalization_2)
+        h = self.activate(h, None, self.batch_normalization_2)
         h = self.flatten(self.pool2(self.conv3(h)))  # (N, 3136)
-        h = relu_dropout_norm(h, self.dropout_1, self.batch_normalization_3, rng)
+        h = self.activate(h, self.dropout_1, self.batch_normalization_3, rng)
         h = self.hidden(h)  # (N, 512)
-        h = relu_dropout_norm(h, self.dropout_2, self.batch_normalization_4, rng)
+        h = self.activate(h, self.dropout_2, self.batch_normalization_4, rng)
         logits: Tensor = self.output(h)  # (N, K)
         return logits
+
+    def activate(
+        self,
+        h: Tensor,
+        dropout: Dropout | None,
+        norm: nn.Module,
+        rng: np.random.Generator | None = None,
+    ) -> Tensor:
+        """ReLU, dropout and normaliser in the order that `norm_position` asks for."""
+        if self.norm_first:
+            h = torch.relu(norm(h))
+            return h if dropout is None else dropout(h, rng)
+        return relu_dropout_norm(h, dropout, norm, rng)

@@ -23,18 +23,26 @@ class SigmoidNet(nn.Module):
     Args:
         num_classes: K.
         image_size: H = W, at least 28.
-        norm: `batch` or `none`.
+        norm: a name in `normlab.layers.NORMS`.
+        norm_position: of the normalisers, `before` the sigmoid, as if None, or `after` it.
         seed: of the initial values.
     """
 
     luma: Tensor
 
     def __init__(
-        self, *, num_classes: int = 10, image_size: int = 28, norm: str = "batch", seed: int = 0
+        self,
+        *,
+        num_classes: int = 10,
+        image_size: int = 28,
+        norm: str = "batch",
+        norm_position: str | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if image_size < SIDE:
             raise UserError(f"image size {image_size}: this network needs at least 28 × 28 pixels")
+        self.norm_last = norm_position == "after"
         self.margin = (image_size - SIDE) // 2
         self.register_buffer("luma", torch.tensor(LUMA).view(1, 3, 1, 1), persistent=False)
         width = SIDE * SIDE
@@ -50,7 +58,8 @@ class SigmoidNet(nn.Module):
         h = (x[:, :, a:b, a:b] * self.luma).sum(1).flatten(1)  # (N, 784)
         for i in range(1, HIDDEN + 1):
             dense, norm = self.get_submodule(f"dense{i}"), self.get_submodule(f"norm{i}")
-            h = torch.sigmoid(norm(dense(h)))  # (N, 100)
+            h = dense(h)  # (N, 100)
+            h = norm(torch.sigmoid(h)) if self.norm_last else torch.sigmoid(norm(h))
         logits: Tensor = self.output(h)  # (N, K)
         return logits
 

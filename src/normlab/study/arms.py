@@ -108,10 +108,10 @@ def parse_value(key: str, text: str, where: str) -> Any:
     if key not in known:
         raise UserError(f"{where}: unknown setting {key!r}: choose from {', '.join(known)}")
     kinds = get_args(hints[key]) if isinstance(hints[key], UnionType) else (hints[key],)
+    if type(None) in kinds and text == "none":
+        return None
     for kind in kinds:
         try:
-            if kind is type(None) and text == "none":
-                return None
             if kind is bool and text in ("true", "false"):
                 return text == "true"
             if kind in (int, float, str):

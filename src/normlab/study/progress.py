@@ -57,16 +57,17 @@ class _Reporter:
         if self.study is not None:
             design = self.study.design
             print(
-                f"{design.recipe.name}: {', '.join(design.arm_names)}; {design.seeds} seeds from "
-                f"{design.first_seed}, {self.total} runs, {self.before} done; "
-                f"into {self.study.path}",
+                f"{design.recipe.name}: {', '.join(design.arm_names)}; "
+                f"{counted(design.seeds, 'seed')} from {design.first_seed}, "
+                f"{counted(self.total, 'run')}, {self.before} done; into {self.study.path}",
                 flush=True,
             )
             enough = enough_pairs(len(design.contrasts), design.look)
             if design.seeds < enough:
                 print(
-                    f"{design.seeds} pairs cannot decide {len(design.contrasts)} contrast(s) on "
-                    f"look {design.look}: {enough} or more can",
+                    f"{counted(design.seeds, 'pair')} cannot decide "
+                    f"{counted(len(design.contrasts), 'contrast')} on look {design.look}: "
+                    f"{enough} or more can",
                     flush=True,
                 )
         if self.bar is not None:
@@ -140,3 +141,11 @@ def _bar(console: Console) -> RichProgress:
     columns: list[Any] = [TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=None)]
     columns.append(TextColumn("{task.fields[note]}"))
     return RichProgress(*columns, console=console, transient=True, redirect_stdout=True)
+
+
+def counted(n: int, noun: str) -> str:
+    """
+    >>> counted(1, "pair"), counted(6, "pair")
+    ('1 pair', '6 pairs')
+    """
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -95,10 +95,12 @@ def closing_lines(study: Study) -> list[str]:
     width = max(map(len, study.design.arm_names))
     for s in study.summaries:
         sd = "" if s["test_accuracy_sd"] is None else f" ± {100 * s['test_accuracy_sd']:.2f}"
-        milliseconds = "" if s["step_seconds"] is None else f", {1000 * s['step_seconds']:.1f} ms"
+        milliseconds = (
+            "" if s["step_seconds"] is None else f", {1000 * s['step_seconds']:.1f} ms a step"
+        )
         lines.append(
             f"  {s['name']:<{width}}  {percent(s['test_accuracy'])}{sd} (mean ± sd of {s['n']} "
-            f"runs){milliseconds} a step, {s['diverged']} diverged"
+            f"{'run' if s['n'] == 1 else 'runs'}){milliseconds}, {s['diverged']} diverged"
         )
     lines += [f"Tuned: {line}" for line in tuned_lines(study.design)]
     lines += [f"Limit: {limit}" for limit in study.limits]
