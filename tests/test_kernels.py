@@ -270,3 +270,8 @@ def test_one_openmp_runtime_serves_both() -> None:
     output = run(program, PYTHONPATH=str(Path(normlab.__file__).parents[1]))
     assert output.startswith("True True")
     assert len(set(re.findall(r"/\S*/lib(?:gomp|iomp|omp)\S*", output))) == 1
+
+
+def test_a_library_with_other_signatures_is_not_used() -> None:
+    program = "from normlab import kernels; kernels.INTERFACE += 1; print(kernels.available())"
+    assert run(program, PYTHONPATH=str(Path(normlab.__file__).parents[1])).split() == ["False"]

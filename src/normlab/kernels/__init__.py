@@ -13,15 +13,16 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+INTERFACE = 2  # as in kernels.c: raised there and here whenever a signature changes
 
 _off = threading.local()
 
@@ -37,7 +38,7 @@ _SIGNATURES = {
     "normlab_forward": [
         *[*[_POINTER] * 3, ctypes.c_int32, _FLOAT],  # x, z, draws, threshold, scale
         *[_POINTER, _POINTER, _FLOAT, *_SHAPE],  # weight, bias, eps
-        *[_POINTER, _POINTER, _DOUBLE, _DOUBLE],  # running mean and variance, keep, correction
+        *[_POINTER, _POINTER, _DOUBLE, _DOUBLE, _POINTER],  # running statistics, see `Running`
         *[_POINTER, _POINTER, _POINTER, _INT],  # mean, variance, y
     ],
     "normlab_normalize": [*[_POINTER] * 5, _FLOAT, *_SHAPE, _POINTER, _INT],
@@ -50,6 +51,14 @@ _SIGNATURES = {
 
 
 @cache
+def _kernel(name: str) -> Any:
+    library = _library()
+    if library is None:
+        raise ValueError(f"no kernels here for {name}: ask `layout` first")
+    return getattr(library, f"normlab_{name}")
+
+
+@cache
 def _library() -> ctypes.CDLL | None:
     """Load the variant for this processor, or None where none was built or it does not load."""
     variant = torch.backends.cpu.get_cpu_capability().lower()
@@ -58,6 +67,8 @@ def _library() -> ctypes.CDLL | None:
     for path in sorted(Path(__file__).parent.glob(f"_{variant}.*")):
         try:
             library = ctypes.CDLL(str(path))
+            if library.normlab_interface() != INTERFACE:
+                continue
             for name, argtypes in _SIGNATURES.items():
                 getattr(library, name).argtypes = argtypes
         except (OSError, AttributeError):  # another platform's file, or an older build's
@@ -88,9 +99,8 @@ def layout(x: Tensor) -> tuple[int, int, int] | None:
     """
     if (
         type(x) is not Tensor
-        or x.dtype != torch.float32
-        or x.device.type != "cpu"
-        or x.numel() == 0
+        or x.dtype is not torch.float32
+        or not x.is_cpu
         or not available()
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
         or torch.compiler.is_compiling()
@@ -100,12 +110,13 @@ def layout(x: Tensor) -> tuple[int, int, int] | None:
 
 
 def _arrangement(x: Tensor) -> tuple[int, int, int] | None:
-    channels = x.shape[1]
-    if x.movedim(1, -1).is_contiguous():
-        return x.numel() // channels, channels, 1
-    if x.is_contiguous():
-        return x.shape[0], channels, x.numel() // (x.shape[0] * channels)
-    return None
+    size, channels = x.numel(), x.shape[1]
+    if not size:
+        return None
+    pixels = size // (len(x) * channels)
+    if (pixels == 1 and x.is_contiguous()) or x.movedim(1, -1).is_contiguous():
+        return size // channels, channels, 1
+    return (len(x), channels, pixels) if x.is_contiguous() else None
 
 
 def like(g: Tensor, x: Tensor) -> Tensor:
@@ -113,14 +124,14 @@ def like(g: Tensor, x: Tensor) -> Tensor:
     return g if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
 
 
-@dataclass(frozen=True)
-class Running:
+class Running(NamedTuple):
     """Running statistics (C,) and how a batch moves them: running ← keep·running + …"""
 
     mean: Tensor
     var: Tensor
     keep: float
     correction: float  # what the biased variance is multiplied by
+    batches: Tensor  # int64, how many have moved them
 
 
 def batch_norm(
@@ -173,7 +184,7 @@ def relu_dropout_batch_norm(
         "forward",
         h,
         z,
-        draws,
+        None if draws is None else draws.ctypes.data,
         threshold,
         scale,
         *_affine(z, weight, bias, eps),
@@ -191,8 +202,8 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -
 
 def _moved(running: Running | None) -> tuple[Any, ...]:
     if running is None:
-        return None, None, 0.0, 1.0
-    return running.mean, running.var, running.keep, running.correction
+        return None, None, 0.0, 1.0, None
+    return running
 
 
 def normalize(
@@ -289,15 +300,6 @@ def _shape(x: Tensor) -> tuple[int, int, int]:
 
 
 def _call(name: str, *arguments: object) -> None:
-    library = _library()
-    if library is None:
-        raise ValueError(f"no kernels here for {name}: ask `layout` first")
-    values = [_pointer(a) for a in arguments]
-    if getattr(library, f"normlab_{name}")(*values, torch.get_num_threads()):
+    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    if _kernel(name)(*values, torch.get_num_threads()):
         raise MemoryError(f"normlab_{name}")
-
-
-def _pointer(argument: object) -> object:
-    if isinstance(argument, Tensor):
-        return argument.data_ptr()
-    return argument.ctypes.data if isinstance(argument, np.ndarray) else argument

@@ -321,6 +321,9 @@ int normlab_normalize(const float *x, const float *mean, const float *var, const
     return 0;
 }
 
+/* Which signatures these are: a library of another number, from an older build, is not used. */
+int normlab_interface(void) { return 2; }
+
 /* Batch normalisation in training, of x, N x C x S, into y:
  *     mean, var = moments of x, var biased
  *     y = weight*(x - mean)/sqrt(var + eps) + bias
@@ -330,7 +333,7 @@ int normlab_normalize(const float *x, const float *mean, const float *var, const
 int normlab_forward(float *x, const float *z, const uint16_t *draws, int32_t threshold, float scale,
                     const float *weight, const float *bias, float eps, i64 N, i64 C, i64 S,
                     float *running_mean, float *running_var, double keep, double correction,
-                    float *mean, float *var, float *y, int threads) {
+                    i64 *batches, float *mean, float *var, float *y, int threads) {
     source_t s = {.x = x, .z = z, .draws = draws, .threshold = threshold, .scale = scale};
     double *m = malloc(2 * C * sizeof(double));
     if (!m) return -1;
@@ -342,6 +345,7 @@ int normlab_forward(float *x, const float *z, const uint16_t *draws, int32_t thr
         running_mean[c] += (float)((1 - keep) * ((double)mean[c] - running_mean[c]));
         running_var[c] += (float)((1 - keep) * (var[c] * correction - running_var[c]));
     }
+    if (!failed && batches) ++*batches;
     free(m);
     return failed ? -1 : normlab_normalize(x, mean, var, weight, bias, eps, N, C, S, y, threads);
 }

@@ -242,7 +242,7 @@ class BatchNorm(nn.Module):
 
     def compiled(self, x: Tensor) -> bool:
         """Whether the compiled kernels take `x` and this layer's state."""
-        return kernels.layout(x) is not None and self.running_mean.dtype == torch.float32
+        return kernels.layout(x) is not None and self.running_mean.dtype is torch.float32
 
     def _normalize_running(self, x: Tensor) -> Tensor:
         fast = self.compiled(x) and not torch.is_grad_enabled()
@@ -252,8 +252,10 @@ class BatchNorm(nn.Module):
     def running(self, count: int) -> kernels.Running:
         """How a batch of `count` values a channel moves the running statistics."""
         correction = count / (count - 1) if self.convention.unbiased_running_var else 1.0
-        self.num_batches_tracked.add_(1)
-        return kernels.Running(self.running_mean, self.running_var, self.old_weight, correction)
+        return kernels.Running(
+            *(self.running_mean, self.running_var, self.old_weight, correction),
+            batches=self.num_batches_tracked,
+        )
 
     @torch.no_grad()
     def track(self, mean: Tensor, var: Tensor, count: int) -> None:
@@ -262,6 +264,7 @@ class BatchNorm(nn.Module):
         var = var * running.correction
         running.mean.lerp_(mean.to(running.mean.dtype), 1 - running.keep)
         running.var.lerp_(var.to(running.var.dtype), 1 - running.keep)
+        running.batches.add_(1)
 
     def check(self, x: Tensor) -> None:
         """Raise `UserError` unless `x` is what `forward` takes now."""
