@@ -20,7 +20,7 @@ run: $(VENV)/.installed
 	@NORMLAB_INSTALL_SECONDS=$$(cat $(VENV)/.installed) $(BIN)/normlab train $(ARGS)
 
 compare: $(VENV)/.installed
-	$(BIN)/normlab compare --arms batch,none --seeds 6 --epochs 2 $(ARGS)
+	$(BIN)/normlab compare --arms batch,none --seeds 6 $(ARGS)
 
 test: $(VENV)/.tested
 	$(BIN)/python -m pytest -n 2 -m "not soak" $(ARGS)

@@ -26,7 +26,7 @@ from normlab.models import MODELS
 from normlab.optim import make_optimizer
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "tuning.jsonl"
-NETWORK = ("components", "patch", "stride", "widths", "depth")  # of FastNet, not of a recipe
+NETWORK = ("components", "widths")  # of FastNet, not of a recipe
 
 
 def parse(setting: str) -> tuple[str, Any]:

@@ -195,7 +195,20 @@ def triangle(done: float, start: float = 0.2, peak: float = 0.23, end: float = 0
     return end + (1 - end) * (1 - done) / (1 - peak)
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "triangle": triangle}
+def to_zero(done: float) -> float:
+    """Share of the learning rate: as `triangle`, but down to 0.
+
+    >>> [round(to_zero(t), 3) for t in (0, 0.115, 0.23, 0.615, 1)]
+    [0.2, 0.6, 1.0, 0.5, 0.0]
+    """
+    return triangle(done, end=0.0)
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": constant,
+    "triangle": triangle,
+    "to_zero": to_zero,
+}
 
 
 def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> Optimizer:

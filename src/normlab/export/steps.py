@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normlab.errors import UserError
 from normlab.layers import BatchNorm
 from normlab.models import FastNet, NotebookNet
-from normlab.models.fast import LOGIT_SCALE, Block
+from normlab.models.fast import LOGIT_SCALE, PATCH, Block
 
 Array = NDArray[np.float64]
 
@@ -143,12 +143,11 @@ def _notebook(model: NotebookNet, image_size: int) -> list[Step]:
 
 
 def _fast(model: FastNet) -> list[Step]:
-    whitening = model.whitening
-    mean, ones = _array(whitening.mean), np.ones(3)
-    kernel = _array(whitening.kernel)
+    mean, ones = _array(model.whitening.mean), np.ones(3)
+    kernel = _array(model.whitening.kernel)
     steps: list[Step] = [
         _of_pixels(Norm("whitening.mean", mean, ones, ones, np.zeros(3))),
-        Conv("whitening", kernel, np.zeros(len(kernel)), whitening.padding, whitening.stride),
+        Conv("whitening", kernel, np.zeros(len(kernel)), PATCH // 2),
         Relu(),
     ]
     for i, block in enumerate(model.blocks):

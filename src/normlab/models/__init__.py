@@ -1,6 +1,7 @@
 """Networks by name."""
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from normlab.models.summary import Summary, summarize
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "notebook": NotebookNet,
     "fast": FastNet,
+    "fast-wide": partial(FastNet, widths=(32, 64, 128, 256)),
     "sigmoid": SigmoidNet,
 }
 

@@ -1,8 +1,8 @@
-"""A network built for the clock: most of its time goes into three convolutions on small maps.
+"""A network built for the clock: few channels where maps are large, many where they are small.
 
-Pixels are whitened in patches of 4 × 4 by a convolution that is computed from the training images
-and never trained, so no gradient is ever needed at full resolution. Pooling comes before the
-normaliser and ReLU, which then touch a quarter of the values.
+Pixels are whitened in patches of 3 × 3 by a convolution that is computed from the training images
+and never trained, so no gradient is ever needed with respect to pixels or to whitened patches.
+Pooling comes before the normaliser and ReLU, which then touch a quarter of the values.
 
 Whitening and identity filters follow airbench (Jordan 2024, arXiv 2404.00498, sections 3.1 to 3.2).
 """
@@ -17,6 +17,7 @@ from normlab.errors import UserError
 from normlab.layers import BatchNorm, Conv2d, MaxPool2d, normalizer
 from normlab.random import stream
 
+PATCH = 3  # pixels, high and wide
 STATISTICS_IMAGES = 1_000
 # Maxima are large; without this the first logits are, too, and the first steps go to waste.
 LOGIT_SCALE = 1 / 3
@@ -32,42 +33,37 @@ class Whitening(nn.Module):
 
     Args:
         components: eigenvectors; the output has twice as many channels.
-        patch: height and width of a patch in pixels.
-        stride: pixels from one patch to the next; `patch` − `stride` is even.
     """
 
     mean: Tensor
     kernel: Tensor
 
-    def __init__(self, components: int, patch: int = 4, stride: int = 2) -> None:
+    def __init__(self, components: int) -> None:
         super().__init__()
-        self.components, self.patch, self.stride = components, patch, stride
-        self.padding = (patch - stride) // 2
+        self.components = components
         self.register_buffer("mean", torch.zeros(3))
-        self.register_buffer("kernel", torch.zeros(2 * components, 3, patch, patch))
+        self.register_buffer("kernel", torch.zeros(2 * components, 3, PATCH, PATCH))
 
     @torch.no_grad()
     def fit(self, x: Tensor, eps: float = 3e-5) -> None:
         """Compute mean and filters from pixels `x` (N, 3, H, W) in [0, 1]."""
         self.mean.copy_(x.mean((0, 2, 3)))
-        centred = x - self.mean.view(3, 1, 1)
-        patches = patches_of(centred, self.patch, self.stride).double()  # (patches, 3·patch²)
+        patches = patches_of(x - self.mean.view(3, 1, 1)).double()  # (patches, 27)
         centred = patches - patches.mean(0)
         variances, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))  # ascending
-        leading = vectors.flip(1)[:, : self.components]  # (3·patch², components)
+        leading = vectors.flip(1)[:, : self.components]  # (27, components)
         scale = (variances.flip(0)[: self.components].clamp_min(0) + eps).rsqrt()
-        kernel = (leading * scale).T.reshape(-1, 3, self.patch, self.patch)
+        kernel = (leading * scale).T.reshape(-1, 3, PATCH, PATCH)
         self.kernel.copy_(torch.cat([kernel, -kernel]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) → (N, 2·components, H/stride, W/stride)."""
-        centred = x - self.mean.view(3, 1, 1)
-        return conv2d(centred, self.kernel, stride=self.stride, padding=self.padding).relu_()
+        """(N, 3, H, W) → (N, 2·components, H, W)."""
+        return conv2d(x - self.mean.view(3, 1, 1), self.kernel, padding=PATCH // 2).relu_()
 
 
-def patches_of(x: Tensor, patch: int, stride: int) -> Tensor:
-    """Patches of `x` (N, 3, H, W) that lie wholly inside, as rows (patches, 3·patch²)."""
-    windows = x.unfold(2, patch, stride).unfold(3, patch, stride)
+def patches_of(x: Tensor) -> Tensor:
+    """Patches of `x` (N, 3, H, W) that lie wholly inside, as rows (patches, 27)."""
+    windows = x.unfold(2, PATCH, 1).unfold(3, PATCH, 1)
     return windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
 
 
@@ -106,7 +102,7 @@ class Block(nn.Module):
 
 
 class FastNet(nn.Module):
-    """Whitened patches, three blocks, the maximum over all positions, a linear layer.
+    """Whitened patches, four blocks, the maximum over all positions, a linear layer.
 
     Every layer's initial values come from a stream named after the layer, so networks with
     different `norm` start with the same kernels. Any image size from 16 pixels on will do, and a
@@ -118,9 +114,8 @@ class FastNet(nn.Module):
         norm: a name in `normlab.layers.NORMS`.
         norm_position: of each block's, `before` the ReLU, as if None, or `after` it.
         seed: of the initial values.
-        components, patch, stride: of the whitening.
+        components: of the whitening.
         widths: channels of the blocks.
-        depth: convolutions of each width; pooling follows the first one of each but the last.
     """
 
     def __init__(
@@ -131,27 +126,23 @@ class FastNet(nn.Module):
         norm: str = "batch",
         norm_position: str | None = None,
         seed: int = 0,
-        components: int = 16,
-        patch: int = 4,
-        stride: int = 2,
-        widths: tuple[int, ...] = (32, 64, 128),
-        depth: int = 1,
+        components: int = 12,
+        widths: tuple[int, ...] = (16, 64, 128, 128),
     ) -> None:
         super().__init__()
         if image_size < 16:
             raise UserError(f"image size {image_size}: this network needs at least 16 × 16 pixels")
-        self.whitening = Whitening(components, patch, stride)
+        self.whitening = Whitening(components)
         c_in = 2 * components
         blocks = []
         for i, c_out in enumerate(widths, 1):
-            for j in range(depth):
-                rng = stream(seed, "init", f"block{i}" + f".{j}" * (j > 0))
-                pooled = j == 0 and i < len(widths)
-                block = Block(
-                    *(c_in, c_out), pooled=pooled, norm=norm, norm_position=norm_position, rng=rng
-                )
-                blocks.append(block)
-                c_in = c_out
+            rng = stream(seed, "init", f"block{i}")
+            pooled = i < len(widths)
+            block = Block(
+                *(c_in, c_out), pooled=pooled, norm=norm, norm_position=norm_position, rng=rng
+            )
+            blocks.append(block)
+            c_in = c_out
         self.blocks = nn.Sequential(*blocks)
         self.output = nn.Linear(c_in, num_classes, bias=False)
         limit = c_in**-0.5
@@ -167,7 +158,7 @@ class FastNet(nn.Module):
 
     def forward(self, x: Tensor, rng: np.random.Generator | None = None) -> Tensor:
         """Logits (N, K) of pixels (N, 3, H, W) in [0, 1]; `rng` is not used: no dropout here."""
-        h = self.whitening(x.contiguous(memory_format=torch.channels_last))  # (N, 32, 16, 16)
+        h = self.whitening(x.contiguous(memory_format=torch.channels_last))  # (N, 24, 32, 32)
         h = self.blocks(h)  # (N, 128, 4, 4)
         logits: Tensor = self.output(h.amax((2, 3))) * LOGIT_SCALE  # (N, K)
         return logits
