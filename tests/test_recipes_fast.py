@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import normlab
 from normlab.data.augment import Augmentation, halve, mirror, shift, views_of
@@ -13,6 +14,7 @@ from normlab.fit import Interrupted, Plan, State, train_step
 from normlab.models import FastNet
 from normlab.models.fast import Whitening, patches_of
 from normlab.optim import Muon, make_optimizer, orthogonalize, set_rate, triangle
+from normlab.plots import plot_curve
 from normlab.random import stream
 from normlab.recipes import fast79, notebook
 
@@ -231,3 +233,18 @@ def test_bad_settings_are_refused_by_name() -> None:
     ):
         with pytest.raises(normlab.UserError, match=next(iter(bad))):
             notebook().override(**bad)
+
+
+def test_few_epochs_are_noted_part_by_part(in_tmp: Path) -> None:
+    run = normlab.train("fast79", data="sample", threads=1, epochs=2, batch_size=10)
+    for row in run.history:
+        shares, losses, accuracies = np.array(row["parts"]).T
+        np.testing.assert_allclose(shares, np.arange(1, 21) / 20)
+        np.testing.assert_allclose(losses.mean(), row["loss"])  # parts of 20 images each
+        np.testing.assert_allclose(accuracies.mean(), row["accuracy"])
+    line = plot_curve(Figure().subplots(), run.history, "loss").lines[0]
+    assert list(line.get_xdata()) == [
+        e + p[0] for e, r in enumerate(run.history) for p in r["parts"]
+    ]
+    many = normlab.train("fast79", data="sample", threads=1, epochs=5, batch_size=100)
+    assert "parts" not in many.history[0]

@@ -91,6 +91,7 @@ def _restore(path: Path, state: State) -> None:
     state.average = _like_parameters(state.model, parts["average"])
     state.step, state.seconds = loop["step"], loop["seconds"]
     state.totals, state.history = Totals(**loop["totals"]), loop["history"]
+    state.part, state.parts = Totals(**loop["part"]), loop["parts"]
     state.best_epoch = loop["best_epoch"]
     if state.best_epoch is not None:
         state.best_val_loss = state.history[state.best_epoch - 1]["val_loss"]

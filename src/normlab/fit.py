@@ -23,6 +23,8 @@ from normlab.optim import SCHEDULES, Optimizer, set_rate
 from normlab.random import stream
 from normlab.recipes import Recipe
 
+FEW_EPOCHS, PARTS = 4, 20  # in a training of so few epochs, so many parts of each are noted
+
 
 @dataclass
 class Totals:
@@ -58,6 +60,10 @@ class State:
     step: int = 0
     seconds: float = 0.0
     totals: Totals = field(default_factory=Totals)
+    part: Totals = field(default_factory=Totals)
+    parts: list[list[float]] = field(
+        default_factory=list
+    )  # of the epoch: share done, loss, accuracy
     history: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int | None = None
     best_val_loss: float = float("inf")
@@ -70,6 +76,8 @@ class State:
             "step": self.step,
             "seconds": self.seconds,
             "totals": asdict(self.totals),
+            "part": asdict(self.part),
+            "parts": self.parts,
             "history": self.history,
             "best_epoch": self.best_epoch,
         }
@@ -218,6 +226,8 @@ def fit(plan: Plan, state: State, device: torch.device, observers: Sequence[Obse
                     f"try a lower --learning-rate than {recipe.learning_rate:g}"
                 ) from None
             state.totals.add(loss, correct, len(labels))
+            if recipe.epochs <= FEW_EPOCHS:
+                _note_part(state, loss, correct, len(labels), batch, len(bounds))
             state.step = step + 1
             if recipe.ema:
                 update(state.average, state.model, recipe.ema, state.step)
@@ -232,6 +242,16 @@ def fit(plan: Plan, state: State, device: torch.device, observers: Sequence[Obse
                 raise Interrupted(interrupted[0])
     if state.average:
         adopt(state.model, state.average, train.images)
+
+
+def _note_part(
+    state: State, loss: float, correct: int, images: int, batch: int, batches: int
+) -> None:
+    state.part.add(loss, correct, images)
+    if (batch + 1) * PARTS // batches > batch * PARTS // batches:
+        done = (batch + 1) / batches
+        state.parts.append([done, state.part.mean_loss, state.part.accuracy])
+        state.part = Totals()
 
 
 def _finish_epoch(plan: Plan, state: State, epoch: int, device: torch.device) -> None:
@@ -250,8 +270,10 @@ def _finish_epoch(plan: Plan, state: State, epoch: int, device: torch.device) ->
             if row["val_loss"] < state.best_val_loss:
                 state.best_val_loss, state.best_epoch = row["val_loss"], epoch + 1
                 state.best_weights = {k: v.clone() for k, v in state.model.state_dict().items()}
+    if state.parts:
+        row["parts"] = state.parts
     state.history.append(row)
-    state.totals = Totals()
+    state.totals, state.part, state.parts = Totals(), Totals(), []
 
 
 def _out_of_patience(recipe: Recipe, state: State) -> bool:

@@ -27,16 +27,26 @@ def png(fig: Figure) -> bytes:
 
 
 def plot_curve(ax: Axes, history: list[dict[str, Any]], key: str) -> Axes:
-    """Draw `loss` or `accuracy` over the epochs, in training and on the validation images."""
+    """Draw `loss` or `accuracy` over the epochs, in training and on the validation images.
+
+    Where an epoch's parts were noted, training is drawn part by part.
+    """
     epochs = [row["epoch"] for row in history]
     marker = "o" if len(epochs) < 30 else ""
-    ax.plot(epochs, [r[key] for r in history], color=TRAIN, marker=marker, ms=3, label="training")
+    noted = bool(history) and all("parts" in row for row in history)
+    if noted:
+        column = ("loss", "accuracy").index(key) + 1
+        x = [row["epoch"] - 1 + part[0] for row in history for part in row["parts"]]
+        y = [part[column] for row in history for part in row["parts"]]
+    else:
+        x, y = epochs, [row[key] for row in history]
+    ax.plot(x, y, color=TRAIN, marker=marker, ms=3, label="training")
     validation = [row[f"val_{key}"] for row in history]
     if validation and validation[0] is not None:
         ax.plot(epochs, validation, color=VALIDATION, marker=marker, ms=3, label="validation")
     ax.set(xlabel="epoch", ylabel=key)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlim(0.5, max(epochs, default=1) + 0.5)
+    ax.set_xlim(0 if noted else 0.5, max(epochs, default=1) + (0.02 if noted else 0.5))
     ax.grid(alpha=0.25)
     ax.legend(frameon=False)
     return ax

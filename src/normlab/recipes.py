@@ -23,7 +23,7 @@ class Recipe:
         optimizer: `adam`, `sgd`, or `muon`, which is for convolutions (see `normlab.optim`).
         learning_rate: of the optimiser; with `muon`, of the convolutions' kernels.
         sgd_rate: with `muon`, the learning rate of dense weights; biases have eight times that.
-        schedule: of the learning rate, `constant`, `triangle` or `to_zero`, a name in `optim.SCHEDULES`.
+        schedule: of the learning rate, `constant`, `triangle` or `to_zero`; see `optim.SCHEDULES`.
         label_smoothing: share of the target that is spread evenly over all classes.
         flip: mirror half of the training images, the other half in the next epoch.
         shift: move training images by up to so many pixels.
