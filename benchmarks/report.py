@@ -1,0 +1,3 @@
+import json
+def keep(result, out, root):
+    out.write_text(json.dumps(result, indent=1))
