@@ -105,9 +105,9 @@ def batches(images: Images, batch: int) -> Iterable[Images]:
 def serve(pipe: Connection, module: str, maker: str, options: Options) -> None:
     """Build the contestant and do what the pipe asks for, to the end of the process."""
     try:
-        contestant: Contestant = getattr(
-            import_module(f"benchmarks.peers.{module}"), maker
-        )(options)
+        contestant: Contestant = getattr(import_module(f"benchmarks.peers.{module}"), maker)(
+            options
+        )
         pipe.send(_introduction(contestant))
         while (order := pipe.recv()) is not None:
             pipe.send(_obey(contestant, *order))

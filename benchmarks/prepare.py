@@ -42,7 +42,7 @@ def settle(model: nn.Module, images: np.ndarray) -> None:
     """
     rng = torch.Generator().manual_seed(0)
     for module in model.modules():
-        if isinstance(module, BatchNorm):
+        if isinstance(module, BatchNorm) and module.weight is not None and module.bias is not None:
             nn.init.uniform_(module.weight, 0.5, 1.5, generator=rng)
             nn.init.normal_(module.bias, std=0.2, generator=rng)
             module.momentum = 0.0  # the old value's weight

@@ -114,4 +114,3 @@ def main() -> int:
 
     keep(result, args.out, ROOT)
     return 0
-

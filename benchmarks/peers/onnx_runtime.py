@@ -68,9 +68,7 @@ def _batch_norm(target: onnx.GraphProto, norm: Norm, source: str) -> onnx.NodePr
         )
     names = [source, *(f"{norm.name}.{key}" for key in arrays)]
     # σ² holds its ε already.
-    return helper.make_node(
-        "BatchNormalization", names, [norm.name], name=norm.name, epsilon=0.0
-    )
+    return helper.make_node("BatchNormalization", names, [norm.name], name=norm.name, epsilon=0.0)
 
 
 def predict(options: Options) -> Contestant:

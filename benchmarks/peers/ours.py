@@ -1,7 +1,7 @@
 """normlab's networks, under the settings that `normlab train` makes.
 
 What `layers` of an entry says: `normlab`; `no kernels`, the same without what is compiled when the
-package is installed; `stock`, PyTorch's own layers in the network of `fast79` (see `stock_layers.py`).
+package is installed; `stock`, PyTorch's own layers in the network of `fast79`.
 """
 
 from collections.abc import Callable
@@ -106,7 +106,7 @@ def validation(options: Options) -> Contestant:
     return Contestant({"": Case(run, len(held_out))}, answer_with(model, options), about)
 
 
-def answer_with(model: nn.Module, options: Options) -> Callable[[Images], Probabilities]:
+def answer_with(model: nn.Module, options: Options) -> Callable[..., Probabilities]:
     def answer(images: Images, batch: int = 256) -> Probabilities:
         model.eval()
         with torch.inference_mode(), allowed_kernels(options):
