@@ -1,5 +1,6 @@
 """What all peers start from: images, weights and the answers that belong to them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def prepare(folder: Path, data: str, threads: int) -> dict[str, Any]:
             np.savez(folder / f"{name}.npz", **state)
             answers = predict_logits(model, images.x_test[:CHECKED]).softmax(1)
             np.save(folder / f"{name}-answers.npy", answers.numpy())
-        return {**describe(threads, device), "data": images.name}
+        # Plain values: PyTorch's version is of a class that would bring PyTorch into the parent.
+        values: dict[str, Any] = json.loads(json.dumps(describe(threads, device)))
+        return {**values, "data": images.name}
 
 
 def settle(model: nn.Module, images: np.ndarray) -> None:

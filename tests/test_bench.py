@@ -21,7 +21,6 @@ from benchmarks.pictures import draw_accuracy_time, draw_speeds, save
 from benchmarks.prepare import prepare, settle
 from benchmarks.rounds import BenchError, Entry, Group, measure
 from normlab.data import load
-from normlab.layers import BatchNorm
 from normlab.models import FastNet, NotebookNet
 
 ROOT = Path(__file__).parents[1]
