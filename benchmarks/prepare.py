@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.networks import build
 from normlab.data import load
 from normlab.environment import describe, settings
 from normlab.fit import predict_logits
 from normlab.layers import BatchNorm
-from normlab.models import FastNet, NotebookNet
+from normlab.models import FastNet
 from normlab.random import stream
 
 CHECKED = 64  # images
@@ -25,9 +26,10 @@ def prepare(folder: Path, data: str, threads: int) -> dict[str, Any]:
         images = load(data)
         for name in ("x_train", "y_train", "x_test", "y_test"):
             np.save(folder / f"{name}.npy", getattr(images, name))
-        fast = FastNet()
-        fast.fit_to(images.x_train)
-        for name, model in (("notebook", NotebookNet()), ("fast79", fast)):
+        for name in ("notebook", "fast79"):
+            model = build(name)
+            if isinstance(model, FastNet):
+                model.fit_to(images.x_train)
             settle(model, images.x_train[:250])
             state = {k: v.numpy() for k, v in model.state_dict().items()}
             np.savez(folder / f"{name}.npz", **state)

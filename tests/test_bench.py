@@ -163,11 +163,9 @@ def test_the_notebooks_time_is_its_steps_and_its_validation(result: dict[str, An
     samples["Keras (validation)"] = [{"seconds": 2.0}, {"seconds": 1.0}]  # all 5,000
     whole = summary.notebook(result, groups.KERAS, 25)
     assert whole == pytest.approx([25 * (45_000 / 640 + 2), 25 * (45_000 / 800 + 1)])
-    together = np.prod([summary.spread(v).low for v in summary.factors(result).values()])
     ratio = summary.over(whole, summary.fast79(result, groups.OURS))
     factors = np.prod(list(summary.factors(result).values()), axis=0)
     assert factors == pytest.approx(ratio)
-    assert together <= min(ratio)
 
 
 def test_the_report_goes_between_the_marks(result: dict[str, Any], tmp_path: Path) -> None:
@@ -199,9 +197,7 @@ def test_a_quick_run_leaves_the_docs_alone(
     assert "### Time to accuracy" in capsys.readouterr().out
 
 
-def test_no_words_overlap_in_the_picture_of_accuracy(
-    result: dict[str, Any], tmp_path: Path
-) -> None:
+def test_no_words_overlap_in_the_pictures(result: dict[str, Any], tmp_path: Path) -> None:
     for fig in (draw_accuracy_time(result, ROOT / "docs" / "results"), draw_speeds(result)):
         save(fig, tmp_path / "picture")
         boxes = [

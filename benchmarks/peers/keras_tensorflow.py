@@ -15,10 +15,14 @@ import queue
 import threading
 from typing import Any
 
-import keras
 import numpy as np
-import tensorflow as tf
-from keras import layers
+
+from benchmarks.quiet import no_stderr
+
+with no_stderr():  # TensorFlow tells of its defaults before it can be asked not to
+    import keras
+    import tensorflow as tf
+    from keras import layers
 
 from benchmarks.contestant import (
     Case,

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-import torch
 from onnx import helper, numpy_helper
 
 from benchmarks.contestant import (
@@ -21,25 +20,22 @@ from benchmarks.contestant import (
     batches,
     inference_cases,
 )
+from benchmarks.networks import CLASSES, SIZE, build_prepared
 from normlab.export.folding import fold
 from normlab.export.onnx_graph import build
 from normlab.export.steps import Chain, Norm, chain_of
-from normlab.models import MODELS
 
 
 def graph(options: Options, *, folded: bool) -> onnx.ModelProto:
     """The graph of the entry's network with the prepared weights."""
-    network = options.extra["network"]
-    model = MODELS["fast" if network == "fast79" else network]()
-    weights = options.weights(network)
-    model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
-    chain = chain_of(model.eval(), 32)
-    return build(fold(chain), 10) if folded else with_batch_norms(chain)
+    model = build_prepared(options, options.extra["network"]).eval()
+    chain = chain_of(model, SIZE)
+    return build(fold(chain), CLASSES) if folded else with_batch_norms(chain)
 
 
 def with_batch_norms(chain: Chain) -> onnx.ModelProto:
     """The graph of `chain` with one node a normaliser, where `build` writes three."""
-    model = build(chain, 10)
+    model = build(chain, CLASSES)
     norms = {step.name: step for step in chain.steps if isinstance(step, Norm)}
     nodes: list[onnx.NodeProto] = []
     inputs: dict[str, str] = {}

@@ -20,6 +20,7 @@ from benchmarks.contestant import (
     batches,
     inference_cases,
 )
+from benchmarks.networks import build_prepared
 from benchmarks.peers.plain_pytorch import use_threads
 from benchmarks.peers.stock_layers import stock
 from normlab import kernels, recipes
@@ -27,7 +28,6 @@ from normlab.data import ImageData, load
 from normlab.data.batches import Batches, split_validation, to_input
 from normlab.fit import score, train_step
 from normlab.kernels.memory import keep_freed_memory
-from normlab.models import MODELS
 from normlab.optim import make_optimizer
 from normlab.random import stream
 from normlab.recipes import Recipe
@@ -41,9 +41,7 @@ def start(options: Options, network: str) -> tuple[nn.Module, dict[str, Any]]:
     """The network with the prepared weights, and what to tell of it."""
     about = use_threads(options.threads)
     keep_freed_memory()
-    model = MODELS["fast" if network == "fast79" else network]()
-    weights = options.weights(network)
-    model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
+    model = build_prepared(options, network)
     if options.extra["layers"] == "stock":
         model = stock(model)
     with allowed_kernels(options):
