@@ -36,7 +36,8 @@ class Options:
 
     def array(self, name: str) -> NDArray[Any]:
         """Read a prepared array; its pages come from the disk when they are used."""
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        array: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        return array
 
     def weights(self, network: str) -> dict[str, NDArray[Any]]:
         """Read prepared weights, under normlab's names."""

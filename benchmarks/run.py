@@ -1,6 +1,7 @@
 """Run the benchmark, keep its samples, render its tables and pictures."""
 
 import argparse
+import json
 import multiprocessing
 import os
 import shlex
@@ -20,43 +21,36 @@ ROOT = Path(__file__).parents[1]
 QUIET_LOAD = 0.3  # a core
 
 
+PARTS = ("training", "accuracy", "layers", "inference", "start-up")
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds: under five minutes")
-    parser.add_argument("--threads", type=int, default=None, help="of every peer (default: cores)")
+    parser.add_argument("--threads", type=int, default=cores(), help="of every peer (all cores)")
     parser.add_argument("--data", default="cifar10", help="`sample` to try the benchmark itself")
-    parser.add_argument("--out", type=Path, help="the JSON (default: in docs/results)")
-    parser.add_argument("--only", help="one part: training, accuracy, layers, inference, start-up")
-    return parser.parse_args()
+    parser.add_argument("--out", type=Path, help="the JSON (in docs/results); leaves docs alone")
+    parser.add_argument("--only", choices=PARTS, help="one part; accuracy needs training as well")
+    parser.add_argument(
+        "--render", action="store_true", help="measure nothing: docs/results/bench.json into docs"
+    )
+    args = parser.parse_args()
+    if not 1 <= args.threads <= cores():
+        parser.error(f"--threads {args.threads}: choose from 1 to {cores()}, this machine's cores")
+    return args
 
 
-def run(args: argparse.Namespace, threads: int, folder: Path) -> dict[str, Any]:
-    """Measure every group; the result as it is kept."""
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Measure what is asked for; the result as it is kept."""
     started, load = time.time(), os.getloadavg()[0]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        machine = pool.submit(_prepare, folder, args.data, threads).result()
-    options = Options(folder, threads, {})
-    results: dict[str, Any] = {}
-
-    def wanted(part: str) -> bool:
-        return args.only in (None, part)
-
-    def add(group: Group) -> None:
-        print(f"{time.time() - started:5.0f} s  {group.key}", file=sys.stderr, flush=True)
-        results[group.key] = measure(group, options)
-
-    if wanted("training") or wanted("accuracy"):
-        for batch in groups.BATCHES:
-            add(groups.training(batch, args.data, args.quick))
-    if wanted("accuracy"):
-        faster = groups.faster_layout(results["training-32"])
-        add(groups.accuracy(faster, args.data, args.quick))
-    if wanted("layers"):
-        add(groups.layers(args.quick))
-    if wanted("inference"):
-        for network in ("notebook", "fast79"):
-            add(groups.inference(network, args.quick))
+        machine = pool.submit(_prepare, folder, args.data, args.threads).result()
     result = {
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
         "commit": _commit(),
@@ -65,13 +59,37 @@ def run(args: argparse.Namespace, threads: int, folder: Path) -> dict[str, Any]:
         "load_at_start": load,
         "quiet": load <= QUIET_LOAD * machine["cores"],
         "machine": machine,
-        "groups": results,
+        "groups": measure_groups(args, Options(folder, args.threads, {})),
     }
-    if wanted("start-up"):
+    if args.only in (None, "start-up"):
         from benchmarks.start_up import measure_start_up
 
-        result["start_up"] = measure_start_up(args.data, threads, 2 if args.quick else 7)
+        rounds = 2 if args.quick else 7
+        result["start_up"] = measure_start_up(args.data, args.threads, rounds)
     return {**result, "seconds": time.time() - started}
+
+
+def measure_groups(args: argparse.Namespace, options: Options) -> dict[str, Any]:
+    """What `rounds.measure` returns, by the group's key."""
+    results: dict[str, Any] = {}
+    started = time.time()
+
+    def add(group: Group) -> None:
+        print(f"{time.time() - started:5.0f} s  {group.key}", file=sys.stderr, flush=True)
+        results[group.key] = measure(group, options)
+
+    if args.only in (None, "training", "accuracy"):
+        for batch in groups.BATCHES:
+            add(groups.training(batch, args.data, args.quick))
+    if args.only in (None, "accuracy"):
+        faster = groups.faster_layout(results["training-32"])
+        add(groups.accuracy(faster, args.data, args.quick))
+    if args.only in (None, "layers"):
+        add(groups.layers(args.quick))
+    if args.only in (None, "inference"):
+        for network in ("notebook", "fast79"):
+            add(groups.inference(network, args.quick))
+    return results
 
 
 def _prepare(folder: Path, data: str, threads: int) -> dict[str, Any]:
@@ -100,17 +118,19 @@ def _commit() -> str | None:
 
 def main() -> int:
     args = parse()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = args.threads or cores or 1
+    from benchmarks.report import keep, write_docs
+
+    if args.render:
+        kept = ROOT / "docs" / "results" / "bench.json"
+        write_docs(json.loads(kept.read_text(encoding="utf-8")), ROOT)
+        return 0
     # Every peer's OpenMP; set before any process of theirs begins.
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
     with tempfile.TemporaryDirectory(prefix="normlab-bench-") as scratch:
         try:
-            result = run(args, threads, Path(scratch))
+            result = run(args, Path(scratch))
         except BenchError as e:
             print(f"benchmarks: {e}", file=sys.stderr)
-            return 2
-    from benchmarks.report import keep
-
+            return 1
     keep(result, args.out, ROOT)
     return 0
