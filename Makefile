@@ -3,17 +3,21 @@
 #   make test    the whole test suite
 #   make check   format, lint, strict types, import direction
 #   make compare six pairs of batch against none, with a verdict
+#   make bench   normlab beside Keras, PyTorch and ONNX Runtime; QUICK=1 takes under five minutes
 #   make soak    longer tests
 #
 # TORCH_INDEX=URL installs PyTorch from another package index (for its CPU build, see README.md).
 
 PYTHON ?= python3
 VENV ?= .venv
+BENCH ?= .venv-bench
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+INSTALL := -m pip install --disable-pip-version-check --quiet --constraint
+PIP := $(BIN)/python $(INSTALL) constraints.txt
+BENCH_PIP := $(BENCH)/bin/python $(INSTALL) $(BENCH)/constraints.txt
 INPUTS := pyproject.toml constraints.txt setup.py $(wildcard src/normlab/kernels/*.c)
 
-.PHONY: run compare test check soak clean
+.PHONY: run compare bench test check soak clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
@@ -21,6 +25,10 @@ run: $(VENV)/.installed
 
 compare: $(VENV)/.installed
 	$(BIN)/normlab compare --arms batch,none --seeds 6 $(ARGS)
+
+bench: $(BENCH)/.installed
+	@echo "The environment took $$(cat $(BENCH)/.installed) s to install, when it was."
+	$(BENCH)/bin/python -m benchmarks $(if $(QUICK),--quick) $(ARGS)
 
 test: $(VENV)/.tested
 	$(BIN)/python -m pytest -n 2 -m "not soak" $(ARGS)
@@ -35,7 +43,7 @@ soak: $(VENV)/.tested
 	$(BIN)/python -m pytest -m soak --timeout 1200 $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -57,3 +65,14 @@ $(VENV)/.tested: $(VENV)/.installed
 $(VENV)/.checked: $(VENV)/.tested
 	$(PIP) --editable '.[dev]'
 	@touch $@
+
+# An environment of its own: TensorFlow wants another h5py than the tests have. Of two constraints
+# on a package, the benchmark's counts.
+$(BENCH)/.installed: $(INPUTS) benchmarks/constraints.txt
+	@echo "Installing into $(BENCH): what $(VENV) has, and TensorFlow, about 250 MB more to fetch."
+	@start=$$(date +%s) && \
+	$(PYTHON) -m venv $(BENCH) && \
+	awk -F== '!seen[$$1]++' benchmarks/constraints.txt constraints.txt >$(BENCH)/constraints.txt && \
+	$(BENCH_PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)" && \
+	$(BENCH_PIP) --editable '.[bench]' && \
+	echo $$(( $$(date +%s) - start )) > $@

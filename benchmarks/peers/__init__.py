@@ -1,0 +1,1 @@
+"""Everything that is timed: one module a peer, one function a contestant."""

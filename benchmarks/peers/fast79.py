@@ -1,0 +1,63 @@
+"""`fast79` from data to score: with normlab's layers, without its kernels, and on stock layers.
+
+Stock layers are PyTorch's own convolution, normalisation and pooling in the same network. Recipe,
+schedule, optimiser, data and settings stay normlab's, kept memory and channels-last included, so
+that the difference is the layers alone.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.contestant import Case, Contestant, Notes, Options
+from benchmarks.peers.ours import CPU, allowed_kernels, answer_with, make_task, start
+from benchmarks.peers.stock_layers import stock
+from normlab import recipes
+from normlab.checkpoint import Keeper
+from normlab.fit import fit, predict_logits
+from normlab.optim import make_optimizer
+from normlab.recipes import Recipe
+from normlab.training import make_plan, new_state
+
+
+def training(options: Options) -> Contestant:
+    """Whole trainings, each from a new seed, and their scores on the test images.
+
+    `seconds` are those that a run calls `train_seconds`: the network made, its whitening computed,
+    trained to the last step with checkpoints on the way; without imports and the one scoring at the
+    end. With a `share` of the epochs less than 1, they are scaled up, and there is no score.
+    """
+    model, about = start(options, "fast79")
+    share, seed = options.extra.get("share", 1.0), 0
+
+    def run(repeats: int) -> Notes:
+        nonlocal seed
+        recipe = recipes.fast79()
+        epochs = max(1, round(recipe.epochs * share))
+        with allowed_kernels(options):
+            notes = _train(options, recipe.override(epochs=epochs), seed)
+        seed += 1
+        if epochs < recipe.epochs:
+            scaled = notes["seconds"] * recipe.epochs / epochs
+            return {"seconds": scaled, "epochs": epochs, "seed": notes["seed"]}
+        return notes
+
+    n = len(options.array("x_train"))
+    return Contestant({"": Case(run, n, whole=True)}, answer_with(model, options), about)
+
+
+def _train(options: Options, recipe: Recipe, seed: int) -> Notes:
+    task, images = make_task(options, recipe, seed)
+    plan = make_plan(task, images, options.threads)
+    started = time.perf_counter()
+    state = new_state(task, images, CPU)
+    if options.extra["layers"] == "stock":
+        state.model = stock(state.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        state.optimizer = make_optimizer(recipe, state.model)
+    state.seconds = time.perf_counter() - started
+    with tempfile.TemporaryDirectory() as scratch:
+        fit(plan, state, CPU, [Keeper(Path(scratch), saved_at=state.seconds)])
+    right = predict_logits(state.model, images.x_test).argmax(1).numpy() == images.y_test
+    return {"seconds": state.seconds, "seed": seed, "test_accuracy": float(right.mean())}
