@@ -46,9 +46,7 @@ def accuracy(faster: str, data: str, quick: bool) -> Group:
         Entry(OURS + VALIDATE, "ours:validation", ours),
     ]
     for layers in ("stock", "no kernels", "normlab"):
-        extra: dict[str, Any] = {"data": data, "layers": layers}
-        if quick and layers != "normlab":
-            extra["share"] = 0.25
+        extra = {"data": data, "layers": layers}
         name = STOCK if layers == "stock" else PURE if layers == "no kernels" else OURS
         entries.append(Entry(FAST + name, "fast79:training", extra, "fast79"))
     return Group("accuracy", entries, *((1, 1) if quick else (3, 5)))

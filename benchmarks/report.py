@@ -125,7 +125,7 @@ def time_to_accuracy(result: Result) -> str:
     ours, rows = fast79(result, groups.OURS), []
     for layers in (groups.OURS, groups.PURE, groups.STOCK):
         name, scores = groups.FAST + layers, accuracies(result, layers)
-        score = f"{statistics.mean(scores):.4f}" if scores else "– (from one epoch)"
+        score = f"{statistics.mean(scores):.4f}"
         memory = f"{peak(result, 'accuracy', name):,}"
         took = fast79(result, layers)
         factor = "" if layers == groups.OURS else times(spread(over(took, ours)), 2)

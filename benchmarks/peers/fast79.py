@@ -27,21 +27,16 @@ def training(options: Options) -> Contestant:
 
     `seconds` are those that a run calls `train_seconds`: the network made, its whitening computed,
     trained to the last step with checkpoints on the way; without imports and the one scoring at the
-    end. With a `share` of the epochs less than 1, they are scaled up, and there is no score.
+    end.
     """
     model, about = start(options, "fast79")
-    share, seed = options.extra.get("share", 1.0), 0
+    seed = 0
 
     def run(repeats: int) -> Notes:
         nonlocal seed
-        recipe = recipes.fast79()
-        epochs = max(1, round(recipe.epochs * share))
         with allowed_kernels(options):
-            notes = _train(options, recipe.override(epochs=epochs), seed)
+            notes = _train(options, recipes.fast79(), seed)
         seed += 1
-        if epochs < recipe.epochs:
-            scaled = notes["seconds"] * recipe.epochs / epochs
-            return {"seconds": scaled, "epochs": epochs, "seed": notes["seed"]}
         return notes
 
     n = len(options.array("x_train"))
