@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import normlab
+from normlab.__main__ import run as command
 from normlab.data import ImageData, load
 from normlab.errors import UserError
 from normlab.fit import Plan, State
@@ -383,3 +386,37 @@ def test_a_scheduler_that_does_not_answer_is_named(tiny: Path, in_tmp: Path) -> 
     pytest.importorskip("distributed", reason="needs the extra `cluster`")
     with pytest.raises(UserError, match=r"scheduler 'tcp://127\.0\.0\.1:9' does not answer"):
         normlab.compare("notebook", data=tiny, out="s", scheduler="tcp://127.0.0.1:9", **TINY)
+
+
+def test_a_study_on_own_pictures(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        Path("pets", label).mkdir(parents=True)
+        for i in range(12):
+            pixels = rng.integers(0, 256, (20, 24, 3), np.uint8)
+            Image.fromarray(pixels).save(f"pets/{label}/{i}.png")
+    Path("pets/cat/broken.png").write_bytes(b"no picture")
+    words = [
+        "compare",
+        "fast79",
+        "--seeds",
+        "1",
+        "--data",
+        "pets",
+        "--image-size",
+        "16",
+        "--jobs",
+        "1",
+        "--out",
+        "s",
+    ]
+    assert command(words) == 2
+    assert "broken.png" in capsys.readouterr().err
+    assert command([*words, "--skip-bad"]) == 0
+    again = capsys.readouterr().out.split("Again: normlab ")[1].strip()
+    assert "--image-size 16 --skip-bad" in again
+    assert command(shlex.split(again)) == 0
+    assert "Verdict: " in capsys.readouterr().out
+    wrong = ["compare", "fast79", "--data", "sample", "--image-size", "16", "--out", "t"]
+    assert command(wrong) == 2
+    assert "image_size=16: sample has 32 pixels a side" in capsys.readouterr().err

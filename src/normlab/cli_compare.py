@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 )
 @click.option("--checks", type=int, help="At least so many checks of validation a run; 10.")
 @click.option("--data", metavar="DATA", help="As for `normlab train`.")
+@click.option("--image-size", type=click.IntRange(8, 512), help="Of pictures; 32 by default.")
+@click.option("--skip-bad", is_flag=True, help="Leave out pictures that cannot be used.")
 @click.option("--jobs", type=int, help="Runs side by side; cores ÷ threads by default.")
 @click.option("--threads", type=int, help="CPU threads of each run; 1 by default.")
 @click.option(

@@ -81,6 +81,7 @@ class Design:
     train_images: int
     test_images: int
     environment: dict[str, Any]
+    skip_bad: bool = False
     tuning: Tuning | None = None
     looks: tuple[int, ...] = ()
 
@@ -128,6 +129,7 @@ class Design:
             data_sha256=self.data_sha256,
             class_names=self.class_names,
             image_size=self.image_size,
+            skip_bad=self.skip_bad,
         )
 
     def extended(self, seeds: int, pairs_seen: int) -> "Design":
@@ -236,6 +238,7 @@ def load(folder: Path) -> Design | None:
             image_size=int(values["image_size"]),
             train_images=int(values["train_images"]),
             test_images=int(values["test_images"]),
+            skip_bad=bool(values.get("skip_bad", False)),
             environment=dict(values["environment"]),
             tuning=None
             if tuning is None

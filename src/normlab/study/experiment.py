@@ -40,6 +40,8 @@ def compare(
     seeds: int | None = None,
     first_seed: int = 0,
     data: str | Path | Mapping[str, Any] | ImageData | None = None,
+    image_size: int | None = None,
+    skip_bad: bool = False,
     out: str | Path | None = None,
     jobs: int | None = None,
     threads: int = 1,
@@ -66,7 +68,7 @@ def compare(
         seeds: pairs; None for what the study was planned with, in a new one for as many as can
             decide: 6 for one contrast, 8 for four.
         first_seed: pair i has the seed first_seed + i.
-        data: as `normlab.load` takes it.
+        data, image_size, skip_bad: as `normlab.load` takes them.
         out: the study's folder; None for `studies/RECIPE-ARM-ARM…`.
         jobs: runs side by side on this machine; None for cores ÷ threads.
         threads: of each run.
@@ -82,7 +84,12 @@ def compare(
         UserError: something asked for is not possible, or another plan is in the folder.
         Interrupted: SIGINT or SIGTERM came; finished runs are kept.
     """
-    images = load_data(data)
+    images = load_data(data, image_size=image_size, skip_bad=skip_bad)
+    if image_size not in (None, images.image_shape[0]):
+        raise UserError(
+            f"image_size={image_size}: {images.name} has {images.image_shape[0]} pixels a side; "
+            "only pictures from a folder or parquet are resized"
+        )
     wanted = _design(
         recipes.get(recipe).override(**changes),
         make_arms(arms),
@@ -96,6 +103,7 @@ def compare(
         margin=margin,
         thresholds=thresholds,
         checks=checks,
+        skip_bad=skip_bad,
     )
     if jobs is not None and jobs < 1:
         raise UserError(f"jobs={jobs}: choose 1 or more")

@@ -3,7 +3,7 @@
 import base64
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +220,6 @@ def load(folder: Path, task: Task, arm: str, seed: int) -> Outcome | None:
         outcome = Outcome(**{**values, "curve": [(int(s), float(a)) for s, a in values["curve"]]})
     except (KeyError, TypeError, ValueError) as e:
         raise DataError(f"{path} is not a run's file ({e}): remove it to repeat the run") from None
-    then, now = {**outcome.task, "data": ""}, {**task.as_dict(), "data": ""}
-    if then != now:
+    if replace(Task.from_dict(outcome.task), data="") != replace(task, data=""):
         raise DataError(f"{path} is of another recipe, seed or data: remove it to repeat the run")
     return outcome

@@ -139,6 +139,8 @@ def command(study: Study) -> str:
         words += [f"--{key.replace('_', '-')}", str(changed[key])]
     if design.data != "cifar10":
         words += ["--data", design.data]
+        words += ["--image-size", str(design.image_size)] if design.image_size != 32 else []
+        words += ["--skip-bad"] if design.skip_bad else []
     if design.tuning is not None:
         factors = ",".join(f"{f:g}" for f in design.tuning.factors)
         words += ["--tune", f"{design.tuning.setting}={factors}"]

@@ -203,7 +203,7 @@ def attempt(job: Job, data: str | ImageData, parent: int | None) -> tuple[str, O
         _end_with(parent)
     try:
         with _ONE_AT_A_TIME:
-            images = data if isinstance(data, ImageData) else _load(data)
+            images = data if isinstance(data, ImageData) else _load(data, job.task)
             if images.sha256 != job.task.data_sha256:
                 raise DataError(f"data {data!r} are others here than where the study was begun")
             outcome = train_one(
@@ -221,9 +221,13 @@ def attempt(job: Job, data: str | ImageData, parent: int | None) -> tuple[str, O
         return job.name, f"{type(e).__name__}: {e}"
 
 
+def _load(data: str, task: Task) -> ImageData:
+    return _load_once(data, task.image_size, task.skip_bad)
+
+
 @lru_cache(maxsize=1)
-def _load(data: str) -> ImageData:
-    return load_data(data)
+def _load_once(data: str, image_size: int, skip_bad: bool) -> ImageData:
+    return load_data(data, image_size=image_size, skip_bad=skip_bad)
 
 
 @cache
