@@ -123,7 +123,7 @@ def train(
                 "add --validation 0.1"
             )
         observers.insert(0, ThreeWayScores())  # before those who tell of the epoch
-    if record or (resume is not None and (Path(resume) / "recording.npz").exists()):
+    if resume is not None and (record or (Path(resume) / "recording.npz").exists()):
         from normlab.recording import Recorder
 
         observers.append(Recorder())
@@ -143,6 +143,7 @@ def train(
                 start=start,
                 freeze=freeze,
                 statistics=statistics,
+                record=record,
                 out=out,
                 seed=seed,
                 threads=threads,

@@ -36,6 +36,7 @@ def train(
     start: str | Path | Run | None = None,
     freeze: bool = False,
     statistics: str | None = None,
+    record: bool = False,
     observers: tuple[Observer, ...] = (),
     **changes: Any,
 ) -> Run:
@@ -59,6 +60,7 @@ def train(
         freeze: with `start`: only the output layer learns.
         statistics: with `start`: of its batch normalisations, `keep`, `adapt` or `recalibrate`; see
             `normlab.transfer`. None for `keep` when frozen, else `adapt`.
+        record: keep what each layer sees, for `normlab inspect`.
         observers: told after each step.
         **changes: fields of `Recipe` to replace: `epochs`, `batch_size`, `norm`, ….
 
@@ -67,6 +69,10 @@ def train(
         NonFiniteError: the loss became NaN or infinite. The best weights so far are kept.
         Interrupted: SIGINT or SIGTERM came; `resume` goes on from there.
     """
+    if record:
+        from normlab.recording import Recorder
+
+        observers = (*observers, Recorder())
     source = transfer.open_source(start, freeze=freeze, statistics=statistics)
     chosen = transfer.choose_recipe(source, recipe, changes)
     threads, where = resolve_threads(threads), resolve_device(device)
