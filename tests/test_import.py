@@ -1,5 +1,6 @@
 """Models saved by Keras 3 and Keras 2 become runs with the same answers; others are refused."""
 
+import io
 import json
 import zipfile
 from pathlib import Path
@@ -66,6 +67,22 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, np.
     return files
 
 
+def to_keras_2(layer: Any) -> None:
+    """Describe a layer as Keras 2 does."""
+    config = layer["config"]
+    config["dtype"] = "float32"
+    if "batch_shape" in config:
+        config["batch_input_shape"] = config.pop("batch_shape")
+    for key in [k for k in config if k.startswith("renorm") or k == "optional"]:
+        del config[key]
+    if layer["class_name"] == "BatchNormalization":
+        config["axis"] = [1 if config["name"].endswith(("_3", "_4")) else 3]
+    layer["inbound_nodes"] = [
+        [[arg["config"]["keras_history"][0], 0, 0, {}] for arg in node["args"]]
+        for node in layer["inbound_nodes"]
+    ]
+
+
 def as_keras_2(source: Path, target: Path) -> None:
     """Rewrite an .h5 of Keras 3 as Keras 2.4 (TensorFlow 2.4, the notebook's year) lays it out.
 
@@ -75,18 +92,7 @@ def as_keras_2(source: Path, target: Path) -> None:
     with h5py.File(source) as old, h5py.File(target, "w") as new:
         model = json.loads(old.attrs["model_config"])
         for layer in model["config"]["layers"]:
-            config = layer["config"]
-            config["dtype"] = "float32"
-            if "batch_shape" in config:
-                config["batch_input_shape"] = config.pop("batch_shape")
-            for key in [k for k in config if k.startswith("renorm") or k == "optional"]:
-                del config[key]
-            if layer["class_name"] == "BatchNormalization":
-                config["axis"] = [1 if config["name"].endswith(("_3", "_4")) else 3]
-            layer["inbound_nodes"] = [
-                [[arg["config"]["keras_history"][0], 0, 0, {}] for arg in node["args"]]
-                for node in layer["inbound_nodes"]
-            ]
+            to_keras_2(layer)
         model["config"]["input_layers"] = [["input", 0, 0]]
         model["config"]["output_layers"] = [["output", 0, 0]]
         new.attrs["model_config"] = json.dumps(model).encode()
@@ -100,13 +106,55 @@ def as_keras_2(source: Path, target: Path) -> None:
                 copy[n] = group[n.removesuffix(":0")][()]
 
 
-@pytest.mark.parametrize("name", ["batch.keras", "none.keras", "batch.h5", "keras2.h5"])
+def as_keras_2_keras(source: Path, target: Path, version: str) -> None:
+    """Rewrite a .keras of Keras 3 as Keras 2.13, 2.14 and 2.15 were seen to write it.
+
+    The zip is the same, and so, in 2.15, are the places of the weights; before, they had another
+    folder, and in 2.13 every layer with weights was counted twice. The description has
+    `batch_input_shape`, nested lists for nodes, and another module for the model; beside the
+    weights lie those of the optimiser and the metrics.
+    """
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        model = json.loads(old.read("config.json"))
+        for layer in model["config"]["layers"]:
+            to_keras_2(layer)
+        model["config"]["input_layers"] = [["input", 0, 0]]
+        model["config"]["output_layers"] = [["output", 0, 0]]
+        model |= {"module": "keras.src.engine.functional", "registered_name": "Functional"}
+        weights = io.BytesIO(old.read("model.weights.h5"))
+        with h5py.File(weights, "a") as f:
+            f["optimizer/vars/0"] = np.int64(24)
+            f["metrics/mean/vars/0"] = np.float32(1)
+            if version != "2.15":
+                f.move("layers", "_layer_checkpoint_dependencies")
+            if version == "2.13":
+                folder = f["_layer_checkpoint_dependencies"]
+                for name in sorted(folder, reverse=True):
+                    kind, _, number = name.rpartition("_")
+                    if number.isdigit():
+                        folder.move(name, f"{kind}_{2 * int(number)}")
+        new.writestr("metadata.json", json.dumps({"keras_version": f"{version}.0"}))
+        new.writestr("config.json", json.dumps(model))
+        new.writestr("model.weights.h5", weights.getvalue())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("batch.keras", "none.keras", "batch.h5", "keras2.h5", "keras2.12.keras"),
+        *("keras2.13.keras", "keras2.14.keras", "keras2.15.keras"),
+    ],
+)
 def test_an_imported_model_answers_as_in_keras(
     saved: dict[str, tuple[Path, np.ndarray]], name: str, tmp_path: Path
 ) -> None:
-    if name == "keras2.h5":
-        path, expected = tmp_path / name, saved["batch.h5"][1]
-        as_keras_2(saved["batch.h5"][0], path)
+    path = tmp_path / name
+    if name in ("keras2.h5", "keras2.12.keras"):  # Keras 2.12 wrote HDF5 under either name
+        source, expected = saved["batch.h5"]
+        as_keras_2(source, path)
+    elif name.startswith("keras2"):
+        source, expected = saved["batch.keras"]
+        as_keras_2_keras(source, path, name[5:].removesuffix(".keras"))
     else:
         path, expected = saved[name]
     run = import_model(path, tmp_path / "run", data="sample")

@@ -67,6 +67,9 @@ JSON = click.option("--json", "as_json", is_flag=True, help="End with one line o
     "--ema", type=float, help="Score and keep averaged weights; their decay a step, such as 0.999."
 )
 @click.option("--patience", type=int, help="Stop after so many epochs without a better val_loss.")
+@click.option("--from", "start", metavar="RUN", help="Start from this finished run's network.")
+@click.option("--freeze", is_flag=True, help="With --from: only the output layer learns.")
+@click.option("--statistics", help="With --from: keep, adapt or recalibrate the normalisers'.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder, new or empty.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into the run, too.")
 @click.option("--three-way", is_flag=True, help="Score each epoch with three kinds of statistics.")
@@ -85,6 +88,9 @@ def train(
     data: str | None,
     image_size: int | None,
     skip_bad: bool,
+    start: str | None,
+    freeze: bool,
+    statistics: str | None,
     out: Path | None,
     tensorboard: bool,
     three_way: bool,
@@ -96,9 +102,10 @@ def train(
 ) -> None:
     """Train RECIPE, score it once on the test images, and keep it as a run.
 
-    Options override the recipe; `normlab recipes` lists recipes.
+    Options override the recipe; `normlab recipes` lists recipes. With --from, RECIPE is by default
+    the recipe of that run.
     """
-    from normlab import recipes, training
+    from normlab import training, transfer
 
     observer = _progress()
     observers: list[Observer] = [observer]
@@ -109,14 +116,14 @@ def train(
     if three_way:
         from normlab.recalibration import ThreeWayScores
 
-        chosen = recipes.get(recipe or recipes.DEFAULT).override(**changes)
+        chosen = transfer.choose_recipe(transfer.open_source(start), recipe, changes)
         if resume is None and chosen.validation == 0:
             raise click.UsageError(
                 f"--three-way scores validation images and {chosen.name} holds out none: "
                 "add --validation 0.1"
             )
         observers.insert(0, ThreeWayScores())  # before those who tell of the epoch
-    if record or (resume is not None and (Path(resume) / "recording.npz").exists()):
+    if resume is not None and (record or (Path(resume) / "recording.npz").exists()):
         from normlab.recording import Recorder
 
         observers.append(Recorder())
@@ -129,10 +136,14 @@ def train(
             )
         else:
             run = training.train(
-                recipe or recipes.DEFAULT,
+                recipe,
                 data=data,
                 image_size=image_size,
                 skip_bad=skip_bad,
+                start=start,
+                freeze=freeze,
+                statistics=statistics,
+                record=record,
                 out=out,
                 seed=seed,
                 threads=threads,
@@ -157,7 +168,7 @@ def _refuse_with_resume(context: click.Context) -> None:
     for name in context.params:
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
         if given and name not in allowed:
-            option = name if name == "recipe" else f"--{name.replace('_', '-')}"
+            option = {"recipe": name, "start": "--from"}.get(name, f"--{name.replace('_', '-')}")
             raise click.UsageError(f"{option} cannot be combined with --resume", context)
 
 

@@ -93,6 +93,7 @@ class Plan:
     threads: int
     train: Split
     validation: Split
+    start: str = ""  # in words, where the training starts from another run
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
@@ -104,12 +105,13 @@ class Plan:
         return self.recipe.epochs * len(self.bounds)
 
     def describe(self) -> str:
-        """One line, or two when the last batch would have been a single image."""
+        """A line; one more for a start from another run, and for a last batch of a single image."""
         text = (
             f"{self.recipe.name}: norm {self.recipe.norm}, seed {self.seed}, "
             f"{len(self.train):,} training and {len(self.validation):,} validation images, "
             f"{self.recipe.epochs} epochs of {len(self.bounds):,} steps, {self.threads} threads"
             + (f", into {self.folder}" if self.folder else "")
+            + (f"\nStart: {self.start}" if self.start else "")
         )
         if self.bounds[-1][1] - self.bounds[-1][0] > self.recipe.batch_size:
             text += "\nThe last batch, of one image, joins the one before it: one has no variance."

@@ -1,4 +1,4 @@
-"""Read the notebook's network from a file of Keras 3 (`.keras`, `.h5`) or Keras 2 (`.h5`).
+"""Read the notebook's network from a `.keras` or `.h5` file of Keras 3 or Keras 2.
 
 Nothing in the file is run: the description is JSON, the weights are arrays, and any layer that the
 notebook's network does not have is refused by its name. Memory is bounded by the file's size.
@@ -42,9 +42,10 @@ def read_notebook(path: Path, image_size: int, num_classes: int) -> KerasNoteboo
             differs is named.
     """
     try:
-        if path.suffix == ".keras":
+        # Keras up to 2.12 wrote HDF5 under either name.
+        if path.suffix == ".keras" and zipfile.is_zipfile(path):
             return _read_keras(path, image_size, num_classes)
-        if path.suffix in (".h5", ".hdf5"):
+        if path.suffix in (".keras", ".h5", ".hdf5"):
             with h5py.File(path, "r") as f:
                 return _read_legacy(path, f, image_size, num_classes)
     except FileNotFoundError:
@@ -70,19 +71,34 @@ def _read_keras(path: Path, image_size: int, num_classes: int) -> KerasNotebook:
             parts[name] = z.read(info)
     found = _layers(path, json.loads(parts["config.json"]))
     norm = _check(path, found, image_size, num_classes)
+    layers = notebook_layers(norm, image_size, num_classes)
+    with h5py.File(io.BytesIO(parts["model.weights.h5"]), "r") as f:
+        places = _places(found, f)
+        return _collect(
+            path, f, found, layers, norm, limit, lambda name, i: f"{places[name]}/vars/{i}"
+        )
+
+
+def _places(found: list[Json], f: h5py.File) -> dict[str, str]:
+    """Where each layer's weights lie, by the layer's name: numbered within its class.
+
+    Keras 2.13 and 2.14 have another folder for them than Keras 2.15 and 3, and Keras 2.13 counts
+    each layer twice.
+    """
+    root, step = "layers", 1
+    if root not in set(f):  # unlike `in f`, a set of names follows no link
+        root = "_layer_checkpoint_dependencies"
+        if isinstance(f.get(root, getlink=True), h5py.HardLink) and "dense_2" in set(f[root]):
+            step = 2
     used = Counter[str]()
     places = {}
     for layer in found:
         kind = SNAKE_CASE.get(layer["class_name"])
         if kind:
             number = used[kind]
-            used[kind] += 1
-            places[_name(layer)] = f"layers/{kind}{f'_{number}' if number else ''}/vars"
-    with h5py.File(io.BytesIO(parts["model.weights.h5"]), "r") as f:
-        return _collect(
-            path, f, found, notebook_layers(norm, image_size, num_classes), norm, limit,
-            lambda name, i: f"{places[name]}/{i}",
-        )  # fmt: skip
+            used[kind] += step
+            places[_name(layer)] = f"{root}/{kind}{f'_{number}' if number else ''}"
+    return places
 
 
 def _read_legacy(path: Path, f: h5py.File, image_size: int, num_classes: int) -> KerasNotebook:

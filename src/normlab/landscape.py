@@ -117,8 +117,10 @@ def explore(
         report: told of each replay when it is done.
 
     Raises:
-        UserError: fewer than two seeds, or fewer steps than points.
+        UserError: fewer than two seeds, or fewer steps than points; a task that starts from a run.
     """
+    if task.start is not None:
+        raise UserError(f"a training from run {task.start.run}: only one from a seed is replayed")
     if seeds < 2:
         raise UserError(f"seeds={seeds}: a band needs at least 2, better 3")
     base = task.recipe.learning_rate if task.recipe.optimizer == "sgd" else ADAM_STEP

@@ -180,12 +180,14 @@ def _draw_lines(runs: Sequence[Inspected], layers: Sequence[str], key: str, ylab
             values = run.recording.arrays[f"{layer}/{key}"]
             shown = values > 0  # the axis is logarithmic; also leaves out NaN
             ax.plot(run.recording.steps[shown], values[shown], color=color, lw=1.2, label=layer)
-        ax.set(xscale="log", yscale="log", xlabel="step")
+        ax.set_xlabel("step")
         ax.set_title(run.label, fontsize=10)
         ax.grid(alpha=0.2)
+        if any(len(line.get_xydata()) for line in ax.lines):  # logarithms of nothing fail
+            ax.set(xscale="log", yscale="log")
     axes[0].set_ylabel(ylabel)
     axes[-1].legend(frameon=False, fontsize=7)
-    _share_y(axes)
+    _share_y([ax for ax in axes if ax.get_yscale() == "log"])
     return fig
 
 

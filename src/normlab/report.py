@@ -32,6 +32,7 @@ def write_run_report(
     facts = [
         ("recipe", ", ".join(f"{k} {v}" for k, v in recipe.as_dict().items() if v is not None)),
         ("seed", run.task.seed),
+        *([("start", run.task.start)] if run.task.start else []),
         ("training", f"{result['train_seconds']:.1f} s, {result['steps']:,} steps"),
         ("speed", f"{result['images_per_second']:,.0f} training images/s, validation included"),
         ("machine", f"{environment['cpu']}, {environment['threads']} threads"),
@@ -74,6 +75,9 @@ def repeat_command(run: Run) -> str:
                 words += [f"--{key.replace('_', '-')}", str(value)]
     if run.task.data != "cifar10":
         words += ["--data", f'"{run.task.data}"', *_picture_options(run)]
+    if (start := run.task.start) is not None:
+        words += ["--from", f'"{start.run}"', *(["--freeze"] if start.freeze else [])]
+        words += ["--statistics", start.statistics]
     return " ".join([*words, "--threads", str(run.environment["threads"])])
 
 
@@ -142,7 +146,9 @@ def _next_commands(run: Run) -> list[str]:
     data = "" if run.task.data == "cifar10" else f' --data "{run.task.data}"'
     data = " ".join([data, *_picture_options(run)])
     twin = "none" if recipe.norm == "batch" else "batch"
+    fresh = [f"normlab train {recipe.name}{data}    # the same without --from"]
     return [
+        *(fresh if run.task.start else []),
         f"normlab train {recipe.name} --norm {twin}{data}    # its twin",
         f"normlab train notebook{data}    # the notebook's own 25 epochs",
         f"normlab evaluate {run.path}    # every class, plots, the surest mistakes as pictures",

@@ -4,6 +4,7 @@ recipe.json        what was asked for, resolved: recipe, seed, data
 environment.json   on what: versions, processor, threads
 history.jsonl      one line an epoch
 checkpoint.safetensors, checkpoint.previous.safetensors   while unfinished: where to go on
+start.safetensors  while unfinished: where a run that starts from another began
 last.safetensors   weights after the last step
 best.safetensors   weights at the lowest validation loss
 recalibrated.safetensors   the last weights with the statistics of a whole set of images
@@ -14,7 +15,7 @@ curves.png, report.html
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,34 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 WEIGHTS = ("last", "best", "recalibrated")
+STATISTICS = ("keep", "adapt", "recalibrate")
 NUMBERED = re.compile(r"(\d{4,})-.+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Which run a training starts from, and how; see `normlab.transfer`.
+
+    Attributes:
+        run: its folder, as it was named.
+        weights_sha256: of the weights taken from it.
+        head: `kept` or `new`, the output layer.
+        freeze: whether the output layer alone learns.
+        statistics: `keep`, `adapt` or `recalibrate`.
+    """
+
+    run: str
+    weights_sha256: str
+    head: str
+    freeze: bool
+    statistics: str
+
+    def __str__(self) -> str:
+        statistics = {"keep": "kept", "adapt": "adapting", "recalibrate": "recalibrated, then kept"}
+        return (
+            f"run {self.run}: body {'frozen' if self.freeze else 'learning on'}, statistics "
+            f"{statistics[self.statistics]}, output layer {self.head}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +73,7 @@ class Task:
     class_names: tuple[str, ...]
     image_size: int
     skip_bad: bool = False
+    start: Start | None = None
 
     def load(self, data: "str | Path | Mapping[str, Any] | ImageData | None" = None) -> "ImageData":
         """The run's data, or `data`, with pictures read as the run's were."""
@@ -64,7 +93,7 @@ class Task:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        return {
+        values = {
             "recipe": self.recipe.as_dict(),
             "seed": self.seed,
             "data": self.data,
@@ -73,6 +102,7 @@ class Task:
             "image_size": self.image_size,
             "skip_bad": self.skip_bad,
         }
+        return values if self.start is None else {**values, "start": asdict(self.start)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Task":
@@ -84,6 +114,7 @@ class Task:
             class_names=tuple(map(str, values["class_names"])),
             image_size=int(values["image_size"]),
             skip_bad=bool(values.get("skip_bad", False)),
+            start=Start(**values["start"]) if "start" in values else None,
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from normlab import checkpoint, recipes
+from normlab import checkpoint, transfer
 from normlab.data import ImageData, load
 from normlab.data.batches import split_validation
 from normlab.data.loading import PUBLIC
@@ -24,7 +24,7 @@ from normlab.runs import Run, Task, create_folder, open_run
 
 
 def train(
-    recipe: str | Recipe = recipes.DEFAULT,
+    recipe: str | Recipe | None = None,
     *,
     data: str | Path | Mapping[str, Any] | ImageData | None = None,
     out: str | Path | None = None,
@@ -33,6 +33,10 @@ def train(
     device: str = "auto",
     image_size: int | None = None,
     skip_bad: bool = False,
+    start: str | Path | Run | None = None,
+    freeze: bool = False,
+    statistics: str | None = None,
+    record: bool = False,
     observers: tuple[Observer, ...] = (),
     **changes: Any,
 ) -> Run:
@@ -42,13 +46,21 @@ def train(
         run.result["test_accuracy"]
 
     Args:
-        recipe: a name that `normlab recipes` lists, or a `Recipe`.
+        recipe: a name that `normlab recipes` lists, or a `Recipe`; None for the recipe of the run
+            to start from, or else for the default one.
         data: as `normlab.data.load` takes it; None for CIFAR-10.
         out: the run's folder, new or empty; None for the next number in `runs/`.
         seed: of everything random.
         threads: of the CPU; None for all cores.
         device: `auto`, `cpu` or `cuda`.
         image_size, skip_bad: for pictures in a folder or parquet; see `normlab.data.load`.
+        start: a finished run to start from: its network, all but the output layer, is taken over,
+            and the recipe says how to go on training it. The output layer is taken over, too, if
+            the classes are the same by name.
+        freeze: with `start`: only the output layer learns.
+        statistics: with `start`: of its batch normalisations, `keep`, `adapt` or `recalibrate`; see
+            `normlab.transfer`. None for `keep` when frozen, else `adapt`.
+        record: keep what each layer sees, for `normlab inspect`.
         observers: told after each step.
         **changes: fields of `Recipe` to replace: `epochs`, `batch_size`, `norm`, ….
 
@@ -57,12 +69,18 @@ def train(
         NonFiniteError: the loss became NaN or infinite. The best weights so far are kept.
         Interrupted: SIGINT or SIGTERM came; `resume` goes on from there.
     """
-    chosen = recipes.get(recipe).override(**changes)
+    if record:
+        from normlab.recording import Recorder
+
+        observers = (*observers, Recorder())
+    source = transfer.open_source(start, freeze=freeze, statistics=statistics)
+    chosen = transfer.choose_recipe(source, recipe, changes)
     threads, where = resolve_threads(threads), resolve_device(device)
     if not 0 <= seed < 2**63:
         raise UserError(f"seed={seed}: choose a whole number from 0 to 2⁶³ − 1")
     started = time.perf_counter()
-    images = load(data, image_size=image_size, skip_bad=skip_bad)
+    size = source.task.image_size if image_size is None and source is not None else image_size
+    images = load(data, image_size=size, skip_bad=skip_bad)
     data_seconds = time.perf_counter() - started
     task = Task(
         recipe=chosen,
@@ -72,6 +90,7 @@ def train(
         class_names=images.class_names,
         image_size=images.x_train.shape[1],
         skip_bad=skip_bad,
+        start=transfer.plan_start(source, images.class_names, freeze=freeze, statistics=statistics),
     )
     if image_size is not None and image_size != task.image_size:
         raise UserError(
@@ -81,10 +100,12 @@ def train(
     with settings(threads, where):
         started = time.perf_counter()
         _refuse_impossible(task, images)
+        weights = transfer.starting_weights(source, task, images)
         folder = create_folder(out, chosen.name)
         _claim(folder, task)
+        transfer.write_start(folder, task, weights)
         write_json(folder / "environment.json", describe(threads, where))
-        state = new_state(task, images, where)
+        state = new_state(task, images, where, weights)
         state.seconds = time.perf_counter() - started
         return _finish(Run(folder, task), images, data_seconds, state, where, observers)
 
@@ -158,8 +179,9 @@ def resume(
             f"run {str(opened.path)!r} began with other {'; '.join(differs)}: "
             "--allow-changes goes on all the same, but the end will differ"
         )
+    weights = transfer.read_start(opened.path, opened.task)
     with settings(threads, where):
-        state = new_state(opened.task, images, where)
+        state = new_state(opened.task, images, where, weights)
         problem = checkpoint.restore(opened.path, state)
         if problem:
             print(f"normlab: {problem}; going on from step {state.step:,}", file=sys.stderr)
@@ -178,12 +200,25 @@ def _differences(run: Run, images: ImageData, now: dict[str, Any]) -> list[str]:
     return found
 
 
-def new_state(task: Task, images: ImageData, device: torch.device) -> State:
-    """The network with its initial values and its optimiser, before the first step."""
+def new_state(
+    task: Task,
+    images: ImageData,
+    device: torch.device,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> State:
+    """The network with its initial values and its optimiser, before the first step.
+
+    Args:
+        weights: in place of the initial values, as `transfer.starting_weights` has them.
+    """
     model = task.build().to(device)
-    if isinstance(model, FastNet):
+    if weights is not None:
+        model.load_state_dict(weights)
+    elif isinstance(model, FastNet):
         train, _ = split_validation(images.x_train, images.y_train, task.recipe.validation)
         model.fit_to(train.images)
+    if task.start is not None:
+        transfer.freeze(model, task.start)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return State(model=model, optimizer=make_optimizer(task.recipe, model))
 
@@ -198,6 +233,7 @@ def make_plan(task: Task, images: ImageData, threads: int, folder: Path | None =
         threads=threads,
         train=train,
         validation=validation,
+        start="" if task.start is None else str(task.start),
     )
 
 
@@ -252,4 +288,5 @@ def _finish(
     write_run_report(run, result, evaluation, images)
     write_json(folder / "result.json", result)  # from here on the run counts as finished
     checkpoint.remove(folder)
+    transfer.remove_start(folder)
     return run

@@ -25,7 +25,7 @@ from normlab.population import (
     untouched,
 )
 from normlab.recalibration import three_way
-from normlab.runs import Run
+from normlab.runs import Run, Start
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,27 @@ def from_run(run: Run, weights: str, data: ImageData | None) -> Patient:
     if weights == "recalibrated":  # these do not come from steps: nothing initial is left in them
         ns = tuple(replace(n, steps=None) for n in patient.normalizers)
         patient = replace(patient, normalizers=ns)
-    return replace(patient, kind=f"run, {weights} weights", training=None)
+    patient = replace(patient, kind=f"run, {weights} weights", training=None)
+    return patient if run.task.start is None else _as_trained(patient, run.task.start)
+
+
+def _as_trained(patient: Patient, start: Start) -> Patient:
+    """The network as it stood in its training, parts of it frozen.
+
+    Statistics that were recalibrated hold nothing initial.
+    """
+    moves = start.statistics == "adapt"
+    ns = tuple(
+        replace(
+            n,
+            updates=moves,
+            trainable=moves and not start.freeze,
+            training=True,
+            steps=None if start.statistics == "recalibrate" else n.steps,
+        )
+        for n in patient.normalizers
+    )
+    return replace(patient, normalizers=ns, training=True)
 
 
 def _check(run: Run, data: ImageData) -> None:

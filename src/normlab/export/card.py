@@ -66,7 +66,8 @@ def card(
             "",
             f"Data: {task.data} (SHA-256 {task.data_sha256}).",
             "",
-            f"Recipe: {settings}; seed {task.seed}.",
+            f"Recipe: {settings}; seed {task.seed}."
+            + (f" Started from {task.start}." if task.start else ""),
             "",
             "## Scores",
             "",

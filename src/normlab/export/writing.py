@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from normlab.data import load
 from normlab.errors import UserError
 from normlab.evaluation import Evaluation
 from normlab.export.card import NAME, card, check_place
@@ -48,7 +47,7 @@ def export_run(
     """
     path = Path(out)
     _check_request(run, path, file_format)
-    images = load(run.task.data)
+    images = run.task.load()
     if images.sha256 != run.task.data_sha256:
         raise UserError(
             f"data {run.task.data!r} are not those that run {str(run.path)!r} was trained on "
