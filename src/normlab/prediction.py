@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from normlab.data.decoding import read_small
-from normlab.data.pictures import quiet
+from normlab.data.pictures import quiet, read_square
 from normlab.data.walking import Found, walk
-from normlab.fit import predict_logits
-from normlab.runs import Run
+from normlab.errors import DataError, UserError
+from normlab.runs import Run, open_run
 
 BATCH_SIZE = 64
 
@@ -54,6 +53,8 @@ def run_predictor(run: Run, weights: str = "last") -> Predictor:
     Raises:
         UserError: the run has no such weights.
     """
+    from normlab.fit import predict_logits
+
     model = run.model(weights)
 
     def probabilities(images: NDArray[np.uint8]) -> NDArray[np.floating]:
@@ -61,6 +62,25 @@ def run_predictor(run: Run, weights: str = "last") -> Predictor:
         return answers
 
     return Predictor(probabilities, run.task.class_names, run.task.image_size)
+
+
+def is_model(path: str | Path) -> bool:
+    """Whether `path` names a model and not pictures: a run's folder, or a name in .onnx."""
+    return Path(path).suffix.lower() == ".onnx" or (Path(path) / "recipe.json").is_file()
+
+
+def open_predictor(path: str | Path | None = None) -> Predictor:
+    """The classifier at `path`: a run's folder or an exported ONNX file; by default the latest run.
+
+    Raises:
+        UserError: there is none, or it is damaged, or of another kind.
+    """
+    if path is None or Path(path).suffix.lower() != ".onnx":
+        return run_predictor(open_run(path))
+    from normlab.onnx_model import open_onnx
+
+    model = open_onnx(path)
+    return Predictor(model.probabilities, model.class_names, model.image_size)
 
 
 def predict(
@@ -83,8 +103,10 @@ def _predict_batch(
     def read(file: Found) -> tuple[NDArray[np.uint8] | None, str]:
         if file.problem is not None:
             return None, file.problem
-        pixels, _, problem = read_small(file.path, predictor.image_size)
-        return pixels, problem
+        try:
+            return read_square(file.path, predictor.image_size), ""
+        except DataError as error:
+            return None, str(error)
 
     with quiet():
         decoded = list(pool.map(read, batch))
