@@ -66,9 +66,7 @@ def open_onnx(model: str | Path | bytes, threads: int | None = None) -> OnnxMode
         options.intra_op_num_threads = threads
     source = model if isinstance(model, bytes) else _readable(Path(model))
     try:
-        session = onnxruntime.InferenceSession(
-            source, options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has a dozen kinds, with no base of their own
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{name} is no ONNX model that can be run ({reason}): {_EXPORT}") from None

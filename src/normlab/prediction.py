@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from normlab.data.pictures import quiet, read_square
 from normlab.data.walking import Found, walk
-from normlab.errors import DataError, UserError
+from normlab.errors import DataError
 from normlab.runs import Run, open_run
 
 BATCH_SIZE = 64

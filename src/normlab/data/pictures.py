@@ -121,7 +121,7 @@ def _damage_named() -> Iterator[None]:
             f"more than {MAX_PIXELS / 1e6:.0f} megapixels are refused; make it smaller"
         ) from None
     except MemoryError as error:
-        raise TooLargeError("takes more memory than there is; make it smaller") from error
+        raise TooLargeError("takes more memory than there is for it; make it smaller") from error
     except _DAMAGE as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"cannot be read ({reason or type(error).__name__})") from error
