@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 from normlab.data.pictures import quiet, read_square
 from normlab.data.walking import Found, walk
 from normlab.errors import DataError
-from normlab.runs import Run, open_run
+
+if TYPE_CHECKING:
+    from normlab.runs import Run
 
 BATCH_SIZE = 64
 
@@ -47,7 +50,7 @@ class Prediction:
         return [(class_names[k], float(p[k])) for k in order]
 
 
-def run_predictor(run: Run, weights: str = "last") -> Predictor:
+def run_predictor(run: "Run", weights: str = "last") -> Predictor:
     """The network of a run, as trained.
 
     Raises:
@@ -76,6 +79,8 @@ def open_predictor(path: str | Path | None = None) -> Predictor:
         UserError: there is none, or it is damaged, or of another kind.
     """
     if path is None or Path(path).suffix.lower() != ".onnx":
+        from normlab.runs import open_run  # with PyTorch, which an ONNX file does not need
+
         return run_predictor(open_run(path))
     from normlab.onnx_model import open_onnx
 

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import io
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
 from importlib.metadata import version
@@ -78,8 +78,11 @@ _ERRORS = {
 class Service:
     """The model with its decoders and batches."""
 
-    def __init__(self, model: ServedModel, limits: Limits) -> None:
+    def __init__(
+        self, model: ServedModel, limits: Limits, ready: Callable[[], object] | None
+    ) -> None:
         self.model = model
+        self.ready = ready
         self.limits = limits
         self.decoders = Decoders(model.onnx.image_size, limits)
         self.batcher = Batcher(model.onnx.probabilities)
@@ -90,6 +93,8 @@ class Service:
         try:
             await self.decoders.start()
             async with self.batcher:
+                if self.ready is not None:
+                    self.ready()
                 yield
         finally:
             await self.decoders.close()
@@ -131,10 +136,12 @@ class Service:
             return PictureAnswer(name=upload.name, predictions=[], error=error)
 
 
-def create_app(model: ServedModel, limits: Limits | None = None) -> FastAPI:
-    """The application that serves `model`."""
+def create_app(
+    model: ServedModel, limits: Limits | None = None, ready: Callable[[], object] | None = None
+) -> FastAPI:
+    """The application that serves `model`; `ready` is called when it is about to."""
     limits = limits or Limits()
-    service = Service(model, limits)
+    service = Service(model, limits, ready)
     app = FastAPI(
         title="normlab",
         version=version("normlab"),

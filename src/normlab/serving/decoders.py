@@ -103,7 +103,10 @@ class Decoders:
             try:
                 self._idle.put_nowait(await self._spawn())
                 return
-            except (OSError, EOFError) as error:  # no memory or no process to be had; there may be soon
+            except (
+                OSError,
+                EOFError,
+            ) as error:  # no memory or no process to be had; there may be soon
                 logger.error("no new decoder (%s); trying again", error)
                 await asyncio.sleep(1)
 

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,9 +15,10 @@ from normlab.data.cifar10 import CLASS_NAMES
 from normlab.data.images import Labels, Pixels
 from normlab.data.pictures import to_square
 from normlab.errors import DataError, UserError
-from normlab.export.certificate import TOLERANCE, CertificateError
 from normlab.onnx_model import OnnxModel, open_onnx
-from normlab.runs import Run, open_run
+
+if TYPE_CHECKING:  # with PyTorch, which an ONNX file does not need
+    from normlab.runs import Run
 
 _SAMPLES = 64
 
@@ -49,6 +50,8 @@ def open_served(path: str | Path | None) -> ServedModel:
     """
     if path is not None and Path(path).suffix.lower() == ".onnx":
         return _from_file(Path(path))
+    from normlab.runs import open_run
+
     run = open_run(path)
     if find_spec("onnx") is None:
         raise UserError("serving a run needs the package onnx: pip install 'normlab[serve]'")
@@ -68,7 +71,7 @@ def _from_file(path: Path) -> ServedModel:
     return ServedModel(path.name, onnx, sha256, certificate, checked)
 
 
-def _from_run(run: Run) -> ServedModel:
+def _from_run(run: "Run") -> ServedModel:
     """Export in memory, with the whole certificate if the run's test images are at hand."""
     from normlab.export.onnx_graph import certified, described
     from normlab.export.writing import checked_against
@@ -92,7 +95,7 @@ def _from_run(run: Run) -> ServedModel:
     return ServedModel(name, onnx, hashlib.sha256(content).hexdigest(), certificate, checked)
 
 
-def _test_images_at_hand(run: Run) -> Any:
+def _test_images_at_hand(run: "Run") -> Any:
     """The run's data, without fetching anything.
 
     Raises:
@@ -106,7 +109,8 @@ def _test_images_at_hand(run: Run) -> Any:
     return images
 
 
-def _compared_on_samples(run: Run, onnx: OnnxModel) -> str:
+def _compared_on_samples(run: "Run", onnx: OnnxModel) -> str:
+    from normlab.export.certificate import TOLERANCE, CertificateError
     from normlab.prediction import run_predictor
 
     size = onnx.image_size

@@ -1,5 +1,6 @@
 """From a model to a running server, and back to the command line when it is told to end."""
 
+import logging
 import signal
 import socket
 import sys
@@ -44,23 +45,25 @@ def serve(
     from normlab.serving.protocol import limited
 
     limits = limits or Limits()
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # who sent a bad body is told
     signal.signal(signal.SIGTERM, _leave)  # uvicorn raises the signal again when it has ended
     with closing(_listen(host, port)) as listener:
         model = open_served(path)
         say(f"Model {model.name}: {model.checked}.")
         config = uvicorn.Config(
-            create_app(model, limits),
+            create_app(
+                model, limits, lambda: say(f"Serving at {_address(listener)} (Ctrl-C ends it)")
+            ),
             http=limited(limits),
             ws="none",
             loop="asyncio",
             lifespan="on",
-            log_level="warning",
+            log_level="error",
             access_log=False,
             server_header=False,
             proxy_headers=False,
             timeout_graceful_shutdown=GRACE,
         )
-        say(f"Serving at {_address(listener)} (Ctrl-C ends it)")
         uvicorn.Server(config).run(sockets=[listener])
 
 
