@@ -136,6 +136,18 @@ def test_what_the_network_sees_is_what_training_would_have_seen(server: Server) 
     assert plain["seen"] is None
 
 
+def test_a_kept_connection_is_answered_without_delay(server: Server) -> None:
+    """Nagle's algorithm against delayed acknowledgements would make it 40 ms, each time."""
+    with requests.Session() as session:
+        session.get(server.url + "/healthz", timeout=60)
+        seconds = []
+        for _ in range(20):
+            began = time.perf_counter()
+            session.get(server.url + "/healthz", timeout=60)
+            seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.03
+
+
 def test_headers_keep_other_hosts_out(server: Server) -> None:
     for path in ("/", "/serve.js", "/model", "/nowhere"):
         headers = server.get(path).headers

@@ -46,7 +46,7 @@ class Decoders:
     def __init__(self, size: int, limits: Limits, count: int | None = None) -> None:
         self._size = size
         self._limits = limits
-        self._count = count or os.cpu_count() or 1
+        self._count = count or _cores()
         self._all: set[Process] = set()
         self._idle: asyncio.Queue[Process] = asyncio.Queue()
         self._replacing: set[asyncio.Task[None]] = set()
@@ -128,6 +128,10 @@ class Decoders:
             process.kill()
         await process.wait()
         self._all.discard(process)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # One thread a decoder, and large blocks of memory given back to the system when they are freed.
