@@ -149,8 +149,7 @@ async def _ask(
     """Status, whether the process is spent, pixels or message, PNG."""
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write(REQUEST.pack(as_png, len(content)))
-    process.stdin.write(content)
+    process.stdin.writelines((REQUEST.pack(as_png, len(content)), content))  # one system call
     await process.stdin.drain()
     status, spent, length, png = ANSWER.unpack(await process.stdout.readexactly(ANSWER.size))
     body = await process.stdout.readexactly(length + png)
