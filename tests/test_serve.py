@@ -239,7 +239,9 @@ def test_a_body_of_another_kind(
     assert named in answered.json()["detail"]
 
 
-@pytest.mark.parametrize("query", ["?top=0", "?top=x", "?top=1001", "?seen=perhaps"])
+@pytest.mark.parametrize(
+    "query", ["?top=0", "?top=x", "?top=%2B5", "?top=5.0", "?top=1001", "?seen=perhaps"]
+)
 def test_wrong_parameters(server: Server, query: str) -> None:
     answered = server.post(PICTURE, query=query)
     assert answered.status_code == 422

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from fastapi import Path as PathValue
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from PIL import Image
+from pydantic import BeforeValidator
 from starlette.requests import ClientDisconnect
 
 from normlab.data.pictures import FORMATS, MAX_PIXELS
@@ -171,7 +173,11 @@ def _add_api(app: FastAPI, service: Service) -> None:
     @app.post("/predict", openapi_extra=_BODY, responses=errors)
     async def predict(
         request: Request,
-        top: Annotated[int, Query(ge=1, le=1000, description="Classes a picture.")] = 5,
+        top: Annotated[
+            int,
+            BeforeValidator(_only_digits),
+            Query(ge=1, le=1000, description="Classes a picture."),
+        ] = 5,
         seen: Annotated[bool, Query(description="Send back what the network sees.")] = False,
     ) -> Answers:
         """Say what is on pictures.
@@ -195,6 +201,13 @@ def _add_api(app: FastAPI, service: Service) -> None:
         """Say that the server is up."""
         counts = service.batcher.counts
         return Health(pictures=counts.pictures, model_runs=counts.runs)
+
+
+def _only_digits(value: object) -> object:
+    """Refuse what Python would take for a whole number and the description would not: "+5"."""
+    if isinstance(value, str) and not re.fullmatch("[0-9]+", value):
+        raise ValueError("give a whole number")
+    return value
 
 
 def _describe(service: Service) -> ModelDescription:
@@ -254,9 +267,9 @@ def _add_page(app: FastAPI) -> None:
             422: {"model": Problem, "description": "There is no such sample."},
         },
     )
-    async def sample(index: Annotated[int, PathValue(ge=0, lt=len(pngs))]) -> Response:
+    async def sample(index: Annotated[str, PathValue(pattern="^[0-9]$")]) -> Response:
         """A picture to try, from CIFAR-10."""
-        return Response(pngs[index], media_type="image/png")
+        return Response(pngs[int(index)], media_type="image/png")
 
 
 def _constant(content: bytes, kind: str) -> Any:
