@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
+from normlab.errors import DataError
+from normlab.onnx_model import open_onnx
 from normlab.prediction import Predictor, predict, run_predictor
 from normlab.runs import open_run
 
@@ -120,18 +123,104 @@ def test_json_and_csv(project: Path) -> None:
     assert float(table[1][2]) == answer["probability"]
 
 
+def test_an_exported_file_answers_as_its_run(project: Path) -> None:
+    done = normlab("export", "--out", "exported/model.onnx", cwd=project)
+    assert done.returncode == 2  # no such folder
+    (project / "exported").mkdir()
+    done = normlab("export", "--out", "exported/model.onnx", cwd=project)
+    assert done.returncode == 0, done.stderr
+    answers = []
+    for model in ("runs/0001-notebook", "exported/model.onnx"):
+        done = normlab("predict", model, "colours", "--json", "--top", "2", cwd=project)
+        assert done.returncode == 1  # red/broken.png
+        answers.append([json.loads(line) for line in done.stdout.splitlines()])
+    assert len(answers[0]) == 40
+    for mine, its in zip(*answers, strict=True):
+        assert mine["path"] == its["path"]
+        ours = {p["class"]: p["probability"] for p in mine["predictions"]}
+        for answer in its["predictions"]:
+            assert answer["probability"] == pytest.approx(ours[answer["class"]], abs=1e-5)
+
+
+def graph(
+    *,
+    taken: tuple[str, int, list[object]] = ("images", onnx.TensorProto.UINT8, ["N", 8, 8, 3]),
+    given: tuple[str, int] = ("probabilities", 2),
+    class_names: str | None = '["a", "b"]',
+) -> bytes:
+    """A graph that averages the pixels of each of the first channels, with chosen faults."""
+    name, dtype, shape = taken
+    nodes = [
+        onnx.helper.make_node("Cast", [name], ["x"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("ReduceMean", ["x"], ["m"], axes=[1, 2], keepdims=0),
+        onnx.helper.make_node("Slice", ["m", "from", "to", "axis"], [given[0]]),
+    ]
+    numbers = {"from": 0, "to": given[1], "axis": 1}
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            nodes,
+            "means",
+            [onnx.helper.make_tensor_value_info(name, dtype, shape)],
+            [onnx.helper.make_tensor_value_info(given[0], onnx.TensorProto.FLOAT, ["N", given[1]])],
+            [onnx.numpy_helper.from_array(np.array([v]), k) for k, v in numbers.items()],
+        ),
+        opset_imports=[onnx.helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    if class_names is not None:
+        model.metadata_props.add(key="class_names", value=class_names)
+    return bytes(model.SerializeToString())
+
+
+def test_an_onnx_model_is_asked_in_batches() -> None:
+    model = open_onnx(graph())
+    assert (model.class_names, model.image_size) == (("a", "b"), 8)
+    images = np.random.default_rng(0).integers(0, 256, (600, 8, 8, 3), np.uint8)
+    expected = images.mean((1, 2))[:, :2]
+    np.testing.assert_allclose(model.probabilities(images), expected, rtol=1e-5)
+
+
+UINT8, FLOAT = onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (graph(taken=("input", UINT8, ["N", 8, 8, 3])), "takes `input`, tensor(uint8)"),
+        (graph(taken=("images", FLOAT, ["N", 8, 8, 3])), "takes `images`, tensor(float)"),
+        (graph(taken=("images", UINT8, ["N", 8, 9, 3])), "['N', 8, 9, 3]"),
+        (graph(taken=("images", UINT8, [1, 8, 8, 3])), "[1, 8, 8, 3]"),
+        (graph(given=("y", 2)), "gives `y`, tensor(float)"),
+        (graph(class_names=None), "no `class_names`"),
+        (graph(class_names="{"), "no `class_names`"),
+        (graph(class_names="[1, 2]"), "no `class_names`"),
+        (graph(class_names='["a"]'), "names 1 classes but gives 2"),
+        (b"", "no ONNX model"),
+    ],
+)
+def test_an_onnx_file_of_another_kind_is_refused_by_name(content: bytes, named: str) -> None:
+    with pytest.raises(DataError) as error:
+        open_onnx(content)
+    assert named in str(error.value)
+    assert "normlab export --format onnx" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "value"),
     [
         (["empty"], "empty"),
         (["nowhere.png"], "nowhere.png"),
         (["runs/0001-notebook"], "runs/0001-notebook"),
+        (["nowhere.onnx", "colours"], "nowhere.onnx is not a file"),
+        (["broken.onnx", "colours"], "broken.onnx is no ONNX model"),
         (["colours", "--json", "--csv"], "--csv"),
         (["colours", "--top", "0"], "0"),
     ],
 )
 def test_no_picture_at_all_is_a_mistake(project: Path, words: list[str], value: str) -> None:
     (project / "empty").mkdir(exist_ok=True)
+    (project / "broken.onnx").write_bytes(b"x" * 100)
     done = normlab("predict", *words, cwd=project)
     assert done.returncode == 2
     assert done.stdout == ""

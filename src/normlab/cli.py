@@ -15,6 +15,7 @@ from normlab.cli_doctor import doctor, recalibrate
 from normlab.cli_export import export_command, import_command
 from normlab.cli_inspect import inspect
 from normlab.cli_predict import predict
+from normlab.cli_serve import serve
 
 if TYPE_CHECKING:
     from normlab.fit import Observer
@@ -38,6 +39,7 @@ cli.add_command(compare)
 cli.add_command(doctor)
 cli.add_command(recalibrate)
 cli.add_command(predict)
+cli.add_command(serve)
 
 DATA = click.option(
     "--data",

@@ -16,7 +16,7 @@ Top = Sequence[tuple[str, float]]
 
 
 @click.command()
-@click.argument("words", metavar="[RUN] IMAGE|FOLDER…", nargs=-1, required=True)
+@click.argument("words", metavar="[RUN|MODEL.onnx] IMAGE|FOLDER…", nargs=-1, required=True)
 @click.option(
     "--top", type=click.IntRange(1), default=3, show_default=True, help="Classes a picture."
 )
@@ -25,7 +25,8 @@ Top = Sequence[tuple[str, float]]
 def predict(words: tuple[str, ...], top: int, as_json: bool, as_csv: bool) -> None:
     """Say what is on pictures: the most likely classes and their probabilities.
 
-    RUN is the folder of a run, by default the latest. Folders are searched at any depth. A file
+    RUN is the folder of a run, by default the latest; MODEL.onnx is a file that `normlab export`
+    wrote. Folders are searched at any depth. A file
     that cannot be read is reported on standard error and the rest go on; the exit code is then 1,
     and 2 if no picture could be answered.
     """
@@ -52,15 +53,13 @@ def predict(words: tuple[str, ...], top: int, as_json: bool, as_csv: bool) -> No
 
 
 def _model_and_paths(words: tuple[str, ...]) -> tuple["Predictor", tuple[str, ...]]:
-    """A first word that is a run's folder is the model; everything else is pictures."""
-    from normlab.prediction import run_predictor
-    from normlab.runs import open_run
+    """A first word that is a run's folder or an ONNX file is the model; the rest is pictures."""
+    from normlab.prediction import is_model, open_predictor
 
-    is_run = (Path(words[0]) / "recipe.json").is_file()
-    if is_run and len(words) == 1:
-        raise click.UsageError(f"{words[0]} is a run; give pictures or folders after it")
-    run = open_run(words[0] if is_run else None)
-    return run_predictor(run), words[is_run:]
+    named = is_model(words[0])
+    if named and len(words) == 1:
+        raise click.UsageError(f"{words[0]} is a model; give pictures or folders after it")
+    return open_predictor(words[0] if named else None), words[named:]
 
 
 def _writer(as_json: bool, as_csv: bool, top: int) -> Callable[[str, Top], None]:

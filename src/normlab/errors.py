@@ -21,6 +21,10 @@ class DataError(UserError):
     """A data set that is missing, damaged or not what it claims to be."""
 
 
+class TooLargeError(DataError):
+    """A picture that has more pixels, or takes more memory, than is allowed."""
+
+
 class NonFiniteError(NormlabError, ArithmeticError):
     """The loss or a weight became NaN or infinite."""
 

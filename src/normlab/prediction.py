@@ -6,15 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from normlab.data.decoding import read_small
-from normlab.data.pictures import quiet
+from normlab.data.pictures import quiet, read_square
 from normlab.data.walking import Found, walk
-from normlab.fit import predict_logits
-from normlab.runs import Run
+from normlab.errors import DataError
+
+if TYPE_CHECKING:
+    from normlab.runs import Run
 
 BATCH_SIZE = 64
 
@@ -48,12 +50,14 @@ class Prediction:
         return [(class_names[k], float(p[k])) for k in order]
 
 
-def run_predictor(run: Run, weights: str = "last") -> Predictor:
+def run_predictor(run: "Run", weights: str = "last") -> Predictor:
     """The network of a run, as trained.
 
     Raises:
         UserError: the run has no such weights.
     """
+    from normlab.fit import predict_logits
+
     model = run.model(weights)
 
     def probabilities(images: NDArray[np.uint8]) -> NDArray[np.floating]:
@@ -61,6 +65,27 @@ def run_predictor(run: Run, weights: str = "last") -> Predictor:
         return answers
 
     return Predictor(probabilities, run.task.class_names, run.task.image_size)
+
+
+def is_model(path: str | Path) -> bool:
+    """Whether `path` names a model and not pictures: a run's folder, or a name in .onnx."""
+    return Path(path).suffix.lower() == ".onnx" or (Path(path) / "recipe.json").is_file()
+
+
+def open_predictor(path: str | Path | None = None) -> Predictor:
+    """The classifier at `path`: a run's folder or an exported ONNX file; by default the latest run.
+
+    Raises:
+        UserError: there is none, or it is damaged, or of another kind.
+    """
+    if path is None or Path(path).suffix.lower() != ".onnx":
+        from normlab.runs import open_run  # with PyTorch, which an ONNX file does not need
+
+        return run_predictor(open_run(path))
+    from normlab.onnx_model import open_onnx
+
+    model = open_onnx(path)
+    return Predictor(model.probabilities, model.class_names, model.image_size)
 
 
 def predict(
@@ -83,8 +108,10 @@ def _predict_batch(
     def read(file: Found) -> tuple[NDArray[np.uint8] | None, str]:
         if file.problem is not None:
             return None, file.problem
-        pixels, _, problem = read_small(file.path, predictor.image_size)
-        return pixels, problem
+        try:
+            return read_square(file.path, predictor.image_size), ""
+        except DataError as error:
+            return None, str(error)
 
     with quiet():
         decoded = list(pool.map(read, batch))

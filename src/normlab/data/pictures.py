@@ -1,7 +1,8 @@
 """One picture from a file to the pixels a network sees: the same in training and prediction.
 
-`read_picture` gives upright RGB of any size; `to_square` brings it to the network's size. What a
-file holds beyond 8-bit RGB is turned into that as follows, or refused by name:
+`read_picture` gives upright RGB of any size, `to_square` brings that to the network's size, and
+`read_square` does both, with less memory because the full size never becomes an array. What a file
+holds beyond 8-bit RGB is turned into that as follows, or refused by name:
 
 grey, palette, black-and-white   to RGB
 alpha, transparent colour        composited on white
@@ -29,10 +30,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from normlab.errors import DataError
+from normlab.errors import DataError, TooLargeError
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")  # MPO opens as JPEG
 MAX_PIXELS = 25_000_000
+
+_BAND = 1 << 20  # pixels that are converted at a time
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _WHITE_IS_ZERO = 0
@@ -40,7 +43,7 @@ _WHITE_IS_ZERO = 0
 # What Pillow was seen to raise on damaged files.
 _DAMAGE = (
     *(OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, EOFError),
-    *(struct.error, RuntimeError, ArithmeticError, MemoryError, Image.DecompressionBombError),
+    *(struct.error, RuntimeError, ArithmeticError),
 )
 
 Pixels = NDArray[np.uint8]
@@ -52,22 +55,21 @@ def read_picture(source: Path | bytes) -> Pixels:
     Raises:
         DataError: it cannot be read, or is of a kind that this module's docstring refuses. The
             message does not name the file.
+        TooLargeError: it has too many pixels, or more than the memory at hand can take.
     """
-    try:
-        file = _regular(source) if isinstance(source, Path) else io.BytesIO(source)
-        with quiet(), Image.open(file, formats=FORMATS) as image:
-            _refuse(image)
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            return np.asarray(_to_rgb(upright, _white(image)))
-    except UnidentifiedImageError:
-        known = ", ".join(FORMATS)
-        raise DataError(f"not a picture, or damaged at its start; known are {known}") from None
-    except _DAMAGE as error:
-        if isinstance(error, DataError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError(f"cannot be read ({reason or type(error).__name__})") from error
+    with _damage_named():
+        return np.asarray(_upright(source))
+
+
+def read_square(source: Path | bytes, size: int) -> Pixels:
+    """`to_square(read_picture(source), size)`, the same pixels (size, size, 3).
+
+    Raises:
+        DataError, TooLargeError: as `read_picture` does.
+    """
+    with _damage_named():
+        image = _upright(source)
+        return np.asarray(image if image.size == (size, size) else _fit(image, size))
 
 
 def to_square(picture: Pixels, size: int) -> Pixels:
@@ -77,8 +79,7 @@ def to_square(picture: Pixels, size: int) -> Pixels:
     """
     if picture.shape == (size, size, 3):
         return picture
-    image = Image.fromarray(picture)
-    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+    return np.asarray(_fit(Image.fromarray(picture), size))
 
 
 def fingerprint(picture: Pixels) -> bytes:
@@ -105,6 +106,42 @@ def shown(path: Path | str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+@contextmanager
+def _damage_named() -> Iterator[None]:
+    """Turn what Pillow raises into a `DataError`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise DataError(f"not a picture, or damaged at its start; known are {known}") from None
+    except Image.DecompressionBombError:
+        raise TooLargeError(
+            f"more than {MAX_PIXELS / 1e6:.0f} megapixels are refused; make it smaller"
+        ) from None
+    except MemoryError as error:
+        raise TooLargeError("takes more memory than there is for it; make it smaller") from error
+    except _DAMAGE as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DataError(f"cannot be read ({reason or type(error).__name__})") from error
+
+
+def _upright(source: Path | bytes) -> Image.Image:
+    """The picture as RGB, the right way up."""
+    file = _regular(source) if isinstance(source, Path) else io.BytesIO(source)
+    with quiet(), Image.open(file, formats=FORMATS) as image:
+        _refuse(image)
+        image.load()
+        white = _white(image)
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image, white)
+
+
+def _fit(image: Image.Image, size: int) -> Image.Image:
+    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+
+
 def _regular(path: Path) -> Path:
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):  # a pipe would block for ever
@@ -116,12 +153,12 @@ def _refuse(image: Image.Image) -> None:
     """Refuse, by what the header says, what cannot be rightly turned into 8-bit RGB."""
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise DataError(
+        raise TooLargeError(
             f"{width} × {height} pixels; more than {MAX_PIXELS / 1e6:.0f} megapixels are refused"
         )
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":
-        raise DataError(f"animated or of several pages ({frames}); give one still picture")
+    # Not `n_frames`, which reads a file to its end to count them.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise DataError("animated or of several pages; give one still picture")
     if image.mode in ("F", "LAB") or (image.mode == "I" and image.format != "PPM"):
         raise DataError(f"of Pillow's mode {image.mode}; save it with 8 or 16 bits a channel")
     if image.mode.startswith("I") and _tag(image, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO:
@@ -147,9 +184,20 @@ def _tag(image: Image.Image, tag: int, default: int) -> int:
 
 def _to_rgb(image: Image.Image, white: int) -> Image.Image:
     if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.float64) * (255 / white)
-        image = Image.fromarray(np.rint(grey).astype(np.uint8))
+        table = np.rint(np.arange(white + 1) * (255 / white)).astype(np.uint8)
+        image = Image.fromarray(table[np.clip(np.asarray(image), 0, white)])
     if image.has_transparency_data:
-        opaque = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(opaque, image.convert("RGBA"))
-    return image.convert("RGB")
+        return _on_white(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Composite in bands: the whole picture in RGBA twice over would take 8 bytes a pixel."""
+    width, height = image.size
+    rows = max(1, _BAND // width)
+    result = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(top + rows, height))).convert("RGBA")
+        white = Image.new("RGBA", band.size, "white")
+        result.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+    return result

@@ -26,11 +26,11 @@ from normlab.export.steps import (
     Step,
     chain_of,
 )
+from normlab.onnx_model import open_onnx
 from normlab.runs import Run
 
 # Old enough for every runtime of the last years; nothing here needs more.
 OPSET, IR_VERSION = 17, 8
-BATCH = 256
 
 
 class _Nodes:
@@ -121,17 +121,18 @@ def _add_norm(nodes: _Nodes, norm: Norm) -> None:
     nodes.add("Add", norm.name, [norm.beta.reshape(shape)])
 
 
-def probabilities(content: bytes, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Probabilities (N, K) that ONNX Runtime computes for `images` (N, H, W, 3)."""
-    from onnxruntime import InferenceSession
-
-    session = InferenceSession(content, providers=["CPUExecutionProvider"])
-    starts = range(0, len(images), BATCH)
-    parts = [
-        session.run(["probabilities"], {"images": np.ascontiguousarray(images[i : i + BATCH])})[0]
-        for i in starts
-    ]
-    return np.concatenate(parts)
+def described(run: Run, model: nn.Module) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """The graph of a run's network with its metadata, and what was not folded and why."""
+    chain = fold(chain_of(model, run.task.image_size))
+    graph = build(chain, len(run.task.class_names))
+    metadata = {
+        "class_names": run.task.class_names,
+        "recipe": run.task.as_dict(),
+        "not_folded": chain.kept,
+    }
+    for key, value in metadata.items():
+        graph.metadata_props.add(key=key, value=json.dumps(value, ensure_ascii=False))
+    return graph, chain.kept
 
 
 def certified(
@@ -141,15 +142,8 @@ def certified(
 
     The certificate goes into the metadata of the very graph that was checked.
     """
-    chain = fold(chain_of(model, run.task.image_size))
-    graph = build(chain, len(run.task.class_names))
-    answers = probabilities(graph.SerializeToString(), images)
+    graph, kept = described(run, model)
+    answers = open_onnx(graph.SerializeToString()).probabilities(images)
     certificate = check(answers, f"ONNX Runtime {version('onnxruntime')}")
-    metadata = {
-        "class_names": json.dumps(run.task.class_names, ensure_ascii=False),
-        "certificate": certificate.as_json(),
-        "recipe": json.dumps(run.task.as_dict(), ensure_ascii=False),
-        "not_folded": json.dumps(chain.kept, ensure_ascii=False),
-    }
-    helper.set_model_props(graph, metadata)
-    return graph.SerializeToString(), certificate, chain.kept
+    graph.metadata_props.add(key="certificate", value=certificate.as_json())
+    return graph.SerializeToString(), certificate, kept

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from normlab.data import ImageData
 from normlab.errors import UserError
 from normlab.evaluation import Evaluation
 from normlab.export.card import NAME, card, check_place
-from normlab.export.certificate import Certificate, certify
+from normlab.export.certificate import Certificate, Check, certify
 from normlab.files import digest, write_atomic
 from normlab.runs import Run
 
@@ -47,28 +48,9 @@ def export_run(
     """
     path = Path(out)
     _check_request(run, path, file_format)
-    images = run.task.load()
-    if images.sha256 != run.task.data_sha256:
-        raise UserError(
-            f"data {run.task.data!r} are not those that run {str(run.path)!r} was trained on "
-            f"({images.sha256[:12]}… now, {run.task.data_sha256[:12]}… then): bring those back"
-        )
-    evaluation = run.evaluate(images, weights=weights)
     model = run.model(weights)
-
-    def check(exported: NDArray[np.floating], checked_with: str) -> Certificate:
-        certificate = certify(
-            evaluation.probabilities,
-            exported,
-            evaluation.labels,
-            data=images.name,
-            data_sha256=images.sha256,
-            weights_sha256=digest(model.state_dict()),
-            checked_with=checked_with,
-        )
-        certificate.require()
-        return certificate
-
+    images = run.task.load()
+    evaluation, check = checked_against(run, images, weights, digest(model.state_dict()))
     if file_format == "onnx":
         from normlab.export import onnx_graph
 
@@ -79,6 +61,37 @@ def export_run(
         content, certificate = keras_file.certified(run, model, images.x_test, check)
         kept = ()
     return _write(path, content, run, evaluation, certificate, kept)
+
+
+def checked_against(
+    run: Run, images: ImageData, weights: str, weights_sha256: str
+) -> tuple[Evaluation, Check]:
+    """The run's scores on its test images, and what certifies an exported model's answers there.
+
+    Raises:
+        UserError: these are not the images that the run was trained and tested on.
+    """
+    if images.sha256 != run.task.data_sha256:
+        raise UserError(
+            f"data {run.task.data!r} are not those that run {str(run.path)!r} was trained on "
+            f"({images.sha256[:12]}… now, {run.task.data_sha256[:12]}… then): bring those back"
+        )
+    evaluation = run.evaluate(images, weights=weights)
+
+    def check(exported: NDArray[np.floating], checked_with: str) -> Certificate:
+        certificate = certify(
+            evaluation.probabilities,
+            exported,
+            evaluation.labels,
+            data=images.name,
+            data_sha256=images.sha256,
+            weights_sha256=weights_sha256,
+            checked_with=checked_with,
+        )
+        certificate.require()
+        return certificate
+
+    return evaluation, check
 
 
 def _check_request(run: Run, path: Path, file_format: str) -> None:

@@ -1,0 +1,39 @@
+"""`normlab serve`: a page and an HTTP interface to try a model on."""
+
+import ipaddress
+
+import click
+
+
+@click.command()
+@click.argument("model", metavar="[RUN|MODEL.onnx]", required=False)
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="0 takes a free one.",
+)
+def serve(model: str | None, host: str, port: int) -> None:
+    """Serve RUN (by default the latest) or MODEL.onnx: a page to drop pictures on, and HTTP.
+
+    Only this machine reaches it, unless --host says otherwise. Ctrl-C and SIGTERM end it once the
+    requests under way are answered; the exit code is 130 or 143.
+    """
+    from normlab.serving.server import serve as run_server
+
+    if not _is_loopback(host):
+        click.echo(
+            f"Note: {host} can be reached from other machines, and there is no password "
+            "and no encryption (docs/serve.md)",
+            err=True,
+        )
+    run_server(model, host=host, port=port, say=click.echo)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

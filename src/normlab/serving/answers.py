@@ -1,0 +1,90 @@
+"""What the interface answers, as its OpenAPI description has it."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+
+class Problem(BaseModel):
+    """Why there is no answer."""
+
+    detail: str
+
+
+class FileProblem(Problem):
+    """Why there is no answer to one of several pictures."""
+
+    status: int = Field(description="What it would have been answered with alone: 413, 415 or 429.")
+
+
+class ClassProbability(BaseModel):
+    """A class and its probability."""
+
+    class_name: str = Field(alias="class")
+    probability: float
+
+
+class Milliseconds(BaseModel):
+    """How long it took, from the moment the request had been received."""
+
+    decoding: float = Field(description="Waiting for a decoder and decoding.")
+    model: float = Field(description="Waiting for the model's run and that run.")
+
+
+class PictureAnswer(BaseModel):
+    """The answer to one picture."""
+
+    name: str | None = Field(description="The file's name as it was sent.")
+    predictions: list[ClassProbability] = Field(description="Most probable first.")
+    milliseconds: Milliseconds | None = None
+    seen: str | None = Field(
+        default=None,
+        description="What the network sees, if asked: a `data:` URL of a PNG.",
+    )
+    error: FileProblem | None = Field(default=None, description="Then there are no predictions.")
+
+
+class Answers(BaseModel):
+    """One answer a picture, in the order they were sent."""
+
+    results: list[PictureAnswer]
+
+
+class Sample(BaseModel):
+    """A picture to try."""
+
+    label: str
+    path: str = Field(description="Relative to this document.")
+
+
+class ModelLimits(BaseModel):
+    """What one request may hold."""
+
+    file_bytes: int
+    pixels: int
+    parts: int
+    body_bytes: int
+
+
+class ModelDescription(BaseModel):
+    """The model behind `/predict`."""
+
+    name: str
+    class_names: list[str]
+    image_size: int = Field(description="Side of the square that the network sees, in pixels.")
+    formats: list[str] = Field(description="Kinds of pictures that are read.")
+    recipe: str | None
+    data: str | None
+    sha256: str = Field(description="Of the ONNX file.")
+    checked: str = Field(description="How it was compared with the run it came from.")
+    certificate: dict[str, Any] | None
+    limits: ModelLimits
+    samples: list[Sample]
+
+
+class Health(BaseModel):
+    """The server is up."""
+
+    status: Literal["ok"] = "ok"
+    pictures: int = Field(description="Answered since the start.")
+    model_runs: int = Field(description="Fewer than pictures if they came in batches.")

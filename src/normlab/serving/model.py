@@ -1,0 +1,136 @@
+"""The model that is served: an exported file as it is, or a run exported in memory."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from normlab.data import load
+from normlab.data.cache import read_cache
+from normlab.data.cifar10 import CLASS_NAMES
+from normlab.data.images import Labels, Pixels
+from normlab.data.pictures import to_square
+from normlab.errors import DataError, UserError
+from normlab.onnx_model import OnnxModel, open_onnx
+
+if TYPE_CHECKING:  # with PyTorch, which an ONNX file does not need
+    from normlab.runs import Run
+
+_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What answers.
+
+    Attributes:
+        name: of the file or the run's folder.
+        sha256: of the ONNX file's content.
+        certificate: of the comparison with its run on all test images; None if there was none.
+        checked: one sentence on how the model was compared with its run.
+    """
+
+    name: str
+    onnx: OnnxModel
+    sha256: str
+    certificate: dict[str, Any] | None
+    checked: str
+
+
+def open_served(path: str | Path | None) -> ServedModel:
+    """Open the model at `path`: a run's folder, an exported ONNX file; by default the latest run.
+
+    Raises:
+        UserError: there is none, it is of another kind, or a package is missing.
+        CertificateError: a run's export does not answer as the run does.
+    """
+    if path is not None and Path(path).suffix.lower() == ".onnx":
+        return _from_file(Path(path))
+    from normlab.runs import open_run
+
+    run = open_run(path)
+    if find_spec("onnx") is None:
+        raise UserError("serving a run needs the package onnx: pip install 'normlab[serve]'")
+    return _from_run(run)
+
+
+def _from_file(path: Path) -> ServedModel:
+    onnx = open_onnx(path)
+    certificate = onnx.metadata.get("certificate")
+    if not isinstance(certificate, dict):
+        certificate = None
+    checked = "not known to have been compared with its run: it holds no certificate"
+    if certificate is not None:
+        checked = "compared with its run on all its test images when it was exported"
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return ServedModel(path.name, onnx, sha256, certificate, checked)
+
+
+def _from_run(run: "Run") -> ServedModel:
+    """Export in memory, with the whole certificate if the run's test images are at hand."""
+    from normlab.export.onnx_graph import certified, described
+    from normlab.export.writing import checked_against
+    from normlab.files import digest
+
+    model = run.model()
+    try:
+        images = _test_images_at_hand(run)
+        _, check = checked_against(run, images, "last", digest(model.state_dict()))
+    except DataError as error:
+        graph, _ = described(run, model)
+        content = graph.SerializeToString()
+        onnx = open_onnx(content)
+        checked = f"{_compared_on_samples(run, onnx)}; its test images are not at hand: {error}"
+        certificate = None
+    else:
+        content, found, _ = certified(run, model, images.x_test, check)
+        onnx, certificate = open_onnx(content), found.as_dict()
+        checked = f"compared with its run on all {found.test_images:,} test images: {found}"
+    name = os.path.basename(os.path.abspath(run.path))
+    return ServedModel(name, onnx, hashlib.sha256(content).hexdigest(), certificate, checked)
+
+
+def _test_images_at_hand(run: "Run") -> Any:
+    """The run's data, without fetching anything.
+
+    Raises:
+        DataError: they are elsewhere, or not those of the run.
+    """
+    if run.task.data == "cifar10" and read_cache() is None:
+        raise DataError("CIFAR-10 is not in the cache (`normlab data fetch` brings it)")
+    images = run.task.load()
+    if images.sha256 != run.task.data_sha256:
+        raise DataError(f"data {run.task.data!r} have changed since the training")
+    return images
+
+
+def _compared_on_samples(run: "Run", onnx: OnnxModel) -> str:
+    from normlab.export.certificate import TOLERANCE, CertificateError
+    from normlab.prediction import run_predictor
+
+    size = onnx.image_size
+    images = np.stack([to_square(p, size) for p in samples()[0][:_SAMPLES]])
+    expected = run_predictor(run).probabilities(images)
+    difference = float(np.abs(onnx.probabilities(images) - expected).max())
+    if not difference <= TOLERANCE:
+        raise CertificateError(
+            f"the exported model disagrees with its run: probabilities differ by {difference:.1e}"
+        )
+    return f"compared with its run on {_SAMPLES} samples, probabilities within {difference:.1e}"
+
+
+def samples() -> tuple[Pixels, Labels]:
+    """Pictures of CIFAR-10 that come with the package, (N, 32, 32, 3), and their labels (N,)."""
+    data = load("sample")
+    return data.x_test, data.y_test
+
+
+def one_of_each_class() -> list[tuple[str, Pixels]]:
+    """The first sample of each of CIFAR-10's classes: its name and pixels (32, 32, 3)."""
+    pictures, labels = samples()
+    return [(name, pictures[int(np.argmax(labels == k))]) for k, name in enumerate(CLASS_NAMES)]
