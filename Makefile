@@ -5,6 +5,8 @@
 #   make compare six pairs of batch against none, with a verdict
 #   make bench   normlab beside Keras, PyTorch and ONNX Runtime; QUICK=1 takes under five minutes
 #   make soak    longer tests
+#   make torture kill 240 trainings and studies, let every write fail, count what survives
+#   make fuzz    a million changed files for each parser written here, 100,000 for the libraries'
 #
 # TORCH_INDEX=URL installs PyTorch from another package index (for its CPU build, see README.md).
 
@@ -17,7 +19,7 @@ PIP := $(BIN)/python $(INSTALL) constraints.txt
 BENCH_PIP := $(BENCH)/bin/python $(INSTALL) $(BENCH)/constraints.txt
 INPUTS := pyproject.toml constraints.txt setup.py $(wildcard src/normlab/kernels/*.c)
 
-.PHONY: run compare bench test check soak clean
+.PHONY: run compare bench test check soak torture fuzz clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
@@ -41,6 +43,12 @@ check: $(VENV)/.checked
 
 soak: $(VENV)/.tested
 	$(BIN)/python -m pytest -m soak --timeout 1200 $(ARGS)
+
+torture: $(VENV)/.tested
+	$(BIN)/python tests/torture.py $(ARGS)
+
+fuzz: $(VENV)/.tested
+	$(BIN)/python tests/fuzz/run.py $(or $(ARGS),all)
 
 clean:
 	rm -rf $(VENV) $(BENCH) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

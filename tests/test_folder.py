@@ -198,8 +198,10 @@ def test_the_cache_is_used_checked_and_replaced(
 ) -> None:
     tree(root, {"cat": 3, "dog": 3})
     calls = []
-    read = decoding.read_small
-    monkeypatch.setattr(decoding, "read_small", lambda s, n: (calls.append(s), read(s, n))[1])
+    read = decoding.Readers._read
+    monkeypatch.setattr(
+        decoding.Readers, "_read", lambda self, n, s: (calls.append(s), read(self, n, s))[1]
+    )
     first = load(root)
     assert len(calls) == 6
     assert load(root).sha256 == first.sha256

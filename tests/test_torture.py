@@ -1,131 +1,233 @@
-"""Kill a training at any instant: resumed, it ends with the same bits, and no stray file stays."""
+"""Kill, fill the disk, damage files: every run ends with the same bits, and nothing stray stays."""
 
+import errno
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 
 import normlab
-from normlab.checkpoint import CHECKPOINT, PREVIOUS
+from faults import Faults
+from normlab.checkpoint import CHECKPOINT, PREVIOUS, restore
+from normlab.errors import DataError
+from normlab.files import locked, read_tensors
+from normlab.runs import latest
+from normlab.training import new_state
+from torture import StudyTorture, Torture, begin, check_one_line, check_same, long_form, stray
 
-# Checkpoints after every step, so that many kills fall into the writing of one.
-COMMAND = """
-import sys
-import normlab.checkpoint
-normlab.checkpoint.SECONDS_BETWEEN = 0.0
-from normlab.__main__ import main
-main(sys.argv[1:])
-"""
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sample = normlab.load("sample")
-    path = tmp_path_factory.mktemp("data") / "some.npz"
-    np.savez(
-        path,
-        x_train=sample.x_train[:70],
-        y_train=sample.y_train[:70],
-        x_test=sample.x_test[:20],
-        y_test=sample.y_test[:20],
-        class_names=np.array(sample.class_names),
-    )
-    return path
+def torture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Torture]:
+    place = tmp_path_factory.mktemp("torture")
+    yield Torture(place, random.Random(0), epochs=1, batch_size=16)
+    assert not stray(place)
 
 
-def start(*words: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "train", *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+def test_sigkill_sigterm_and_double_ctrl_c_at_random_instants(torture: Torture) -> None:
+    for _ in range(2):
+        torture.kill_run(kills=3)
+    torture.signal_run(signal.SIGTERM)
+    torture.signal_run(signal.SIGINT, twice=True)
+    assert torture.counts["SIGKILL of a run"] >= 2
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors.decode()
-
-
-def fresh(data: Path, out: Path) -> list[str]:
-    options = ["--epochs", "4", "--batch-size", "8", "--threads", "1", "--seed", "3"]
-    return ["notebook", "--data", str(data), "--out", str(out), *options]
-
-
-def killed_and_resumed(data: Path, out: Path, kills: int, rng: random.Random) -> int:
-    """Train with `kills` SIGKILLs at random instants after the first step; return how many hit."""
-    process, hits = start(*fresh(data, out)), 0
-    for _ in range(kills):
-        deadline = time.monotonic() + 60
-        while not (out / CHECKPOINT).exists() and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 1.5))
-        process.kill()
-        process.communicate()
-        hits += process.returncode == -9
-        if (out / "result.json").exists():
-            break
-        process = start("--resume", str(out))
-    _, errors = process.communicate(timeout=120)
-    assert (out / "result.json").exists(), errors.decode()
-    return hits
-
-
-def check_same(whole: Path, cut: Path) -> None:
-    ends = [json.loads((run / "result.json").read_text()) for run in (whole, cut)]
-    for key in ("weights_sha256", "test_loss", "test_accuracy", "val_loss", "steps"):
-        assert ends[0][key] == ends[1][key], key
-    histories = [
-        [
-            {**json.loads(line), "seconds": 0}
-            for line in (run / "history.jsonl").read_text().splitlines()
-        ]
-        for run in (whole, cut)
+def test_sigkill_in_the_writing_of_a_checkpoint(torture: Torture) -> None:
+    """Of the second one: half its bytes are written, and the first has been put aside."""
+    events = torture.events
+    writes = [
+        i
+        for i, (kind, name) in enumerate(events, 1)
+        if kind == "write" and name.startswith(".checkpoint")
     ]
-    assert histories[0] == histories[1]
-    for name in ("last.safetensors", "best.safetensors"):
-        assert (whole / name).read_bytes() == (cut / name).read_bytes()
-    assert not [p.name for p in cut.iterdir() if p.name.endswith(".tmp")]
+    n = writes[1]
+    out = torture.new()
+    assert begin(torture.command(out), out, n).wait() == -signal.SIGKILL
+    assert [p.name for p in out.glob(".checkpoint*.tmp")]
+    assert not (out / CHECKPOINT).exists()
+    assert (out / PREVIOUS).exists()
+    torture.finish(out)
 
 
-@pytest.mark.parametrize(("kills", "rounds"), [(3, 1), pytest.param(5, 12, marks=pytest.mark.soak)])
-def test_sigkill_at_random_instants(data: Path, tmp_path: Path, kills: int, rounds: int) -> None:
-    finish(start(*fresh(data, tmp_path / "whole")))
-    hits = 0
-    for number in range(rounds):
-        out = tmp_path / f"cut{number}"
-        hits += killed_and_resumed(data, out, kills, random.Random(number))
-        check_same(tmp_path / "whole", out)
-    assert hits >= rounds
-    print(f"{hits} SIGKILLs in {rounds} runs, all ended with the same bits")
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO])
+def test_writes_that_fail_at_a_few_of_all_places(torture: Torture, fault: int) -> None:
+    """The soak test takes all of them."""
+    count = len(torture.events)
+    for n in (1, 7, count // 2, count):
+        torture.fail_write(n, fault)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "bit", "missing"])
+@pytest.mark.soak
+def test_the_long_form(tmp_path: Path) -> None:
+    """`make torture` does the same with more than three times as many kills."""
+    counts = long_form(tmp_path, random.Random(1), kills=60, studies=6, say=print)
+    assert counts["SIGKILL of a run, inside the writing of a checkpoint"] >= 3
+
+
+@pytest.mark.soak
+def test_the_same_seed_gives_the_same_bits_twenty_times(torture: Torture) -> None:
+    for _ in range(20):
+        out = torture.new()
+        session = begin(torture.command(out), out)
+        assert session.wait() == 0, session.lines
+        check_same(torture.whole, out)
+
+
+@pytest.mark.soak
+def test_a_study_on_a_disk_that_fails(torture: Torture) -> None:
+    study = StudyTorture(torture, seeds=1)
+    written = [i for i, (kind, name) in enumerate(study.events, 1) if name.startswith(".batch-s")]
+    study.fail_write(written[0], errno.ENOSPC)
+
+
+@pytest.fixture
+def cut(torture: Torture, tmp_path: Path) -> Path:
+    """A run killed when it had two checkpoints."""
+    out = tmp_path / "cut"
+    second = [i for i, (_, name) in enumerate(torture.events, 1) if name == CHECKPOINT][1]
+    assert begin(torture.command(out), out, second + 2).wait() == -signal.SIGKILL
+    assert (out / CHECKPOINT).exists()
+    assert (out / PREVIOUS).exists()
+    return out
+
+
+def test_no_truncated_or_altered_checkpoint_is_taken_for_a_good_one(cut: Path) -> None:
+    path = cut / CHECKPOINT
+    whole, rng = path.read_bytes(), random.Random(0)
+    read_tensors(path)
+    for size in range(0, len(whole), 4096):
+        path.write_bytes(whole[:size])
+        with pytest.raises(DataError):
+            read_tensors(path)
+    for _ in range(40):
+        content = bytearray(whole)
+        place = rng.choice((rng.randrange(2000), rng.randrange(len(whole))))
+        content[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        with pytest.raises(DataError):
+            read_tensors(path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "another run's"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    data: Path, tmp_path: Path, damage: str
+    torture: Torture, cut: Path, damage: str
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "cut"
-    finish(start(*fresh(data, whole)))
-    process = start(*fresh(data, out))
-    deadline = time.monotonic() + 60
-    while not (out / PREVIOUS).exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    if (out / CHECKPOINT).exists():
-        content = bytearray((out / CHECKPOINT).read_bytes())
-        if damage == "truncated":
-            (out / CHECKPOINT).write_bytes(content[: 4096 * (len(content) // 8192)])
-        elif damage == "bit":
-            content[len(content) // 2] ^= 4
-            (out / CHECKPOINT).write_bytes(content)
-        else:
-            (out / CHECKPOINT).unlink()
-    finish(start("--resume", str(out)))
-    check_same(whole, out)
+    content = (cut / CHECKPOINT).read_bytes()
+    good = (cut / PREVIOUS).read_bytes()
+    if damage == "missing":
+        (cut / CHECKPOINT).unlink()
+    elif damage == "truncated":
+        (cut / CHECKPOINT).write_bytes(content[: 4096 * (len(content) // 8192)])
+    else:  # whole, but of another network
+        (cut / CHECKPOINT).write_bytes((torture.whole / "last.safetensors").read_bytes())
+    run = normlab.open_run(cut)
+    images = run.task.load()
+    state = new_state(run.task, images, torch.device("cpu"))
+    problem = restore(cut, state)
+    assert (problem is None) == (damage == "missing")
+    assert state.step > 0
+    if problem:  # so that no later save can move the damaged one over the good one
+        assert (cut / CHECKPOINT).read_bytes() == good
+    torture.finish(cut)
+
+
+def test_a_clock_set_back_a_year_changes_nothing(
+    torture: Torture, cut: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    year, now = 365 * 86400, time.time()
+    for path in (*cut.iterdir(), cut):
+        os.utime(path, (now + year, now + year))
+    monkeypatch.setattr(time, "time", lambda: now - year)
+    normlab.resume(cut)
+    assert read_end(cut) == read_end(torture.whole)
+    for number, age in (("0001", 0), ("0002", year), ("0010", 2 * year)):  # the newest is oldest
+        (in_tmp / "runs" / f"{number}-x").mkdir(parents=True)
+        os.utime(in_tmp / "runs" / f"{number}-x", (now - age, now - age))
+    assert latest(in_tmp / "runs").name == "0010-x"
+
+
+def read_end(run: Path) -> str:
+    return str(json.loads((run / "result.json").read_text())["weights_sha256"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+def test_out_of_memory_is_one_line_and_leaves_the_state(torture: Torture, cut: Path) -> None:
+    before = {p.name: p.read_bytes() for p in cut.glob("*.safetensors")}
+    code = (
+        "import resource, sys\n"
+        "import normlab.training, normlab.report\n"
+        "from normlab import fit\n"
+        "from normlab.__main__ import main\n"
+        "real = fit.train_step\n"
+        "def step(*a, **k):\n"
+        "    size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 16), -1))\n"
+        "    import torch; torch.ones(1 << 28)\n"
+        "    return real(*a, **k)\n"
+        "fit.train_step = step\n"
+        "main(sys.argv[1:])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "--resume", str(cut)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    check_one_line(lines)
+    assert "out of memory" in lines[-1]
+    assert {p.name: p.read_bytes() for p in cut.glob("*.safetensors")} == before
+    torture.finish(cut)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB, which takes root to make."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)]
+    if sys.platform != "linux" or os.geteuid() or subprocess.run(command, check=False).returncode:
+        pytest.skip("mounting a file system takes root on Linux")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full(torture: Torture, small_disk: Path) -> None:
+    out = small_disk / "run"
+    session = begin(torture.command(out), out)
+    assert session.wait() == 2, session.lines
+    assert "disk is full" in session.lines[-1]
+    check_one_line(session.lines)
+    assert not stray(out)
+    subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
+    torture.finish(out)
+
+
+def test_two_processes_given_the_same_run(torture: Torture, cut: Path) -> None:
+    """The second one is refused while the first is at work, and changes nothing."""
+    with locked(cut):
+        session = begin(["train", "--resume", str(cut)], cut)
+        assert session.wait() == 2
+        assert "another normlab is at work" in session.lines[-1]
+    torture.finish(cut)
+
+
+def test_a_seam_that_counts_nothing_proves_nothing(tmp_path: Path) -> None:
+    from normlab.files import write_json
+
+    with Faults(tmp_path) as faults:
+        write_json(tmp_path / "x.json", {})
+    assert [kind for kind, _ in faults.events] == ["write", "flush", "rename", "flush"]
+    with Faults(tmp_path, 1, errno.EIO), pytest.raises(OSError, match=r"x\.json"):
+        write_json(tmp_path / "x.json", {"a": 1})
+    assert json.loads((tmp_path / "x.json").read_text()) == {}

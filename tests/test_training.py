@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import normlab
+import normlab.checkpoint
 from normlab.data.batches import batch_bounds, split_validation, to_input
 from normlab.fit import Interrupted, Plan, State, Totals, train_step
 from normlab.models import NotebookNet
@@ -221,10 +222,10 @@ def test_the_test_set_is_seen_by_nothing_before_the_end(
     """With the test labels shuffled, weights, stopping and the best epoch stay the same."""
     shuffled = np.random.default_rng(0).permutation(sample.y_test[:40])
     options = {**TINY, "epochs": 4, "patience": 1}
-    one = normlab.train("notebook", data=small(sample), out=tmp_path / "a", **options)
-    two = normlab.train(
-        "notebook", data=small(sample, y_test=shuffled), out=tmp_path / "b", **options
-    )
+    np.savez(tmp_path / "true.npz", **small(sample))
+    np.savez(tmp_path / "shuffled.npz", **small(sample, y_test=shuffled))
+    one = normlab.train("notebook", data=tmp_path / "true.npz", out=tmp_path / "a", **options)
+    two = normlab.train("notebook", data=tmp_path / "shuffled.npz", out=tmp_path / "b", **options)
     assert one.result["weights_sha256"] == two.result["weights_sha256"]
     assert _hash(one.path / "best.safetensors") == _hash(two.path / "best.safetensors")
     assert [{**r, "seconds": 0} for r in one.history] == [{**r, "seconds": 0} for r in two.history]
@@ -252,6 +253,61 @@ def test_a_huge_learning_rate_stops_at_the_first_non_finite_step(
     assert e.value.exit_code == 3
     assert not (tmp_path / "a" / "result.json").exists()
     assert not (tmp_path / "a" / "last.safetensors").exists()
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_a_rate_of_1e10_overwrites_no_good_weights(
+    sample: normlab.ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm: str
+) -> None:
+    """With a good epoch behind it, and a checkpoint after every step."""
+    monkeypatch.setattr(normlab.checkpoint, "SECONDS_BETWEEN", 0.0)
+    good: dict[str, str] = {}
+
+    class Explode(After):
+        def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
+            if (epoch, batch) == (1, 2):
+                files = [tmp_path / "r" / f"{name}.safetensors" for name in ("best", "checkpoint")]
+                good.update({path.name: _hash(path) for path in files})
+                weights = next(state.model.parameters())
+                with torch.no_grad():  # what an update at such a rate can leave behind
+                    weights.fill_(float("inf"))
+
+    with pytest.raises(normlab.NonFiniteError, match="step 3 of epoch 2"):
+        normlab.train(
+            "notebook", norm=norm, data=small(sample, 80), out=tmp_path / "r", epochs=3,
+            batch_size=24, threads=1, observers=(Explode(0, None),),
+        )  # fmt: skip
+    assert {name: _hash(tmp_path / "r" / name) for name in good} == good
+    with pytest.raises(normlab.NonFiniteError, match=r"epoch \d: .* than 1e\+10"):
+        normlab.train(
+            "notebook", norm=norm, data=small(sample, 80), out=tmp_path / "s", epochs=3,
+            batch_size=24, threads=1, learning_rate=1e10,
+        )  # fmt: skip
+    assert not list((tmp_path / "s").glob("[bl]*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("n", "options"),
+    [
+        (33, {"batch_size": 16, "validation": 0}),  # one more than a multiple of the batch
+        (1, {"norm": "none", "validation": 0}),
+        (2, {"validation": 0}),
+        (50, {"one_class": True}),
+        (50, {"constant": True}),
+    ],
+)
+def test_odd_data_sets_train_to_an_end(
+    sample: normlab.ImageData, tmp_path: Path, n: int, options: dict[str, Any]
+) -> None:
+    options = dict(options)
+    data = small(sample, n)
+    if options.pop("one_class", n < 3):
+        data |= {"y_train": np.zeros(n, int), "y_test": np.zeros(40, int), "class_names": ["a"]}
+    if options.pop("constant", False):
+        data["x_train"] = np.full_like(data["x_train"], 7)
+    run = normlab.train("notebook", data=data, out=tmp_path / "r", **{**TINY, **options})
+    assert run.result is not None
+    assert math.isfinite(run.result["test_loss"])
 
 
 def test_a_step_with_a_non_finite_loss_leaves_the_weights() -> None:

@@ -5,12 +5,18 @@ Exit codes: 0; 1 findings, or bad inputs among good ones; 2 a user's mistake; 3 
 """
 
 import errno
+import signal
 import sys
 
 import click
 
 from normlab.cli import cli
 from normlab.errors import NormlabError
+
+OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, or end other programs"
+GOES_ON = "an unfinished run goes on with `normlab train --resume RUN`"
+# How PyTorch and C++ say what Python calls a MemoryError.
+ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "bad_alloc")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,20 +36,30 @@ def run(arguments: list[str] | None = None) -> int:
     except NormlabError as e:
         return _fail(str(e), e.exit_code)
     except (KeyboardInterrupt, click.Abort):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one shall not end in a traceback
         return _fail("interrupted", 130)
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone; nothing is left to say it to
         return 0
     except OSError as e:
-        if e.errno == errno.ENOSPC:
-            return _fail(
-                "the disk is full: free some space; an unfinished run goes on with "
-                "`normlab train --resume RUN`",
-                2,
-            )
-        return _fail(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}", 2)
+        return _fail(_explain(e), 2)
     except MemoryError:
-        return _fail("out of memory: try a smaller --batch-size", 2)
+        return _fail(OUT_OF_MEMORY, 2)
+    except RuntimeError as e:
+        if not any(words in str(e) for words in ALLOCATION_FAILED):
+            raise
+        return _fail(OUT_OF_MEMORY, 2)
+
+
+def _explain(e: OSError) -> str:
+    where = f": {e.filename}" if e.filename else ""
+    if e.errno == errno.ENOMEM:
+        return OUT_OF_MEMORY
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{where}; free some space; {GOES_ON}"
+    if e.errno == errno.EIO:
+        return f"the disk failed ({e.strerror}){where}; look after it; {GOES_ON}"
+    return f"{e.strerror or e}{where}"
 
 
 def _fail(message: str, code: int) -> int:

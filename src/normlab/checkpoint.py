@@ -8,12 +8,13 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from normlab.errors import DataError
-from normlab.files import read_tensors, sweep, write_atomic, write_tensors
-from normlab.fit import Plan, State, Totals
+from normlab.files import Tensors, read_tensors, sweep, write_atomic, write_tensors
+from normlab.fit import Plan, State, Totals, is_finite
 from normlab.optim import Optimizer
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -43,7 +44,13 @@ class Keeper:
 
 
 def save(folder: Path, state: State) -> None:
-    """Write a checkpoint; the last good one is kept beside it."""
+    """Write a checkpoint; the last good one is kept beside it.
+
+    After an update that made a weight NaN or infinite, which the next step will end with, the one
+    before stays the newest.
+    """
+    if not is_finite(state.model):
+        return
     tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
     tensors |= {f"best.{k}": v for k, v in state.best_weights.items()}
     tensors |= {f"average.{k}": v for k, v in state.average.items()}
@@ -63,38 +70,47 @@ def restore(folder: Path, state: State) -> str | None:
     """
     sweep(folder)
     problem = None
+    fresh = {k: v.clone() for k, v in state.model.state_dict().items()}
     for name in (CHECKPOINT, PREVIOUS):
         if not (folder / name).exists():
             continue
         try:
             _restore(folder / name, state)
-            return problem
         except DataError as e:
             problem = str(e)
+            state.model.load_state_dict(fresh)
+            continue
+        if problem:  # else the next `save` would move the damaged one over this good one
+            os.replace(folder / PREVIOUS, folder / CHECKPOINT)
+        return problem
     return problem
 
 
 def _restore(path: Path, state: State) -> None:
     tensors, loop = read_tensors(path)
-    parts: dict[str, dict[str, torch.Tensor]] = {
-        "model": {},
-        "optimizer": {},
-        "best": {},
-        "average": {},
-    }
+    try:
+        _fill(state, tensors, loop)
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as e:
+        reason = str(e).splitlines()[-1].strip()
+        raise DataError(f"{path} is not a checkpoint of this run ({reason})") from None
+
+
+def _fill(state: State, tensors: Tensors, loop: dict[str, Any]) -> None:
+    parts: dict[str, Tensors] = {"model": {}, "optimizer": {}, "best": {}, "average": {}}
     for name, tensor in tensors.items():
         part, rest = name.split(".", 1)
         parts[part][rest] = tensor
     state.model.load_state_dict(parts["model"])
+    totals, history, best_epoch = Totals(**loop["totals"]), loop["history"], loop["best_epoch"]
+    best_val_loss = history[best_epoch - 1]["val_loss"] if best_epoch else state.best_val_loss
+    step, seconds = int(loop["step"]), float(loop["seconds"])
     _restore_optimizer(state.optimizer, parts["optimizer"])
-    state.best_weights = parts["best"]
-    state.average = _like_parameters(state.model, parts["average"])
-    state.step, state.seconds = loop["step"], loop["seconds"]
-    state.totals, state.history = Totals(**loop["totals"]), loop["history"]
-    state.part, state.parts = Totals(**loop["part"]), loop["parts"]
-    state.best_epoch = loop["best_epoch"]
-    if state.best_epoch is not None:
-        state.best_val_loss = state.history[state.best_epoch - 1]["val_loss"]
+    average = _like_parameters(state.model, parts["average"])
+    partial, done = Totals(**loop["part"]), loop["parts"]
+    state.best_weights, state.totals, state.history = parts["best"], totals, history
+    state.best_epoch, state.best_val_loss = best_epoch, best_val_loss
+    state.average, state.part, state.parts = average, partial, done
+    state.step, state.seconds = step, seconds
 
 
 def _like_parameters(

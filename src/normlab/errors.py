@@ -10,6 +10,10 @@ class NormlabError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        """In one line, whatever the libraries and files that it cites have in theirs."""
+        return " ".join(super().__str__().splitlines())
+
 
 class UserError(NormlabError, ValueError):
     """A mistake in what was asked for: an option, a file, a folder."""

@@ -4,10 +4,12 @@ The format is safetensors, which holds no code. The document and a SHA-256 of ev
 in its metadata. Files are written under a temporary name, flushed, renamed, and the folder flushed.
 """
 
+import glob
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from normlab.errors import DataError
+from normlab.errors import DataError, UserError
 
 Tensors = dict[str, Tensor]
+LOCK = ".lock"
 
 
 def digest(tensors: Mapping[str, Tensor], document: str = "") -> str:
@@ -36,9 +39,13 @@ def write_atomic(path: Path, content: bytes, *, replace: bool = True) -> None:
 
     Raises:
         FileExistsError: without `replace`, if there is a file already.
+        OSError: it could not be written; `filename` is `path`, and what was there is untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if not _is_alive(leftover.name.split(".")[-2]):
+                leftover.unlink(missing_ok=True)
         with open(temporary, "wb") as f:
             f.write(content)
             f.flush()
@@ -48,8 +55,23 @@ def write_atomic(path: Path, content: bytes, *, replace: bool = True) -> None:
         else:
             os.link(temporary, path)
         flush_folder(path.parent)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from e  # of the subclass that errno names
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_alive(pid: str) -> bool:
+    """Whether a process of this number may be writing still; where in doubt it may."""
+    if os.name != "posix" or not pid.isdecimal():  # elsewhere signal 0 would end the process
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
 
 
 def flush_folder(folder: Path) -> None:
@@ -63,10 +85,34 @@ def flush_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed writer left under a temporary name."""
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what killed writers of the file `name` left; for whoever holds the folder's lock."""
+    for leftover in folder.glob(f".{name}.*.tmp"):
+        if leftover.name.split(".")[-2].isdecimal():
+            leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to `folder`; the system frees the lock of a dead process.
+
+    Raises:
+        UserError: another process is at work there.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another normlab is at work in {str(folder)!r}: wait for it, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
 def write_json(path: Path, value: Any, *, replace: bool = True) -> None:

@@ -257,7 +257,11 @@ def _note_part(
 
 
 def _finish_epoch(plan: Plan, state: State, epoch: int, device: torch.device) -> None:
-    """Score the validation images, note the epoch, keep the weights if they are the best so far."""
+    """Score the validation images, note the epoch, keep the weights if they are the best so far.
+
+    Raises:
+        NonFiniteError: the validation loss is NaN or infinite.
+    """
     row: dict[str, Any] = {
         "epoch": epoch + 1,
         "steps": state.step,
@@ -269,6 +273,11 @@ def _finish_epoch(plan: Plan, state: State, epoch: int, device: torch.device) ->
     if len(plan.validation):
         with averaged(state.model, state.average, plan.train.images):
             row["val_loss"], row["val_accuracy"] = score(state.model, plan.validation, device)
+            if not np.isfinite(row["val_loss"]):
+                raise NonFiniteError(
+                    f"the validation loss is {row['val_loss']} after epoch {epoch + 1}: training "
+                    f"stopped there; try a lower --learning-rate than {plan.recipe.learning_rate:g}"
+                )
             if row["val_loss"] < state.best_val_loss:
                 state.best_val_loss, state.best_epoch = row["val_loss"], epoch + 1
                 state.best_weights = {k: v.clone() for k, v in state.model.state_dict().items()}
@@ -276,6 +285,11 @@ def _finish_epoch(plan: Plan, state: State, epoch: int, device: torch.device) ->
         row["parts"] = state.parts
     state.history.append(row)
     state.totals, state.part, state.parts = Totals(), Totals(), []
+
+
+def is_finite(model: nn.Module) -> bool:
+    """Whether every weight and running statistic is a finite number."""
+    return all(t.isfinite().all() for t in model.state_dict().values())
 
 
 def _out_of_patience(recipe: Recipe, state: State) -> bool:

@@ -6,12 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from normlab.data import load
 from normlab.environment import describe, resolve_device, resolve_threads
 from normlab.errors import DataError, UserError
 from normlab.files import digest, write_json, write_tensors
+from normlab.limits import LimitError, limited
 from normlab.recipes import notebook
 from normlab.runs import Run, Task, create_folder
+
+SECONDS = 30.0  # that reading the file may take
 
 
 def import_model(
@@ -40,7 +45,13 @@ def import_model(
     if height != width:
         raise DataError(f"data {images.name!r} has images of {height} × {width}: make them square")
     path = Path(model)
-    found = read_notebook(path, height, len(images.class_names))
+    memory = (1 << 30) + 16 * (path.stat().st_size if path.exists() else 0)
+    try:
+        found = limited(
+            read_notebook, path, height, len(images.class_names), memory=memory, seconds=SECONDS
+        )
+    except LimitError as e:
+        raise LimitError(f"{path}: {e}") from None
     task = Task(
         recipe=replace(notebook(), name="imported", norm=found.norm),
         seed=0,
@@ -50,7 +61,8 @@ def import_model(
         image_size=height,
     )
     network = task.build()
-    network.load_state_dict(found.state, strict=False)  # Keras counts no batches
+    state = {name: torch.from_numpy(values) for name, values in found.state.items()}
+    network.load_state_dict(state, strict=False)  # Keras counts no batches
     folder = create_folder(out, "imported")
     write_json(folder / "recipe.json", task.as_dict())
     write_json(folder / "environment.json", describe(resolve_threads(None), resolve_device("cpu")))

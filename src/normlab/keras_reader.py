@@ -17,8 +17,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from normlab.errors import DataError
 from normlab.keras_layout import SNAKE_CASE, WEIGHTS, Layer, notebook_layers
@@ -30,7 +29,7 @@ Json = dict[str, Any]
 class KerasNotebook:
     """What a file holds: weights under the names of `NotebookNet`, and which normaliser."""
 
-    state: dict[str, Tensor]
+    state: dict[str, NDArray[np.float32]]
     norm: str
 
 
@@ -53,7 +52,7 @@ def read_notebook(path: Path, image_size: int, num_classes: int) -> KerasNoteboo
     except DataError:
         raise
     except (
-        *(AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError),
+        *(AttributeError, LookupError, TypeError, ValueError, RuntimeError, ArithmeticError),
         *(OSError, RecursionError, EOFError, NotImplementedError, zipfile.BadZipFile),
     ) as e:
         raise DataError(f"{path} is not a whole model that Keras saved ({e})") from None
@@ -66,7 +65,8 @@ def _read_keras(path: Path, image_size: int, num_classes: int) -> KerasNotebook:
         parts = {}
         for name in ("config.json", "model.weights.h5"):
             info = z.getinfo(name)
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
+            stored = info.compress_type == zipfile.ZIP_STORED
+            if not stored or max(info.file_size, info.compress_size) > limit:
                 raise DataError(f"{path}: {name} is compressed, which Keras never does: repack it")
             parts[name] = z.read(info)
     found = _layers(path, json.loads(parts["config.json"]))
@@ -243,7 +243,7 @@ def _collect(
             elif array.ndim == 2:
                 array = array.T
             key = f"{ours.name}.{WEIGHTS[ours.kind][i]}"
-            state[key] = torch.from_numpy(np.ascontiguousarray(array))
+            state[key] = np.ascontiguousarray(array)
     return KerasNotebook(state, norm)
 
 

@@ -1,8 +1,6 @@
 """Pictures in, classes out: any number of files, one batch of them in memory at a time."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,9 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from normlab.data.pictures import quiet, read_square
+from normlab.data.decoding import Readers
 from normlab.data.walking import Found, walk
-from normlab.errors import DataError
 
 if TYPE_CHECKING:
     from normlab.runs import Run
@@ -97,24 +94,21 @@ def predict(
     decoded on all cores, at most `batch_size` at a time, exactly as for training.
     """
     found = _files(paths)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with Readers() as readers:
         while batch := list(islice(found, batch_size)):
-            yield from _predict_batch(predictor, batch, pool)
+            yield from _predict_batch(predictor, batch, readers)
 
 
-def _predict_batch(
-    predictor: Predictor, batch: list[Found], pool: ThreadPoolExecutor
-) -> list[Prediction]:
-    def read(file: Found) -> tuple[NDArray[np.uint8] | None, str]:
+def _predict_batch(predictor: Predictor, batch: list[Found], readers: Readers) -> list[Prediction]:
+    reachable = [file.path for file in batch if file.problem is None]
+    read = readers.read(reachable, predictor.image_size)
+    decoded: list[tuple[NDArray[np.uint8] | None, str]] = []
+    for file in batch:
         if file.problem is not None:
-            return None, file.problem
-        try:
-            return read_square(file.path, predictor.image_size), ""
-        except DataError as error:
-            return None, str(error)
-
-    with quiet():
-        decoded = list(pool.map(read, batch))
+            decoded.append((None, file.problem))
+        else:
+            pixels, _, problem = next(read)
+            decoded.append((pixels, problem))
     good = [pixels for pixels, _ in decoded if pixels is not None]
     answers = iter(predictor.probabilities(np.stack(good)) if good else ())
     return [

@@ -7,7 +7,6 @@ sample to sample is the network. `Recording` is what it leaves, `recording.npz` 
 
 import io
 import time
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from normlab import activations
 from normlab.data.batches import to_input
+from normlab.data.npz import read_arrays
 from normlab.errors import DataError, UserError
 from normlab.files import write_atomic
 from normlab.fit import Plan, State
@@ -83,13 +83,11 @@ def read_recording(run: Path) -> Recording:
     if not path.exists():
         raise UserError(f"run {str(run)!r} holds no {RECORDING}: train it with --record")
     try:
-        # opened here, since NumPy leaves a damaged archive open
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = read_arrays(path)
         steps, layers = arrays.pop("step"), tuple(map(str, arrays.pop("layers")))
         if any(len(values) != len(steps) for values in arrays.values()) or not len(steps):
             raise ValueError("arrays of different lengths")
-    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as e:
+    except (ValueError, KeyError, TypeError) as e:
         raise DataError(f"{path} is not a whole recording ({e}): train again with --record") from e
     return Recording(steps, layers, arrays)
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from normlab.errors import DataError, UserError
-from normlab.files import read_tensors
+from normlab.files import LOCK, read_tensors
 from normlab.models import MODELS
 from normlab.recipes import Recipe
 
@@ -137,7 +137,10 @@ class Run:
         path = self.path / "history.jsonl"
         if not path.exists():
             return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (ValueError, OSError, RecursionError) as e:
+            raise DataError(f"{path} cannot be read as lines of JSON ({e})") from None
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -216,7 +219,7 @@ def open_run(path: str | Path | None = None) -> Run:
     values = read_json(folder / "recipe.json")
     try:
         return Run(folder, Task.from_dict(values))
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
         if isinstance(e, UserError):
             raise
         raise DataError(f"{folder / 'recipe.json'} is not a run's recipe ({e!r})") from None
@@ -251,7 +254,7 @@ def create_folder(out: str | Path | None, recipe: str) -> Path:
 
 def _create(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if any(p.name != LOCK for p in folder.iterdir()):  # of a process that was killed
         raise UserError(f"folder {str(folder)!r} is not empty: choose a new one for --out")
     return folder
 

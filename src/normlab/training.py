@@ -1,5 +1,6 @@
 """Train a recipe: data in, a run's folder with an honest score out."""
 
+import math
 import shlex
 import sys
 import time
@@ -14,9 +15,9 @@ from normlab.data import ImageData, load
 from normlab.data.batches import split_validation
 from normlab.data.loading import PUBLIC
 from normlab.environment import describe, resolve_device, resolve_threads, settings
-from normlab.errors import UserError
-from normlab.files import digest, write_json, write_tensors
-from normlab.fit import Interrupted, Observer, Plan, State, fit
+from normlab.errors import NonFiniteError, UserError
+from normlab.files import digest, locked, write_json, write_tensors
+from normlab.fit import Interrupted, Observer, Plan, State, fit, is_finite
 from normlab.models import FastNet
 from normlab.optim import make_optimizer
 from normlab.recipes import Recipe
@@ -102,12 +103,13 @@ def train(
         _refuse_impossible(task, images)
         weights = transfer.starting_weights(source, task, images)
         folder = create_folder(out, chosen.name)
-        _claim(folder, task)
-        transfer.write_start(folder, task, weights)
-        write_json(folder / "environment.json", describe(threads, where))
-        state = new_state(task, images, where, weights)
-        state.seconds = time.perf_counter() - started
-        return _finish(Run(folder, task), images, data_seconds, state, where, observers)
+        with locked(folder):
+            _claim(folder, task)
+            transfer.write_start(folder, task, weights)
+            write_json(folder / "environment.json", describe(threads, where))
+            state = new_state(task, images, where, weights)
+            state.seconds = time.perf_counter() - started
+            return _finish(Run(folder, task), images, data_seconds, state, where, observers)
 
 
 def _refuse_impossible(task: Task, images: ImageData) -> None:
@@ -162,6 +164,8 @@ def resume(
     """
     opened = open_run(run)
     if opened.result is not None:
+        with locked(opened.path):  # whose file, and checkpoints, one killed at its end leaves
+            checkpoint.remove(opened.path)
         raise UserError(f"run {str(opened.path)!r} is finished: nothing is left to resume")
     if not (opened.path / "environment.json").exists():
         raise UserError(
@@ -180,7 +184,7 @@ def resume(
             "--allow-changes goes on all the same, but the end will differ"
         )
     weights = transfer.read_start(opened.path, opened.task)
-    with settings(threads, where):
+    with settings(threads, where), locked(opened.path):
         state = new_state(opened.task, images, where, weights)
         problem = checkpoint.restore(opened.path, state)
         if problem:
@@ -262,10 +266,20 @@ def _finish(
             f" after step {state.step:,} of {plan.steps:,}; nothing is lost, go on with: "
             f"normlab train --resume {shlex.quote(str(folder))}",
         ) from None
+    if not is_finite(state.model):
+        raise NonFiniteError(
+            "a weight is NaN or infinite after the last step: "
+            f"try a lower --learning-rate than {recipe.learning_rate:g}"
+        )
     write_tensors(folder / "last.safetensors", state.model.state_dict())
     started = time.perf_counter()
     evaluation = run.evaluate(images)
     evaluation_seconds = time.perf_counter() - started
+    if not math.isfinite(evaluation.loss):
+        raise NonFiniteError(
+            f"the loss on the test images is {evaluation.loss}: "
+            f"try a lower --learning-rate than {recipe.learning_rate:g}"
+        )
     result = {
         "run": str(folder),
         "recipe": recipe.name,

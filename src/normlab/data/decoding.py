@@ -1,5 +1,8 @@
 """Decode many pictures once, on all cores, and keep the result in the cache.
 
+Pictures are read in child processes with limits of memory and time: a file that crashes its decoder
+or floods it is one more unusable picture.
+
 The result for one folder and image size lies in the cache's folder `pictures-…` as `.npy` files.
 One SHA-256 over them and over the key (names, sizes and times of all sources) stands beside them;
 where it does not fit, because a source or the cache has changed, everything is decoded anew.
@@ -8,21 +11,30 @@ where it does not fit, because a source or the cache has changed, everything is 
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from queue import LifoQueue
 
 import numpy as np
 from numpy.typing import NDArray
 
 from normlab.data.cache import cache_folder, write_cache, writing
-from normlab.data.pictures import fingerprint, quiet, read_picture, to_square
+from normlab.data.pictures import fingerprint, read_picture, to_square
 from normlab.errors import DataError
+from normlab.limits import LimitError, Worker
 
 _VERSION = 1  # raise it when the same file would decode to other pixels
 _ARRAYS = ("pixels", "fingerprints", "problems")
+
+# For one picture. The largest allowed one takes less than half of the memory.
+MEMORY = 1 << 30
+SECONDS = 60.0
+
+Small = tuple[NDArray[np.uint8] | None, bytes, str]
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,38 @@ def decode(place: Path, key: str, sources: Sequence[Path | bytes], size: int) ->
         return _read(cache_folder() / name, key) or found
 
 
-def read_small(source: Path | bytes, size: int) -> tuple[NDArray[np.uint8] | None, bytes, str]:
+class Readers:
+    """Child processes that decode pictures, at most one a core, started as they are needed."""
+
+    def __enter__(self) -> "Readers":
+        count = os.cpu_count() or 1
+        self._pool = ThreadPoolExecutor(count)
+        self._workers = [Worker(memory=MEMORY, seconds=SECONDS) for _ in range(count)]
+        self._idle: LifoQueue[Worker] = LifoQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)  # Ctrl-C should not wait for the rest
+        for worker in self._workers:
+            worker.close()
+
+    def read(self, sources: Iterable[Path | bytes], size: int) -> Iterator[Small]:
+        """`read_small` of each source, in order."""
+        return self._pool.map(partial(self._read, size), sources)
+
+    def _read(self, size: int, source: Path | bytes) -> Small:
+        worker = self._idle.get()  # there are as many as there are threads
+        try:
+            return worker.call(read_small, source, size)
+        except LimitError as error:
+            return None, b"", str(error)
+        finally:
+            self._idle.put(worker)
+
+
+def read_small(source: Path | bytes, size: int) -> Small:
     """(pixels (size, size, 3), fingerprint, ""), or (None, no bytes, what is wrong)."""
     try:
         picture = read_picture(source)
@@ -73,24 +116,27 @@ def read_small(source: Path | bytes, size: int) -> tuple[NDArray[np.uint8] | Non
 
 
 def _decode_all(sources: Sequence[Path | bytes], size: int, file: Path) -> Decoded:
-    """Decode on all cores; Pillow's decoders and filters run outside Python's lock."""
+    """Decode on all cores, into a file whose room on the disk is taken first."""
     shape = (len(sources), size, size, 3)
     pixels = np.lib.format.open_memmap(file, "w+", np.uint8, shape)
+    _reserve(file)
     fingerprints = np.zeros((len(sources), 32), np.uint8)
     problems = [""] * len(sources)
-    with quiet(), picture_bar(len(sources)) as show, ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            decoded = pool.map(lambda source: read_small(source, size), sources)
-            for i, (small, digest, problem) in enumerate(decoded):
-                problems[i] = problem
-                if small is not None:
-                    pixels[i] = small
-                    fingerprints[i] = np.frombuffer(digest, np.uint8)
-                show(i + 1)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C should not wait for the rest
-            raise
+    with picture_bar(len(sources)) as show, Readers() as readers:
+        for i, (small, digest, problem) in enumerate(readers.read(sources, size)):
+            problems[i] = problem
+            if small is not None:
+                pixels[i] = small
+                fingerprints[i] = np.frombuffer(digest, np.uint8)
+            show(i + 1)
     return Decoded(pixels, fingerprints, np.array(problems, np.str_))
+
+
+def _reserve(file: Path) -> None:
+    """Take the room of a file with holes; on a full disk, writing into a map kills the process."""
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
 
 
 def _read(folder: Path, key: str) -> Decoded | None:

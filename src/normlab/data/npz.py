@@ -4,6 +4,7 @@ import tokenize
 import warnings
 import zipfile
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,16 +37,23 @@ def read_npz(path: Path) -> ImageData:
         DataError: the file cannot be read, is damaged, needs pickle, would unpack to far more
             than it holds, or its arrays are not images and labels.
     """
+    arrays = read_arrays(path, (*ARRAYS, "class_names"))
+    return from_mapping(arrays, name=path.name)
+
+
+def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays `names`, as far as they are there, of an `.npz` file; None for all of them.
+
+    Raises:
+        DataError: as `read_npz` says.
+    """
     try:
         size = path.stat().st_size
         with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
             warnings.simplefilter("ignore")  # NumPy on headers of Python 2
-            members = {info.filename: info for info in archive.infolist()}
-            arrays = {
-                name: _read_array(archive, members[f"{name}.npy"], size)
-                for name in (*ARRAYS, "class_names")
-                if f"{name}.npy" in members
-            }
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            wanted = members if names is None else [name for name in names if name in members]
+            return {name: _read_array(archive, members[name], size) for name in wanted}
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except FileNotFoundError as error:
@@ -53,7 +61,6 @@ def read_npz(path: Path) -> ImageData:
     except _DAMAGE as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "damaged"
         raise DataError(f"{path}: {reason}; not a readable .npz file") from error
-    return from_mapping(arrays, name=path.name)
 
 
 def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> NDArray[Any]:

@@ -13,8 +13,10 @@ from normlab.data.decoding import decode
 from normlab.data.images import ImageData
 from normlab.data.pictures import shown
 from normlab.errors import DataError, UserError
+from normlab.limits import LimitError, limited
 
 PICTURE_COLUMNS = ("img", "image")
+SECONDS = 600.0  # for one file
 
 
 def parquet_files(path: Path) -> list[Path]:
@@ -60,15 +62,16 @@ def _part(file: Path) -> str | None:
 
 def _collect(file: Path, part: str | None, collection: Collection, contents: list[bytes]) -> None:
     """Add a file's rows; a row without picture or label is a problem."""
-    table, column = _table(file)
-    names = _class_names(table.schema.metadata or {})
-    pictures, labels = table.column(column).to_pylist(), table.column("label").to_pylist()
-    for row, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+    memory = (1 << 30) + 8 * file.stat().st_size
+    try:
+        names, pictures, labels = limited(read_rows, file, memory=memory, seconds=SECONDS)
+    except LimitError as error:
+        raise LimitError(f"{shown(file)}: {error}") from None
+    for row, (content, label) in enumerate(zip(pictures, labels, strict=True)):
         where = f"{shown(file.name)} row {row}"
-        content = picture.get("bytes") if isinstance(picture, dict) else picture
         name = _label(label, names)
-        if not isinstance(content, bytes) or name is None:
-            missing = "label" if isinstance(content, bytes) else "picture"
+        if content is None or name is None:
+            missing = "label" if content is not None else "picture"
             collection.note("rows that cannot be used", f"{where}: no {missing} ({label!r:.80})")
             continue
         contents.append(content)
@@ -76,6 +79,27 @@ def _collect(file: Path, part: str | None, collection: Collection, contents: lis
     found = {picture.label for picture in collection.pictures}
     ordered = names or sorted(found, key=lambda n: (n.isdigit(), len(n) if n.isdigit() else 0, n))
     collection.classes = list(dict.fromkeys([*collection.classes, *ordered]))
+
+
+def read_rows(file: Path) -> tuple[list[str], list[bytes | None], list[Any]]:
+    """Names of the classes, if the file has them, and of each row the picture and the label.
+
+    Raises:
+        UserError: pyarrow is not installed.
+        DataError: not such a file.
+    """
+    table, column = _table(file)
+    names = _class_names(table.schema.metadata or {})
+    labels = [_plain(value) for value in table.column("label").to_pylist()]
+    pictures = []
+    for picture in table.column(column).to_pylist():
+        content = picture.get("bytes") if isinstance(picture, dict) else picture
+        pictures.append(content if isinstance(content, bytes) else None)
+    return names, pictures, labels
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | int) else None if value is None else repr(value)[:80]
 
 
 def _label(value: Any, names: list[str]) -> str | None:
@@ -103,8 +127,10 @@ def _table(file: Path) -> tuple[Any, str]:
                 "give img or image, and label"
             )
         return pyarrow.parquet.read_table(file, columns=[column, "label"]), column
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{shown(file)}: not a readable parquet file ({reason})") from error
 
 

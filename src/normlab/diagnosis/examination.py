@@ -1,5 +1,6 @@
 """`normlab.doctor`: from a model, in whatever form, to a diagnosis."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from normlab.diagnosis.modules import Samples, from_module, from_run
 from normlab.diagnosis.patient import FACTS, Batches, Patient
 from normlab.diagnosis.rules import RULES
 from normlab.errors import DataError, UserError
+from normlab.limits import LimitError, limited
 from normlab.population import evenly
 from normlab.runs import Run, open_run
+
+SECONDS = 30.0  # that reading one file may take
 
 
 def doctor(
@@ -93,12 +97,21 @@ def read(path: Path) -> Patient:
             arrays = torch_files.read_torch(path)
             return state_dicts.from_arrays(str(path), "PyTorch state dict", arrays)
         case ".keras":
-            return keras_files.read_keras(path)
+            return _limited(keras_files.read_keras, path)
         case ".onnx":
-            return onnx_files.read_onnx(path)
+            return _limited(onnx_files.read_onnx, path)
     raise UserError(
         f"{path} is of no known form: give a run's folder, .safetensors, .pt, .pth, .keras or .onnx"
     )
+
+
+def _limited(reader: Callable[[Path], Patient], path: Path) -> Patient:
+    """What `reader` makes of a file whose format a library in C reads."""
+    memory = (1 << 30) + 16 * path.stat().st_size
+    try:
+        return limited(reader, path, memory=memory, seconds=SECONDS)
+    except LimitError as e:
+        raise LimitError(f"{path}: {e}") from None
 
 
 def examine(patient: Patient) -> Diagnosis:

@@ -22,7 +22,6 @@ from normlab.errors import DataError, UserError
 
 Arrays = dict[str, NDArray[Any]]
 
-MAX_BYTES = 1 << 33  # of one member, unpacked
 _MODELS = ("Sequential", "Functional", "Model")
 _WEIGHTS = re.compile(r"(Depthwise|Separable)?(Conv[123]D|Dense)(Transpose)?")
 _DROPOUTS = re.compile(r"(Spatial|Gaussian|Alpha)?Dropout([123]D)?")
@@ -51,31 +50,36 @@ def read_keras(path: Path) -> Patient:
     except ImportError:
         raise UserError(f"{path}: reading .keras needs h5py: install normlab[keras]") from None
     try:
+        size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
-            config = json.loads(_member(archive, "config.json"))
-            weights = _member(archive, "model.weights.h5")
+            config = json.loads(_member(archive, "config.json", size))
+            weights = _member(archive, "model.weights.h5", size)
         with h5py.File(io.BytesIO(weights), "r") as h5:
-            return _describe(str(path), config, h5)
-    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, OSError, RuntimeError) as e:
-        if isinstance(e, UserError):
-            raise
+            return _describe(str(path), config, _datasets(h5, len(weights)))
+    except UserError:
+        raise
+    except (
+        *(zipfile.BadZipFile, LookupError, TypeError, ValueError, OSError, RuntimeError),
+        *(AttributeError, EOFError, ArithmeticError, NotImplementedError),
+    ) as e:
         raise DataError(f"{path} is not a whole .keras file ({e!r})") from None
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    if archive.getinfo(name).file_size > MAX_BYTES:
-        raise DataError(f"{name} would unpack to more than {MAX_BYTES >> 30} GiB: not read")
-    return archive.read(name)
+def _member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    """A file of the archive, stored as it is, so no larger than the whole."""
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED or max(info.file_size, info.compress_size) > limit:
+        raise DataError(f"{name} is compressed, which Keras never does: repack it")
+    return archive.read(info)
 
 
-def _describe(path: str, config: dict[str, Any], h5: Any) -> Patient:
+def _describe(path: str, config: dict[str, Any], stored: Arrays) -> Patient:
     layers = list(_layers(config, "", ""))
     if not layers:
         raise DataError(
             f"{path} holds a {config.get('class_name')!r} of its own making: only Sequential and "
             "functional models say how their layers follow"
         )
-    stored = _datasets(h5)
     steps = _steps(stored)
     normalizers = [_normalizer(x, stored, steps) for x in layers if x.kind == "BatchNormalization"]
     return Patient(
@@ -88,14 +92,17 @@ def _describe(path: str, config: dict[str, Any], h5: Any) -> Patient:
     )
 
 
-def _datasets(h5: Any) -> Arrays:
-    """All arrays that are in the file itself: links are not followed, nor is outside storage."""
+def _datasets(h5: Any, limit: int) -> Arrays:
+    """All arrays that are in the file itself: links are not followed, nor is outside storage.
+
+    limit: bytes of the file; the room that an array says it takes in it is a claim.
+    """
     found: Arrays = {}
 
     def note(name: str, item: Any) -> None:
         if not hasattr(item, "shape"):
             return
-        if item.external or item.is_virtual or item.nbytes > item.id.get_storage_size():
+        if item.external or item.is_virtual or item.nbytes > min(limit, item.id.get_storage_size()):
             raise ValueError(f"{name} is not stored in the file")
         found[name] = np.asarray(item)
 

@@ -1,5 +1,6 @@
 """Describe an ONNX graph. Nothing is run; weights outside the file come from its folder only."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,12 @@ def read_onnx(path: Path) -> Patient:
             raise ValueError("it holds no graph")
         arrays = {t.name: _array(t, path.parent) for t in model.graph.initializer}
         return _describe(str(path), model, arrays)
-    except (DecodeError, ValueError, TypeError, OSError, IndexError) as e:
-        if isinstance(e, UserError):
-            raise
+    except UserError:
+        raise
+    except (
+        *(DecodeError, ValueError, TypeError, OSError, LookupError, AttributeError, RuntimeError),
+        *(ArithmeticError, NotImplementedError, onnx.checker.ValidationError),
+    ) as e:
         raise DataError(f"{path} is not a whole ONNX file ({e})") from None
 
 
@@ -48,6 +52,8 @@ def _array(tensor: Any, folder: Path) -> NDArray[Any]:
             raise DataError(f"tensor {tensor.name!r} lies outside the graph's folder: {place!r}")
         if not home.is_file():
             raise DataError(f"tensor {tensor.name!r} lies in {place!r}, which is not there")
+        if math.prod(tensor.dims) > home.stat().st_size * 8:  # of the smallest type, a bit each
+            raise DataError(f"tensor {tensor.name!r} is larger than {place!r}, in which it lies")
     return np.asarray(numpy_helper.to_array(tensor, base_dir=str(folder)))
 
 

@@ -6,12 +6,13 @@ is reported as not checked.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from normlab.recalibration import ThreeWay
+if TYPE_CHECKING:
+    from normlab.recalibration import ThreeWay
 
 Vector = NDArray[np.float64]  # (C,)
 
@@ -116,7 +117,7 @@ class Patient:
     training: bool | None = None
     training_nodes: tuple[str, ...] | None = None
     batches: Batches = Batches()
-    scores: ThreeWay | None = None
+    scores: "ThreeWay | None" = None
 
     @property
     def facts(self) -> frozenset[str]:

@@ -7,6 +7,7 @@ than PyTorch 1.6, are refused; nothing falls back to `torch.load`.
 """
 
 import math
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,7 +55,7 @@ def read_torch(path: Path) -> Arrays:
             f"{path} is no zip: PyTorch before 1.6 wrote other files; load it where you trust it "
             "and save its state_dict() again"
         ) from None
-    except (DataError, RuntimeError, EOFError) as e:
+    except (*(DataError, RuntimeError, EOFError, OSError), *(ValueError, NotImplementedError)) as e:
         raise DataError(f"{path}: {e}") from None
     arrays = _find_state_dict(value)
     if arrays is None:
@@ -75,9 +76,10 @@ def _member(archive: zipfile.ZipFile, name: str) -> bytes:
     found = [i for i in archive.infolist() if i.filename.partition("/")[2] == name]
     if len(found) != 1:
         raise DataError(f"no {name!r} in the file, or several: torch.save did not write it")
-    if found[0].compress_type != zipfile.ZIP_STORED:
+    info, whole = found[0], os.fstat(archive.fp.fileno()).st_size if archive.fp else 0
+    if info.compress_type != zipfile.ZIP_STORED or max(info.file_size, info.compress_size) > whole:
         raise DataError(f"{name!r} is compressed: torch.save did not write it")
-    return archive.read(found[0])
+    return archive.read(info)
 
 
 class _StateDictReader(PickleReader):

@@ -17,6 +17,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -57,7 +58,9 @@ def certified(
         path.write_bytes(_zipped(metadata, config, weights))
         if find_spec("keras") is None:
             again = NotebookNet(num_classes=len(names), image_size=size, norm=norm)
-            again.load_state_dict(read_notebook(path, size, len(names)).state, strict=False)
+            found = read_notebook(path, size, len(names)).state
+            state = {name: torch.from_numpy(values) for name, values in found.items()}
+            again.load_state_dict(state, strict=False)
             answers = predict_logits(again, images).double().softmax(1).numpy()
             certificate = check(answers, "normlab's own reader, Keras not being installed")
         else:

@@ -245,7 +245,7 @@ def load(folder: Path) -> Design | None:
             else Tuning(**{**tuning, "factors": tuple(tuning["factors"])}),
             looks=tuple(values["looks"]),
         )
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
         if isinstance(e, UserError):
             raise
         raise DataError(f"{path} is not a study's plan ({e!r}): choose another --out") from None

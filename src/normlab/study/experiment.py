@@ -1,13 +1,11 @@
 """The verb of this package: from arms and seeds to a `Study`."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from normlab import recipes
 from normlab.data import ImageData
@@ -15,6 +13,7 @@ from normlab.data import load as load_data
 from normlab.data.batches import split_validation
 from normlab.environment import cores, describe, resolve_threads
 from normlab.errors import UserError
+from normlab.files import LOCK, locked, sweep
 from normlab.fit import Interrupted
 from normlab.recipes import Recipe
 from normlab.statistics.verdict import MARGIN
@@ -110,7 +109,8 @@ def compare(
     pool = Pool(jobs=jobs or max(1, cores() // threads), threads=threads, scheduler=scheduler)
     folder = Path(out) if out is not None else default_folder(wanted)
     source = wanted.data if isinstance(data, str | Path | None) else images
-    with _only_one(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
         design = _claim(folder, wanted, seeds)
         return _work(folder, design, source, pool, progress or Lines())
 
@@ -163,29 +163,16 @@ def default_folder(design: Design) -> Path:
     return STUDIES / "-".join([design.recipe.name, *design.arm_names])
 
 
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Keep two studies out of one folder; the system frees the lock when a process dies."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise UserError(
-            f"another `normlab compare` is at work in {str(folder)!r}: wait for it, or choose "
-            "another --out"
-        ) from None
-
-
 def _claim(folder: Path, wanted: Design, seeds: int | None) -> Design:
     """Write the plan into a new folder, or go on with the one in it, with more seeds if asked.
 
     Raises:
         UserError: the folder holds another plan, or something else.
     """
+    sweep(folder, plans.FILE)
     there = plans.load(folder)
     if there is None:
-        if any(p.name != ".lock" for p in folder.iterdir()):
+        if any(p.name != LOCK for p in folder.iterdir()):
             raise UserError(f"folder {str(folder)!r} holds no study: choose a new one for --out")
         design = wanted
     else:
@@ -198,11 +185,11 @@ def _claim(folder: Path, wanted: Design, seeds: int | None) -> Design:
         design = there
         if seeds is not None and seeds != there.seeds:
             design = there.extended(seeds, open_study(folder).pairs_seen)
+    sweep(folder)
+    plans.save(folder, design)  # before all else: a folder without it is taken for somebody's own
     for name in (RUNS, TUNING):
         (folder / name).mkdir(exist_ok=True)
-        for left_over in (folder / name).glob(".*.tmp"):
-            left_over.unlink()
-    plans.save(folder, design)
+        sweep(folder / name)
     return design
 
 
