@@ -55,7 +55,7 @@ def test_a_clean_run_needs_no_data(run: normlab.Run) -> None:
 
 
 def test_a_clean_run_of_the_fast_recipe_has_nothing_serious(tmp_path: Path) -> None:
-    run = normlab.train("fast79", data="sample", out=tmp_path / "run", threads=1)
+    run = normlab.train("fast79", data="sample", out=tmp_path / "run", threads=1, epochs=20)
     assert not normlab.doctor(run, "sample").serious
 
 
