@@ -134,11 +134,15 @@ def notebook_plain() -> Recipe:
 
 
 def fast79() -> Recipe:
-    """The notebook's accuracy in a quarter of a minute on two CPU cores: one look at each picture.
+    """The notebook's accuracy from one look at each picture, well under a minute on two cores.
 
-    HEADLINE79
+    Test accuracy 0.7972 ± 0.0041 (standard deviation over seeds; lowest 0.7893), n = 10, one view of
+    each picture, 0.8090 with the mirrored view as well; at most 1.2 GiB. All 50,000 images, the first
+    30 % of the steps at 16 × 16 pixels. About 27 s of one core's time; the machine was busy, so no
+    training was timed. AMD EPYC (Zen 4), AVX-512, 1 thread, compiled kernels, PyTorch 2.13.0,
+    Python 3.11.7.
 
-        python scripts/headline.py fast79 --seeds 10 --threads 2
+        python scripts/headline.py fast79 --seeds 10 --threads 1
     """
     return Recipe(
         name="fast79",
@@ -159,7 +163,8 @@ def fast79() -> Recipe:
 def fast84() -> Recipe:
     """The same network with four looks at each picture, the first half of them at half size.
 
-    HEADLINE84
+    Accuracy 0.8558 on 5,000 validation images after training on the other 45,000; one seed, 81 s of
+    one core's time (docs/results/tuning.jsonl). Not scored on the test images yet.
 
         python scripts/headline.py fast84 --seeds 10 --threads 2
     """
