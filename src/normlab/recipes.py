@@ -139,7 +139,7 @@ def fast79() -> Recipe:
     Test accuracy 0.7972 ± 0.0041 (standard deviation over seeds; lowest 0.7893), n = 10, one view
     of each picture, 0.8090 with the mirrored view as well; at most 1.2 GiB; one thread, about 27 s
     of one core's time. With two threads 17.1, 18.3 and 17.2 s (three seeds, nearly quiet). All
-    50,000 images, the first 30 % of the steps at 16 × 16 pixels. AMD EPYC (Zen 4), AVX-512, 2 cores,
+    50,000 images, the first 30 % of the steps at 16 × 16 pixels. AMD EPYC (Zen 4), AVX-512,
     compiled kernels, PyTorch 2.13.0, Python 3.11.7.
 
         python scripts/headline.py fast79 --seeds 10 --threads 1
