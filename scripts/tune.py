@@ -1,6 +1,6 @@
 """Train one variant of a recipe and score it on images held out of the training set.
 
-    python scripts/tune.py fast79 --seed 3 epochs=2 learning_rate=0.1 widths=32,64,128
+    python scripts/tune.py fast79 --seed 3 epochs=2 learning_rate=0.1 "stages=((16,),(64,),(128,128))"
 
 The last 5,000 training images are held out; the test images are never looked at. Every run is a
 line in docs/results/tuning.jsonl, whatever comes of it.
@@ -26,7 +26,7 @@ from normlab.models import MODELS
 from normlab.optim import make_optimizer
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "tuning.jsonl"
-NETWORK = ("components", "widths")  # of FastNet, not of a recipe
+NETWORK = ("components", "stages")  # of FastNet, not of a recipe
 
 
 def parse(setting: str) -> tuple[str, Any]:

@@ -17,13 +17,15 @@
  *
  * All matrices hold 0, 1, -1 and 1/2, so rounding stays that of the direct sum, times a small factor.
  * Images are N x H x W x C; C is a multiple of 32 on both sides.
+ *
+ * Transformed tiles lie in strips of 32 channels, POINTS x C/32 x room x 32, transformed kernels too,
+ * POINTS x O/32 x I x 32: what a product reads is contiguous and small, whatever C is.
  */
 #include "vectors.h"
 
 #define TILES 30 /* tiles transformed together: what they need stays in cache */
 #define POINTS 16
-#define ROWS 6   /* of a register block of the matrix products; divides TILES */
-#define PARTS 16 /* partial sums of the kernel's gradient */
+#define ROWS 6 /* of a register block of the matrix products; divides TILES */
 
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -36,6 +38,9 @@ static grid_t grid(i64 N, i64 H, i64 W) {
 }
 
 static i64 tiles_of(const grid_t *s) { return s->N * s->down * s->across; }
+
+/* Where column `c` of row `r` is in strips of `rows` rows. */
+static inline i64 at(i64 r, i64 c, i64 rows) { return (c / LANES * rows + r) * LANES + c % LANES; }
 
 /* Addresses of the 4 x 4 pixels from which tile `t` is computed; `zeros` outside of the image. */
 static void input_pixels(const float *x, const grid_t *s, i64 C, i64 t, const float *zeros,
@@ -63,8 +68,8 @@ static void output_pixels(float *y, const grid_t *s, i64 C, i64 t, float *outsid
         }
 }
 
-/* V = B' x B of `count` tiles from `first`: V is POINTS x TILES x C. */
-static void transform_input(const float *x, const grid_t *s, i64 C, i64 first, int count,
+/* V = B' x B of `count` tiles from `first`, in strips of `room` rows. */
+static void transform_input(const float *x, const grid_t *s, i64 C, i64 first, int count, i64 room,
                             const float *zeros, float *V) {
     for (int t = 0; t < count; t++) {
         const float *p[16];
@@ -79,13 +84,13 @@ static void transform_input(const float *x, const grid_t *s, i64 C, i64 first, i
                 d[8 + j] = e - b;
                 d[12 + j] = b - f;
             }
-            float *out = V + t * C + c;
+            float *out = V + at(t, c, room);
             UNROLL for (int i = 0; i < 4; i++) {
                 vec *r = d + 4 * i;
-                store(out + (4 * i + 0) * TILES * C, r[0] - r[2]);
-                store(out + (4 * i + 1) * TILES * C, r[1] + r[2]);
-                store(out + (4 * i + 2) * TILES * C, r[2] - r[1]);
-                store(out + (4 * i + 3) * TILES * C, r[1] - r[3]);
+                store(out + (4 * i + 0) * room * C, r[0] - r[2]);
+                store(out + (4 * i + 1) * room * C, r[1] + r[2]);
+                store(out + (4 * i + 2) * room * C, r[2] - r[1]);
+                store(out + (4 * i + 3) * room * C, r[1] - r[3]);
             }
         }
     }
@@ -98,7 +103,7 @@ static void transform_output(const float *M, const grid_t *s, i64 C, i64 first, 
         float *p[4];
         output_pixels(y, s, C, first + t, outside, p);
         for (i64 c = 0; c < C; c += VEC) {
-            const float *in = M + t * C + c;
+            const float *in = M + at(t, c, TILES);
             vec top[4], bottom[4], b = bias ? load(bias + c) : (vec){0};
             UNROLL for (int j = 0; j < 4; j++) {
                 vec m1 = load(in + (4 + j) * TILES * C), m2 = load(in + (8 + j) * TILES * C);
@@ -113,9 +118,9 @@ static void transform_output(const float *M, const grid_t *s, i64 C, i64 first, 
     }
 }
 
-/* U = A g A' of `count` tiles from `first`; sums (C) grows by the tiles' sums. */
+/* U = A g A' of `count` tiles from `first`, in strips; sums (C) grows by the tiles' sums. */
 static void transform_gradient(const float *g, const grid_t *s, i64 C, i64 first, int count,
-                               float *zeros, float *U, float *sums) {
+                               i64 room, float *zeros, float *U, float *sums) {
     for (int t = 0; t < count; t++) {
         float *p[4];
         output_pixels((float *)g, s, C, first + t, zeros, p);
@@ -123,34 +128,35 @@ static void transform_gradient(const float *g, const grid_t *s, i64 C, i64 first
             vec a = load(p[0] + c), b = load(p[1] + c), d = load(p[2] + c), e = load(p[3] + c);
             vec left[4] = {a, a + d, a - d, -d}, right[4] = {b, b + e, b - e, -e};
             store(sums + c, load(sums + c) + (left[1] + right[1]));
-            float *out = U + t * C + c;
+            float *out = U + at(t, c, room);
             UNROLL for (int i = 0; i < 4; i++) {
-                store(out + (4 * i + 0) * TILES * C, left[i]);
-                store(out + (4 * i + 1) * TILES * C, left[i] + right[i]);
-                store(out + (4 * i + 2) * TILES * C, left[i] - right[i]);
-                store(out + (4 * i + 3) * TILES * C, -right[i]);
+                store(out + (4 * i + 0) * room * C, left[i]);
+                store(out + (4 * i + 1) * room * C, left[i] + right[i]);
+                store(out + (4 * i + 2) * room * C, left[i] - right[i]);
+                store(out + (4 * i + 3) * room * C, -right[i]);
             }
         }
     }
 }
 
-/* G w G' of w, O x I x 3 x 3, into U, POINTS x I x O; or, turned, of the kernel that takes the
- * gradient back, POINTS x O x I. */
-static void transform_kernel(const float *w, i64 O, i64 I, int turned, float *U) {
-    for (i64 o = 0; o < O; o++)
-        for (i64 i = 0; i < I; i++) {
-            const float *k = w + (o * I + i) * 9;
-            float rows[4][3], *out = U + (turned ? o * I + i : i * O + o);
+/* G w G' of w, O x I x 3 x 3, as I rows for O columns; or, turned, of the kernel that takes the
+ * gradient back, O rows for I columns. Here the 32 columns from `first`. */
+static void transform_kernel(const float *w, i64 O, i64 I, int turned, i64 first, float *U) {
+    i64 rows = turned ? O : I;
+    for (i64 row = 0; row < rows; row++)
+        for (i64 column = first; column < first + LANES; column++) {
+            const float *k = w + 9 * (turned ? row * I + column : column * I + row);
+            float at_rows[4][3], *out = U + at(row, column, rows);
             for (int c = 0; c < 3; c++) {
                 float a = k[turned ? 8 - c : c], b = k[turned ? 5 - c : 3 + c],
                       d = k[turned ? 2 - c : 6 + c];
-                rows[0][c] = a;
-                rows[1][c] = 0.5f * (a + b + d);
-                rows[2][c] = 0.5f * (a - b + d);
-                rows[3][c] = d;
+                at_rows[0][c] = a;
+                at_rows[1][c] = 0.5f * (a + b + d);
+                at_rows[2][c] = 0.5f * (a - b + d);
+                at_rows[3][c] = d;
             }
             for (int r = 0; r < 4; r++) {
-                float a = rows[r][0], b = rows[r][1], d = rows[r][2];
+                float a = at_rows[r][0], b = at_rows[r][1], d = at_rows[r][2];
                 out[(4 * r + 0) * I * O] = a;
                 out[(4 * r + 1) * I * O] = 0.5f * (a + b + d);
                 out[(4 * r + 2) * I * O] = 0.5f * (a - b + d);
@@ -159,129 +165,11 @@ static void transform_kernel(const float *w, i64 O, i64 I, int turned, float *U)
         }
 }
 
-/* M (rows x O) = V (rows x I) U (I x O), rows rounded up to whole register blocks. */
-static void product(const float *V, const float *U, int rows, i64 I, i64 O, float *M) {
-    for (int r = 0; r < rows; r += ROWS)
-        for (i64 o = 0; o < O; o += 2 * VEC) {
-            vec sum[ROWS][2] = {{{0}}};
-            const float *v = V + r * I, *u = U + o;
-            for (i64 i = 0; i < I; i++, u += O) {
-                vec u0 = load(u), u1 = load(u + VEC);
-                UNROLL for (int k = 0; k < ROWS; k++) {
-                    vec a = splat(v[k * I + i]);
-                    sum[k][0] += a * u0;
-                    sum[k][1] += a * u1;
-                }
-            }
-            UNROLL for (int k = 0; k < ROWS; k++) {
-                store(M + (r + k) * O + o, sum[k][0]);
-                store(M + (r + k) * O + o + VEC, sum[k][1]);
-            }
-        }
-}
-
-/* D (I x O) += V' (I x rows) U (rows x O). */
-static void product_over_tiles(const float *V, const float *U, int rows, i64 I, i64 O, float *D) {
-    for (i64 i = 0; i < I; i += 4)
-        for (i64 o = 0; o < O; o += 2 * VEC) {
-            vec sum[4][2];
-            UNROLL for (int k = 0; k < 4; k++) {
-                sum[k][0] = load(D + (i + k) * O + o);
-                sum[k][1] = load(D + (i + k) * O + o + VEC);
-            }
-            for (int r = 0; r < rows; r++) {
-                vec u0 = load(U + r * O + o), u1 = load(U + r * O + o + VEC);
-                UNROLL for (int k = 0; k < 4; k++) {
-                    vec a = splat(V[r * I + i + k]);
-                    sum[k][0] += a * u0;
-                    sum[k][1] += a * u1;
-                }
-            }
-            UNROLL for (int k = 0; k < 4; k++) {
-                store(D + (i + k) * O + o, sum[k][0]);
-                store(D + (i + k) * O + o + VEC, sum[k][1]);
-            }
-        }
-}
-
-/* y (N x H x W x O) = convolution of x (N x H x W x I) with w (O x I x 3 x 3), plus bias (may be
- * NULL). Turned: x is the gradient of y, N x H x W x O, and y that of x, N x H x W x I.
- * Returns 0, or -1 when memory is short. */
-int normlab_conv3x3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64 W, i64 I,
-                    i64 O, int turned, float *y, int threads) {
-    grid_t s = grid(N, H, W);
-    i64 tiles = tiles_of(&s), blocks = (tiles + TILES - 1) / TILES;
-    i64 from = turned ? O : I, to = turned ? I : O;
-    float *U = malloc(POINTS * I * O * sizeof(float));
-    if (!U) return -1;
-    transform_kernel(w, O, I, turned, U);
-    int failed = 0;
-#pragma omp parallel num_threads(threads)
-    {
-        i64 space = POINTS * TILES * (from + to);
-        float *V = aligned_alloc(64, (space + from + to) * sizeof(float));
-        float *M = V + POINTS * TILES * from, *zeros = V + space, *outside = zeros + from;
-        if (V) memset(V, 0, (space + from) * sizeof(float));
-        else {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(static)
-        for (i64 b = 0; b < blocks; b++) {
-            if (!V) continue;
-            int count = (int)min64(TILES, tiles - b * TILES);
-            transform_input(x, &s, from, b * TILES, count, zeros, V);
-            for (int p = 0; p < POINTS; p++)
-                product(V + p * TILES * from, U + p * from * to, count, from, to,
-                        M + p * TILES * to);
-            transform_output(M, &s, to, b * TILES, count, bias, outside, y);
-        }
-        free(V);
-    }
-    free(U);
-    return failed ? -1 : 0;
-}
-
-/* Gradients of the kernel, dw (O x I x 3 x 3), and of the bias, db (O), from x and g = dL/dy. */
-int normlab_conv3x3_gradient(const float *x, const float *g, i64 N, i64 H, i64 W, i64 I, i64 O,
-                             float *dw, float *db, int threads) {
-    grid_t s = grid(N, H, W);
-    i64 tiles = tiles_of(&s), blocks = (tiles + TILES - 1) / TILES;
-    i64 size = POINTS * I * O + O; /* of a part: D, POINTS x I x O, and the sums of g */
-    float *parts = calloc(PARTS * size, sizeof(float));
-    if (!parts) return -1;
-    int failed = 0;
-#pragma omp parallel num_threads(threads)
-    {
-        i64 space = POINTS * TILES * (I + O);
-        float *V = aligned_alloc(64, (space + I + O) * sizeof(float));
-        float *U = V + POINTS * TILES * I, *zeros = V + space;
-        if (V) memset(zeros, 0, (I + O) * sizeof(float));
-        else {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(static)
-        for (int part = 0; part < PARTS; part++) {
-            float *D = parts + part * size;
-            i64 begin = blocks * part / PARTS, end = blocks * (part + 1) / PARTS;
-            for (i64 b = begin; V && b < end; b++) {
-                int count = (int)min64(TILES, tiles - b * TILES);
-                transform_input(x, &s, I, b * TILES, count, zeros, V);
-                transform_gradient(g, &s, O, b * TILES, count, zeros, U, D + POINTS * I * O);
-                for (int p = 0; p < POINTS; p++)
-                    product_over_tiles(V + p * TILES * I, U + p * TILES * O, count, I, O,
-                                       D + p * I * O);
-            }
-        }
-        free(V);
-    }
-    for (int part = 1; part < PARTS; part++)
-        for (i64 j = 0; j < size; j++) parts[j] += parts[part * size + j];
-    memcpy(db, parts + POINTS * I * O, O * sizeof(float));
-    for (i64 o = 0; o < O; o++)
-        for (i64 i = 0; i < I; i++) {
-            const float *d = parts + i * O + o;
+/* dw = G' D G for the 32 output channels from `first`. */
+static void transform_back(const float *D, i64 O, i64 I, i64 first, float *dw) {
+    for (i64 i = 0; i < I; i++)
+        for (i64 o = first; o < first + LANES; o++) {
+            const float *d = D + at(i, o, I);
             float rows[3][4];
             for (int c = 0; c < 4; c++) {
                 float a = d[c * I * O], b = d[(4 + c) * I * O], e = d[(8 + c) * I * O],
@@ -297,6 +185,149 @@ int normlab_conv3x3_gradient(const float *x, const float *g, i64 N, i64 H, i64 W
                 out[2] = 0.5f * (q[1] + q[2]) + q[3];
             }
         }
+}
+
+/* M (rows x O) = V (rows x I) U (I x O), rows rounded up to whole register blocks; all in strips,
+ * V and M of TILES rows. */
+static void product(const float *V, const float *U, int rows, i64 I, i64 O, float *M) {
+    for (i64 o = 0; o < O; o += 2 * VEC)
+        for (int r = 0; r < rows; r += ROWS) {
+            vec sum[ROWS][2] = {{{0}}};
+            const float *u = U + at(0, o, I);
+            for (i64 strip = 0; strip < I; strip += LANES) {
+                const float *v = V + at(r, strip, TILES);
+                for (int i = 0; i < LANES; i++, u += LANES) {
+                    vec u0 = load(u), u1 = load(u + VEC);
+                    UNROLL for (int k = 0; k < ROWS; k++) {
+                        vec a = splat(v[k * LANES + i]);
+                        sum[k][0] += a * u0;
+                        sum[k][1] += a * u1;
+                    }
+                }
+            }
+            UNROLL for (int k = 0; k < ROWS; k++) {
+                float *m = M + at(r + k, o, TILES);
+                store(m, sum[k][0]);
+                store(m + VEC, sum[k][1]);
+            }
+        }
+}
+
+/* D (I x O) += V' (I x rows) U (rows x O), all in strips, V and U of `room` rows. */
+static void product_over_tiles(const float *V, const float *U, int rows, i64 room, i64 I, i64 O,
+                               float *D) {
+    for (i64 o = 0; o < O; o += 2 * VEC)
+        for (i64 i = 0; i < I; i += 4) {
+            vec sum[4][2];
+            float *d = D + at(i, o, I);
+            UNROLL for (int k = 0; k < 4; k++) {
+                sum[k][0] = load(d + k * LANES);
+                sum[k][1] = load(d + k * LANES + VEC);
+            }
+            const float *v = V + at(0, i, room), *u = U + at(0, o, room);
+            for (int r = 0; r < rows; r++, v += LANES, u += LANES) {
+                vec u0 = load(u), u1 = load(u + VEC);
+                UNROLL for (int k = 0; k < 4; k++) {
+                    vec a = splat(v[k]);
+                    sum[k][0] += a * u0;
+                    sum[k][1] += a * u1;
+                }
+            }
+            UNROLL for (int k = 0; k < 4; k++) {
+                store(d + k * LANES, sum[k][0]);
+                store(d + k * LANES + VEC, sum[k][1]);
+            }
+        }
+}
+
+/* y (N x H x W x O) = convolution of x (N x H x W x I) with w (O x I x 3 x 3), plus bias (may be
+ * NULL). Turned: x is the gradient of y, N x H x W x O, and y that of x, N x H x W x I.
+ * Returns 0, or -1 when memory is short. */
+int normlab_conv3x3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64 W, i64 I,
+                    i64 O, int turned, float *y, int threads) {
+    grid_t s = grid(N, H, W);
+    i64 tiles = tiles_of(&s), blocks = (tiles + TILES - 1) / TILES;
+    i64 from = turned ? O : I, to = turned ? I : O;
+    float *U = malloc(POINTS * I * O * sizeof(float));
+    if (!U) return -1;
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (i64 first = 0; first < to; first += LANES)
+            transform_kernel(w, O, I, turned, first, U);
+        i64 space = POINTS * TILES * (from + to);
+        float *V = aligned_alloc(64, (space + from + to) * sizeof(float));
+        float *M = V + POINTS * TILES * from, *zeros = V + space, *outside = zeros + from;
+        if (V) memset(V, 0, (space + from) * sizeof(float));
+        else {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (i64 b = 0; b < blocks; b++) {
+            if (!V) continue;
+            int count = (int)min64(TILES, tiles - b * TILES);
+            transform_input(x, &s, from, b * TILES, count, TILES, zeros, V);
+            for (int p = 0; p < POINTS; p++)
+                product(V + p * TILES * from, U + p * from * to, count, from, to,
+                        M + p * TILES * to);
+            transform_output(M, &s, to, b * TILES, count, bias, outside, y);
+        }
+        free(V);
+    }
+    free(U);
+    return failed ? -1 : 0;
+}
+
+/* Tiles whose transforms are kept for one product over them: the more, the fewer passes over D. */
+static i64 room_for(i64 channels) {
+    i64 blocks = (1 << 20) / (POINTS * TILES * channels); /* 4 MiB */
+    return TILES * (blocks < 1 ? 1 : min64(blocks, 8));
+}
+
+/* Gradients of the kernel, dw (O x I x 3 x 3), and of the bias, db (O), from x and g = dL/dy.
+ * Partial sums, as many as the shape wants whatever the threads are, so that these change no bit. */
+int normlab_conv3x3_gradient(const float *x, const float *g, i64 N, i64 H, i64 W, i64 I, i64 O,
+                             float *dw, float *db, int threads) {
+    grid_t s = grid(N, H, W);
+    i64 tiles = tiles_of(&s), room = room_for(I + O);
+    int count_of_parts = (int)min64(16, 1 + tiles / (4 * room));
+    i64 size = POINTS * I * O + O; /* of a part: D, POINTS x I x O, and the sums of g */
+    float *parts = calloc(count_of_parts * size, sizeof(float));
+    if (!parts) return -1;
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        i64 space = POINTS * room * (I + O);
+        float *V = aligned_alloc(64, (space + I + O) * sizeof(float));
+        float *U = V + POINTS * room * I, *zeros = V + space;
+        if (V) memset(zeros, 0, (I + O) * sizeof(float));
+        else {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (int part = 0; part < count_of_parts; part++) {
+            float *D = parts + part * size;
+            i64 begin = tiles * part / count_of_parts, end = tiles * (part + 1) / count_of_parts;
+            for (i64 t = begin; V && t < end; t += room) {
+                int count = (int)min64(room, end - t);
+                transform_input(x, &s, I, t, count, room, zeros, V);
+                transform_gradient(g, &s, O, t, count, room, zeros, U, D + POINTS * I * O);
+                for (int p = 0; p < POINTS; p++)
+                    product_over_tiles(V + p * room * I, U + p * room * O, count, room, I, O,
+                                       D + p * I * O);
+            }
+        }
+        free(V);
+#pragma omp for schedule(static)
+        for (i64 j = 0; j < size; j++)
+            for (int part = 1; part < count_of_parts; part++) parts[j] += parts[part * size + j];
+#pragma omp for schedule(static)
+        for (i64 first = 0; first < O; first += LANES) transform_back(parts, O, I, first, dw);
+    }
+    memcpy(db, parts + POINTS * I * O, O * sizeof(float));
     free(parts);
     return failed ? -1 : 0;
 }

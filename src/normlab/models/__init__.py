@@ -13,7 +13,7 @@ from normlab.models.summary import Summary, summarize
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "notebook": NotebookNet,
     "fast": FastNet,
-    "fast-wide": partial(FastNet, widths=(32, 64, 128, 256)),
+    "fast-wide": partial(FastNet, components=16, stages=((32, 32), (128, 128), (128, 128))),
     "sigmoid": SigmoidNet,
 }
 

@@ -102,9 +102,10 @@ class Block(nn.Module):
 
 
 class FastNet(nn.Module):
-    """Whitened patches, four blocks, the maximum over all positions, a linear layer.
+    """Whitened patches, stages of blocks, the maximum over all positions, a linear layer.
 
-    Every layer's initial values come from a stream named after the layer, so networks with
+    A stage's first block pools, so each stage works on maps of half the height and width of those
+    before; whatever follows in a stage leaves the size as it is. Every layer's initial values come from a stream named after the layer, so networks with
     different `norm` start with the same kernels. Any image size from 16 pixels on will do, and a
     trained network takes images of other sizes.
 
@@ -115,7 +116,7 @@ class FastNet(nn.Module):
         norm_position: of each block's, `before` the ReLU, as if None, or `after` it.
         seed: of the initial values.
         components: of the whitening.
-        widths: channels of the blocks.
+        stages: channels of the blocks of each stage.
     """
 
     def __init__(
@@ -127,22 +128,26 @@ class FastNet(nn.Module):
         norm_position: str | None = None,
         seed: int = 0,
         components: int = 12,
-        widths: tuple[int, ...] = (16, 64, 128, 128),
+        stages: tuple[tuple[int, ...], ...] = ((16,), (64,), (128, 128)),
     ) -> None:
         super().__init__()
         if image_size < 16:
             raise UserError(f"image size {image_size}: this network needs at least 16 × 16 pixels")
         self.whitening = Whitening(components)
         c_in = 2 * components
-        blocks = []
-        for i, c_out in enumerate(widths, 1):
-            rng = stream(seed, "init", f"block{i}")
-            pooled = i < len(widths)
-            block = Block(
-                *(c_in, c_out), pooled=pooled, norm=norm, norm_position=norm_position, rng=rng
-            )
-            blocks.append(block)
-            c_in = c_out
+        blocks: list[Block] = []
+        for stage in stages:
+            for place, c_out in enumerate(stage):
+                rng = stream(seed, "init", f"block{len(blocks) + 1}")
+                block = Block(
+                    *(c_in, c_out),
+                    pooled=place == 0,
+                    norm=norm,
+                    norm_position=norm_position,
+                    rng=rng,
+                )
+                blocks.append(block)
+                c_in = c_out
         self.blocks = nn.Sequential(*blocks)
         self.output = nn.Linear(c_in, num_classes, bias=False)
         limit = c_in**-0.5
@@ -159,6 +164,6 @@ class FastNet(nn.Module):
     def forward(self, x: Tensor, rng: np.random.Generator | None = None) -> Tensor:
         """Logits (N, K) of pixels (N, 3, H, W) in [0, 1]; `rng` is not used: no dropout here."""
         h = self.whitening(x.contiguous(memory_format=torch.channels_last))  # (N, 24, 32, 32)
-        h = self.blocks(h)  # (N, 128, 4, 4)
+        h = self.blocks(h)  # (N, 128, 4, 4) for images of 32 × 32
         logits: Tensor = self.output(h.amax((2, 3))) * LOGIT_SCALE  # (N, K)
         return logits
