@@ -83,6 +83,26 @@ def test_gradients_match_numerical_ones(shape: tuple[int, ...], scale: bool, cen
     assert torch.autograd.gradcheck(call, (x, *layer.parameters()))
 
 
+@pytest.mark.parametrize("shape", [(6, 3), (4, 2, 3, 3)])
+def test_the_gradient_of_the_gradient_matches_a_numerical_one(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    norm = BatchNorm(shape[1]).double()
+    assert torch.autograd.gradgradcheck(norm, (x,))
+
+
+def test_the_compiled_layer_has_a_gradient_of_the_gradient() -> None:
+    x = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    norm, reference = BatchNorm(3), BatchNorm(3).double()
+
+    def penalty(norm: BatchNorm, x: torch.Tensor) -> torch.Tensor:
+        (gradient,) = torch.autograd.grad(norm(x).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+    torch.testing.assert_close(
+        penalty(norm, x), penalty(reference, x.double()).float(), rtol=1e-4, atol=1e-3
+    )
+
+
 @pytest.mark.parametrize("convention", sorted(CONVENTIONS))
 def test_running_statistics_follow_the_closed_form(convention: str) -> None:
     """After t batches r_t = m^t·r_0 + (1 − m)·Σ m^(t−i)·batch_i."""

@@ -15,7 +15,14 @@ from torch.nn.functional import conv2d, max_pool2d
 
 import normlab
 from normlab import kernels
-from normlab.layers import BatchNorm, Conv2d, MaxPool2d, conv3x3
+from normlab.layers import (
+    BatchNorm,
+    Conv2d,
+    Dropout,
+    MaxPool2d,
+    conv3x3,
+    relu_dropout_norm,
+)
 from normlab.random import stream
 from oracle import batch_moments, batch_norm, batch_norm_gradients
 
@@ -68,6 +75,29 @@ def test_rows_match_float64(shape: tuple[int, int]) -> None:
     check_layer(x, BatchNorm(shape[1]), tolerance=1e-4 if shape[0] == 2 else 3e-6)
 
 
+@pytest.mark.parametrize("shape", [(70_000, 64), (93_207, 45), (131_073, 40)])
+def test_outputs_too_large_for_caches_match_float64(shape: tuple[int, int]) -> None:
+    """From 2²² values on they are written past the caches, if their rows are whole registers."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert x.numel() >= 2**22
+    check_layer(x, BatchNorm(shape[1]))
+
+
+def test_large_outputs_pass_relu_and_dropout_backwards_too() -> None:
+    z = torch.randn(70_000, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    g, norm, dropout = torch.randn(z.shape), BatchNorm(64), Dropout(0.2)
+
+    def gradient() -> Tensor:
+        y = relu_dropout_norm(z, dropout, norm, stream(0, "dropout"))
+        return torch.autograd.grad(y, z, g)[0]
+
+    fused = gradient()
+    with kernels.disabled():
+        composed = gradient()
+    assert (fused != 0).any()
+    torch.testing.assert_close(fused, composed, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("ratio", "bound"), [(1e3, 1e-3), (1e4, 1e-2)])
 def test_large_means_keep_the_error_bounds(layout: str, ratio: float, bound: float) -> None:
@@ -75,7 +105,7 @@ def test_large_means_keep_the_error_bounds(layout: str, ratio: float, bound: flo
     x = x + ratio
     x[0, :, 0, 0] = 0  # an outlier in the first place must not spoil what is relative to it
     norm = BatchNorm(32)
-    y, mean, var = kernels.batch_norm(x, norm.weight, norm.bias, norm.eps, None)
+    y, mean, var = kernels.batch_norm(x, kernels.layout(x), norm.weight, norm.bias, norm.eps, None)
     expected_mean, expected_var = batch_moments(x.numpy())
     expected = batch_norm(x.numpy(), np.ones(32), np.zeros(32), norm.eps)
     assert np.abs(y.detach().numpy() - expected).max() <= bound

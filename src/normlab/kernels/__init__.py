@@ -134,27 +134,27 @@ class Running(NamedTuple):
     batches: Tensor  # int64, how many have moved them
 
 
+NO_RUNNING = (None, None, 0.0, 1.0, None)
+
+
 def batch_norm(
     x: Tensor,
+    shape: tuple[int, int, int],
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     running: Running | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = γ·(x − μ)/√(σ² + ε) + β, μ and σ², and the running statistics moved."""
-    y, mean, var = torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    """y = γ·(x − μ)/√(σ² + ε) + β, μ and σ², and the running statistics moved.
+
+    Args:
+        shape: what `layout` says of x.
+    """
+    y, mean, var = torch.empty_like(x), x.new_empty(shape[1]), x.new_empty(shape[1])
+    nothing = (None, None, 0, 1.0)  # no z, no draws: x is read as it is
     _call(
         "forward",
-        x,
-        None,
-        None,
-        0,
-        1.0,
-        *_affine(x, weight, bias, eps),
-        *_moved(running),
-        mean,
-        var,
-        y,
+        *(x, *nothing, weight, bias, eps, *shape, *(running or NO_RUNNING), mean, var, y),
     )
     return y, mean, var
 
@@ -180,30 +180,12 @@ def relu_dropout_batch_norm(
     """
     h, y = torch.empty_like(z), torch.empty_like(z)
     mean, var = z.new_empty(z.shape[1]), z.new_empty(z.shape[1])
+    dropout = (z, None if draws is None else draws.ctypes.data, threshold, scale)
     _call(
         "forward",
-        h,
-        z,
-        None if draws is None else draws.ctypes.data,
-        threshold,
-        scale,
-        *_affine(z, weight, bias, eps),
-        *_moved(running),
-        mean,
-        var,
-        y,
+        *(h, *dropout, weight, bias, eps, *_shape(z), *(running or NO_RUNNING), mean, var, y),
     )
     return y, h, mean, var
-
-
-def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Any, ...]:
-    return weight, bias, eps, *_shape(x)
-
-
-def _moved(running: Running | None) -> tuple[Any, ...]:
-    if running is None:
-        return None, None, 0.0, 1.0, None
-    return running
 
 
 def normalize(
@@ -217,6 +199,7 @@ def normalize(
 
 def gradient(
     x: Tensor,
+    shape: tuple[int, int, int],
     g: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -230,12 +213,17 @@ def gradient(
 
     With `keep_scale`, `x` is the h that `relu_dropout_batch_norm` returned, and the first gradient
     is the one with respect to its z. Without `x_grad` the first is None.
+
+    Args:
+        shape: what `layout` says of x.
     """
     g = like(g, x)
     dx = torch.empty_like(x) if x_grad else None
     weight_grad, bias_grad = torch.empty_like(mean), torch.empty_like(mean)
-    arguments = (x, g, mean, var, weight, eps, keep_scale, *_shape(x), dx, weight_grad, bias_grad)
-    _call("gradient", *arguments)
+    _call(
+        "gradient",
+        *(x, g, mean, var, weight, eps, keep_scale, *shape, dx, weight_grad, bias_grad),
+    )
     return dx, weight_grad, bias_grad
 
 

@@ -17,6 +17,7 @@
 #define STRIP 128         /* channels of one work item */
 #define CHUNKS 32         /* at most so many work items along the rows */
 #define FOLD 512          /* elementwise passes run over at least so many values at a time */
+#define LARGE (1 << 22)   /* values, 16 MiB: outputs from here on are streamed past the caches */
 
 #define EACH_REG _Pragma("GCC unroll 8") for (int k = 0; k < REGS; k++)
 
@@ -252,10 +253,21 @@ static int reduce(const source_t *s, i64 N, i64 C, i64 S, double *out0, double *
     return 0;
 }
 
+/* Whether rows of `columns` values of an output of `size` are to be streamed past the caches. */
+static int streams(const float *y, i64 columns, i64 size) {
+    return size >= LARGE && size % VEC == 0 && columns % VEC == 0 &&
+           (uintptr_t)y % sizeof(vec) == 0;
+}
+
 /* y = (x - mean)*a + b, value by value. */
 static void affine_row(const float *x, const float *mean, const float *a, const float *b, float *y,
-                       i64 size) {
-    for (i64 i = 0; i < size; i++) y[i] = (x[i] - mean[i]) * a[i] + b[i];
+                       i64 size, int past) {
+    if (past) {
+        for (i64 i = 0; i < size; i += VEC)
+            stream(y + i, (load(x + i) - load(mean + i)) * load(a + i) + load(b + i));
+        fence();
+    } else
+        for (i64 i = 0; i < size; i++) y[i] = (x[i] - mean[i]) * a[i] + b[i];
 }
 
 static void affine_plane(const float *x, float mean, float a, float b, float *y, i64 size) {
@@ -265,8 +277,17 @@ static void affine_plane(const float *x, float mean, float a, float b, float *y,
 /* dx = a*g - b*(x - mean) - c; with keep_scale > 0 also through dropout and ReLU, which let pass
  * exactly where x, their output, is not 0. */
 static void gradient_row(const float *x, const float *g, const float *mean, const float *a,
-                         const float *b, const float *c, float keep_scale, float *dx, i64 size) {
-    if (keep_scale > 0)
+                         const float *b, const float *c, float keep_scale, float *dx, i64 size,
+                         int past) {
+    if (past) {
+        for (i64 i = 0; i < size; i += VEC) {
+            vec xi = load(x + i);
+            vec d = load(a + i) * load(g + i) - load(b + i) * (xi - load(mean + i)) - load(c + i);
+            if (keep_scale > 0) d = (vec)((ivec)(d * keep_scale) & (xi != 0.0f));
+            stream(dx + i, d);
+        }
+        fence();
+    } else if (keep_scale > 0)
         for (i64 i = 0; i < size; i++) {
             float d = a[i] * g[i] - b[i] * (x[i] - mean[i]) - c[i];
             dx[i] = x[i] != 0.0f ? d * keep_scale : 0.0f;
@@ -311,11 +332,12 @@ int normlab_normalize(const float *x, const float *mean, const float *var, const
     float *wide = repeated((const float *const[]){mean, a, b}, 3, C, fold);
     free(a);
     if (!wide) return -1;
+    int past = streams(y, columns, N * C);
     PARALLEL_FOR
     for (i64 r = 0; r < rows; r++) {
         i64 at = r * columns;
         affine_row(x + at, wide, wide + columns, wide + 2 * columns, y + at,
-                   min64(columns, N * C - at));
+                   min64(columns, N * C - at), past);
     }
     free(wide);
     return 0;
@@ -381,11 +403,13 @@ int normlab_gradient(const float *x, const float *g, const float *mean, const fl
         i64 fold = max64(1, FOLD / C), columns = fold * C, rows = (N + fold - 1) / fold;
         wide = repeated((const float *const[]){mean, a, b, c0}, 4, C, fold);
         failed = !wide;
+        int past = streams(dx, columns, N * C);
         PARALLEL_FOR
         for (i64 r = 0; r < (failed ? 0 : rows); r++) {
             i64 at = r * columns;
             gradient_row(x + at, g + at, wide, wide + columns, wide + 2 * columns,
-                         wide + 3 * columns, keep_scale, dx + at, min64(columns, N * C - at));
+                         wide + 3 * columns, keep_scale, dx + at, min64(columns, N * C - at),
+                         past);
         }
     }
     free(wide);

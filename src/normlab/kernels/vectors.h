@@ -28,6 +28,22 @@ static inline vec load(const float *p) { return *(const vec *)p; }
 static inline void store(float *p, vec v) { *(vec *)p = v; }
 /* x - 0 is x, -0 too, so this is nothing but a broadcast. */
 static inline vec splat(float x) { return x - (vec){0}; }
+
+/* Past the caches to memory: for outputs that no cache would hold until they are read, this saves
+ * reading what is overwritten. `p` is aligned to a register. Ends with `fence`. */
+#if defined(__AVX512F__)
+#include <immintrin.h>
+static inline void stream(float *p, vec v) { _mm512_stream_ps(p, (__m512)v); }
+#define fence() _mm_sfence()
+#elif defined(__AVX__)
+#include <immintrin.h>
+static inline void stream(float *p, vec v) { _mm256_stream_ps(p, (__m256)v); }
+#define fence() _mm_sfence()
+#else
+static inline void stream(float *p, vec v) { store(p, v); }
+#define fence()
+#endif
+
 static inline i64 min64(i64 a, i64 b) { return a < b ? a : b; }
 static inline i64 max64(i64 a, i64 b) { return a > b ? a : b; }
 

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from normlab import kernels
 from normlab.errors import UserError
@@ -96,8 +95,10 @@ def needed(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=True))
 
 
-class _BatchNormalize(torch.autograd.Function):
-    """`moments` and `normalize` with the gradient in closed form.
+def gradient(
+    x: Tensor, g: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to x, γ and β in closed form.
 
     With g = dL/dy, M values a channel and all sums over those values:
 
@@ -105,45 +106,56 @@ class _BatchNormalize(torch.autograd.Function):
         dγ = Σ g·x̂
         dx = γ/(M·√(σ² + ε)) · (M·g − Σ g − x̂·Σ g·x̂)
     """
+    dims = [0, *range(2, x.ndim)]
+    count = x.numel() // x.shape[1]
+    x_hat = normalize(x, mean, var, None, None, eps)
+    bias_grad = g.sum(dims)
+    weight_grad = (g * x_hat).sum(dims)
+    scale = (var + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    x_grad = g - per_channel(bias_grad / count, x) - x_hat * per_channel(weight_grad / count, x)
+    return x_grad * per_channel(scale, x), weight_grad, bias_grad
+
+
+class _BatchNormalize(torch.autograd.Function):
+    """`moments`, `normalize` and `gradient`, in compiled passes where these apply.
+
+    A gradient of the gradient is asked for with gradients enabled in `backward`: then `moments`
+    and `gradient` are computed anew, by operations that can be differentiated.
+
+    On small inputs most of the time is Python's, so every call here counts.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: "BatchNorm"
     ) -> Tensor:
-        ctx.eps = norm.eps
-        ctx.compiled = norm.compiled(x)
-        if ctx.compiled:
-            running = norm.running(x.numel() // x.shape[1])
-            y, mean, var = kernels.batch_norm(x, weight, bias, norm.eps, running)
+        shape = kernels.layout(x) if norm.running_mean.dtype is torch.float32 else None
+        count = x.numel() // x.shape[1]
+        if shape is not None:
+            running = norm.running(count)
+            y, mean, var = kernels.batch_norm(x, shape, weight, bias, norm.eps, running)
         else:
             mean, var = moments(x)
             y = normalize(x, mean, var, weight, bias, norm.eps)
-            norm.track(mean, var, x.numel() // x.shape[1])
-        ctx.save_for_backward(x, weight, mean, var)
+            norm.track(mean, var, count)
+        ctx.save_for_backward(x, weight)
+        ctx.batch = shape, mean, var, norm.eps, bias is not None
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, var = ctx.saved_tensors
-        if ctx.compiled:
-            x_needs = ctx.needs_input_grad[0]
-            grads = kernels.gradient(x, g, mean, var, weight, ctx.eps, x_grad=x_needs)
-            return needed(ctx, *grads, None)
-        dims = [0, *range(2, x.ndim)]
-        count = x.numel() // x.shape[1]
-        x_hat = normalize(x, mean, var, None, None, ctx.eps)
-        bias_grad = g.sum(dims)
-        weight_grad = (g * x_hat).sum(dims)
-        x_grad = None
-        if ctx.needs_input_grad[0]:
-            scale = (var + ctx.eps).rsqrt()
-            if weight is not None:
-                scale = scale * weight
-            x_grad = g - per_channel(bias_grad / count, x)
-            x_grad = x_grad - x_hat * per_channel(weight_grad / count, x)
-            x_grad = x_grad * per_channel(scale, x)
-        return needed(ctx, x_grad, weight_grad, bias_grad, None)
+        x, weight = ctx.saved_tensors
+        shape, mean, var, eps, has_bias = ctx.batch
+        if torch.is_grad_enabled():
+            dx, dw, db = gradient(x, g, *moments(x), weight, eps)
+        elif shape is None:
+            dx, dw, db = gradient(x, g, mean, var, weight, eps)
+        else:
+            x_grad = ctx.needs_input_grad[0]
+            dx, dw, db = kernels.gradient(x, shape, g, mean, var, weight, eps, x_grad=x_grad)
+        return dx, None if weight is None else dw, db if has_bias else None, None
 
 
 class BatchNorm(nn.Module):
@@ -223,12 +235,15 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` (N, C) or (N, C, *); same shape, type and memory layout out."""
         self.check(x)
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        if self.uses_batch():
-            y: Tensor = _BatchNormalize.apply(wide, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
-        else:
-            y = self._normalize_running(wide)
-        return y.to(x.dtype)
+        if x.dtype in (torch.float16, torch.bfloat16):
+            return self._forward(x.float()).to(x.dtype)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if not self.uses_batch():
+            return self._normalize_running(x)
+        y: Tensor = _BatchNormalize.apply(x, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
+        return y
 
     def standardize(self, x: Tensor) -> Tensor:
         """x̂ of a training batch that needs no gradient; moves the running statistics."""
@@ -252,10 +267,8 @@ class BatchNorm(nn.Module):
     def running(self, count: int) -> kernels.Running:
         """How a batch of `count` values a channel moves the running statistics."""
         correction = count / (count - 1) if self.convention.unbiased_running_var else 1.0
-        return kernels.Running(
-            *(self.running_mean, self.running_var, self.old_weight, correction),
-            batches=self.num_batches_tracked,
-        )
+        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        return kernels.Running(mean, var, self.old_weight, correction, batches)
 
     @torch.no_grad()
     def track(self, mean: Tensor, var: Tensor, count: int) -> None:

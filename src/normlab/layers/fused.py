@@ -54,14 +54,14 @@ class _ReluDropoutBatchNorm(torch.autograd.Function):
             z, words, threshold, scale, weight, bias, norm.eps, running
         )
         ctx.save_for_backward(h, weight, mean, var)
-        ctx.eps, ctx.scale = norm.eps, scale
+        ctx.shape, ctx.eps, ctx.scale = kernels.layout(h), norm.eps, scale
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         h, weight, mean, var = ctx.saved_tensors
-        grads = kernels.gradient(h, g, mean, var, weight, ctx.eps, keep_scale=ctx.scale)
+        grads = kernels.gradient(h, ctx.shape, g, mean, var, weight, ctx.eps, keep_scale=ctx.scale)
         return needed(ctx, *grads, None, None, None)
 
 
