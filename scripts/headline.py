@@ -2,6 +2,7 @@
 
     python scripts/headline.py fast79 --seeds 10
     python scripts/headline.py fast79 --seeds 10 --norm none
+    python scripts/headline.py fast84 --seeds 1 --no-kernels
 
 One JSON a run in docs/results/headline/RECIPE/; seeds that have theirs are not run again. A time
 counts only where `load_at_start` says that the machine was quiet.
@@ -12,11 +13,12 @@ import os
 import resource
 import statistics
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import normlab
-from normlab import recipes
+from normlab import kernels, recipes
 from normlab.environment import cores
 from normlab.files import write_json
 from normlab.runs import Run, read_json
@@ -41,6 +43,7 @@ def record(run: Run, load: float) -> dict[str, Any]:
         "load_at_start": load,
         "quiet": load <= QUIET_LOAD * cores(),
         "weights_sha256": result["weights_sha256"],
+        "compiled_kernels": kernels.available(),
         "environment": run.environment,
     }
 
@@ -52,15 +55,18 @@ def main() -> None:
     parser.add_argument("--norm")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--first", type=int, default=0, help="seed to begin with")
+    parser.add_argument("--no-kernels", action="store_true", help="as without a compiler")
     arguments = parser.parse_args()
     recipe = recipes.get(arguments.recipe).override(norm=arguments.norm)
-    folder = RESULTS / (recipe.name if recipe.norm == "batch" else f"{recipe.name}-{recipe.norm}")
+    name = recipe.name if recipe.norm == "batch" else f"{recipe.name}-{recipe.norm}"
+    folder = RESULTS / (f"{name}-no-kernels" if arguments.no_kernels else name)
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(arguments.first, arguments.seeds):
         target = folder / f"seed-{seed}.json"
         if not target.exists():
             load = os.getloadavg()[0]
-            with tempfile.TemporaryDirectory() as scratch:
+            allowed = kernels.disabled() if arguments.no_kernels else nullcontext()
+            with tempfile.TemporaryDirectory() as scratch, allowed:
                 run = normlab.train(recipe, out=scratch, seed=seed, threads=arguments.threads)
                 write_json(target, record(run, load))
         kept = read_json(target)

@@ -1,6 +1,6 @@
 """Train one variant of a recipe and score it on images held out of the training set.
 
-    python scripts/tune.py fast79 --seed 3 epochs=2 learning_rate=0.1 "stages=((16,),(64,),(128,128))"
+    python scripts/tune.py fast79 --seed 3 epochs=2 "stages=((32,),(64,),(128,128))"
 
 The last 5,000 training images are held out; the test images are never looked at. Every run is a
 line in docs/results/tuning.jsonl, whatever comes of it.

@@ -105,7 +105,9 @@ class FastNet(nn.Module):
     """Whitened patches, stages of blocks, the maximum over all positions, a linear layer.
 
     A stage's first block pools, so each stage works on maps of half the height and width of those
-    before; whatever follows in a stage leaves the size as it is. Every layer's initial values come from a stream named after the layer, so networks with
+    before; whatever follows in a stage leaves the size as it is.
+
+    Every layer's initial values come from a stream named after the layer, so networks with
     different `norm` start with the same kernels. Any image size from 16 pixels on will do, and a
     trained network takes images of other sizes.
 
