@@ -3,10 +3,12 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 
 from normlab.cli_compare import compare as command
 from normlab.errors import DataError, UserError
@@ -15,6 +17,7 @@ from normlab.study import Arm, open_study
 from normlab.study import design as plans
 from normlab.study import outcomes as runs
 from normlab.study.arms import check_arm, make_arms, parse_arm
+from normlab.study.figures import plot_curves
 from normlab.study.report import closing_lines, runs_csv, write_report
 from normlab.study.report import command as command_of
 from normlab.study.tuning import parse_tuning, trials
@@ -280,3 +283,15 @@ def test_trials_are_equal_and_use_seeds_that_no_pair_has() -> None:
     blind = make_design(recipe=get("notebook").override(validation=0.0), tuning=tuning)
     with pytest.raises(UserError, match="set validation above 0"):
         trials(blind)
+
+
+def test_a_single_epoch_without_validation_still_has_a_curve(tmp_path: Path) -> None:
+    study = make_study(tmp_path, {"batch": [0.8] * 2, "none": [0.6] * 2})
+    parts = [[0.5, 2.0, 0.3], [1.0, 1.0, 0.5]]
+    row = {"epoch": 1, "steps": 250, "loss": 1.5, "accuracy": 0.4, "parts": parts}
+    outcomes = tuple(replace(o, curve=[], history=[row]) for o in study.outcomes)
+    ax = Figure().subplots()
+    plot_curves(ax, replace(study, outcomes=outcomes))
+    assert [list(line.get_xdata()) for line in ax.lines] == [[125, 250]] * 2
+    assert [list(line.get_ydata()) for line in ax.lines] == [[30, 50]] * 2
+    assert ax.get_ylabel() == "training accuracy, %"

@@ -22,6 +22,7 @@ from normlab.errors import NonFiniteError, NormlabError
 from normlab.optim import SCHEDULES, Optimizer, set_rate
 from normlab.random import stream
 from normlab.recipes import Recipe
+from normlab.words import counted
 
 FEW_EPOCHS, PARTS = 4, 20  # in a training of so few epochs, so many parts of each are noted
 
@@ -109,7 +110,8 @@ class Plan:
         text = (
             f"{self.recipe.name}: norm {self.recipe.norm}, seed {self.seed}, "
             f"{len(self.train):,} training and {len(self.validation):,} validation images, "
-            f"{self.recipe.epochs} epochs of {len(self.bounds):,} steps, {self.threads} threads"
+            f"{counted(self.recipe.epochs, 'epoch')} of {counted(len(self.bounds), 'step')}, "
+            f"{counted(self.threads, 'thread')}"
             + (f", into {self.folder}" if self.folder else "")
             + (f"\nStart: {self.start}" if self.start else "")
         )

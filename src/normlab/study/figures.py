@@ -148,10 +148,7 @@ def _curves(
 
     After its last check a diverged run counts as chance; a run that stopped early keeps its last.
     """
-    curves = [
-        o.curve if validation else [(row["steps"], row["accuracy"]) for row in o.history]
-        for o in outcomes
-    ]
+    curves = [o.curve if validation else _training_curve(o.history) for o in outcomes]
     longest = max(curves, key=len, default=[])
     filled = []
     for outcome, curve in zip(outcomes, curves, strict=True):
@@ -159,3 +156,14 @@ def _curves(
         last = 1 / len(design.class_names) if outcome.diverged or not values else values[-1]
         filled.append(values + [last] * (len(longest) - len(values)))
     return np.array([step for step, _ in longest], float), np.array(filled, float)
+
+
+def _training_curve(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Steps and training accuracies: of the parts of an epoch where they were noted."""
+    points, before = [], 0
+    for row in history:
+        steps = row["steps"] - before
+        parts = row.get("parts") or [[1.0, row["loss"], row["accuracy"]]]
+        points += [(before + round(done * steps), accuracy) for done, _, accuracy in parts]
+        before = row["steps"]
+    return points

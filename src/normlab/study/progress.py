@@ -12,6 +12,7 @@ from normlab.study.design import enough_pairs
 from normlab.study.outcomes import Outcome
 from normlab.study.result import Study
 from normlab.study.runner import Job, Reporter
+from normlab.words import counted
 
 
 class Progress(Protocol):
@@ -141,11 +142,3 @@ def _bar(console: Console) -> RichProgress:
     columns: list[Any] = [TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=None)]
     columns.append(TextColumn("{task.fields[note]}"))
     return RichProgress(*columns, console=console, transient=True, redirect_stdout=True)
-
-
-def counted(n: int, noun: str) -> str:
-    """
-    >>> counted(1, "pair"), counted(6, "pair")
-    ('1 pair', '6 pairs')
-    """
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -17,6 +17,7 @@ from normlab.study import figures
 from normlab.study.arms import Arm
 from normlab.study.design import OUTCOMES, Design, default_contrasts
 from normlab.study.result import Study
+from normlab.words import counted
 
 OPTIONS = ("norm", "epochs", "batch_size", "learning_rate", "validation", "patience")
 CAPTIONS = {
@@ -56,6 +57,7 @@ def write_report(study: Study) -> None:
         command=command(study),
         methods=methods(study),
         changes=changes,
+        counted=counted,
     )
     write_atomic(study.path / "report.html", page.encode())
 
@@ -193,7 +195,7 @@ def methods(study: Study) -> str:
         f", after looks at {', '.join(map(str, d.looks))} pairs," if d.looks else ""
     )
     return (
-        f"We trained {d.recipe.model} (recipe {d.recipe.name}, {d.recipe.epochs} epochs) on "
+        f"We trained {d.recipe.model} (recipe {d.recipe.name}, {counted(d.recipe.epochs, 'epoch')}) on "
         f"{d.data} ({d.train_images:,} training and {d.test_images:,} test images, SHA-256 "
         f"{d.data_sha256[:12]}) from {d.seeds} seeds, {d.first_seed} to "
         f"{d.first_seed + d.seeds - 1}, in {len(d.arms)} arms: {arms}. {shared}{tuned} "
@@ -204,7 +206,7 @@ def methods(study: Study) -> str:
         f"Holm's correction, with 0.04 spent on the first look and 0.01/2^(k-1) on look k; "
         f"intervals invert the same test. "
         f"Software: normlab {env['normlab']}, PyTorch {env['torch']}, Python {env['python']}, on "
-        f"{env['cpu']}, {d.threads} thread(s) a run."
+        f"{env['cpu']}, {counted(d.threads, 'thread')} a run."
     )
 
 
