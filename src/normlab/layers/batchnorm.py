@@ -148,6 +148,7 @@ class _BatchNormalize(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         shape, mean, var, eps, has_bias = ctx.batch
+        dx: Tensor | None
         if torch.is_grad_enabled():
             dx, dw, db = gradient(x, g, *moments(x), weight, eps)
         elif shape is None:

@@ -195,7 +195,8 @@ def methods(study: Study) -> str:
         f", after looks at {', '.join(map(str, d.looks))} pairs," if d.looks else ""
     )
     return (
-        f"We trained {d.recipe.model} (recipe {d.recipe.name}, {counted(d.recipe.epochs, 'epoch')}) on "
+        f"We trained {d.recipe.model} (recipe {d.recipe.name}, "
+        f"{counted(d.recipe.epochs, 'epoch')}) on "
         f"{d.data} ({d.train_images:,} training and {d.test_images:,} test images, SHA-256 "
         f"{d.data_sha256[:12]}) from {d.seeds} seeds, {d.first_seed} to "
         f"{d.first_seed + d.seeds - 1}, in {len(d.arms)} arms: {arms}. {shared}{tuned} "
