@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator, PercentFormatter
 
 from benchmarks import groups
+from benchmarks.headlines import kept, timed
 from benchmarks.summary import EPOCHS, Result, Spread, names, notebook, rates, seconds, spread
+from normlab.recipes import RECIPES
 
 # Apart in lightness, so that they stay apart in grey.
 OURS, OTHERS, INK = "#1b4f72", "#a9b7c0", "#222222"
@@ -88,13 +90,11 @@ def _is_ours(name: str) -> bool:
 
 def headline_runs(results: Path) -> dict[str, list[Point]]:
     """By recipe: training seconds and test accuracy of each seed that had the whole machine."""
-    found: dict[str, list[Point]] = {}
-    for path in sorted((results / "headline").glob("*/seed-*.json")):
-        run = json.loads(path.read_text(encoding="utf-8"))
-        if run["environment"]["threads"] == run["environment"]["cores"]:
-            point = (run["train_seconds"], run["test_accuracy"])
-            found.setdefault(path.parent.name, []).append(point)
-    return found
+    return {
+        name: [(run["train_seconds"], run["test_accuracy"]) for run in whole]
+        for name, runs in kept(results).items()
+        if name in RECIPES and (whole := [run for run in runs if timed([run])])
+    }
 
 
 def draw_accuracy_time(result: Result, results: Path) -> Figure:

@@ -26,7 +26,7 @@ from benchmarks.summary import (
 PICTURES = """![Training and inference speeds of the notebook's network](benchmarks.png)
 
 ![Accuracy against training time](accuracy-time.png)"""
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+MARKS = "<!-- {}: begin -->", "<!-- {}: end -->"
 
 
 def keep(result: Result, out: Path | None, root: Path) -> None:
@@ -48,26 +48,30 @@ def complete(result: Result) -> bool:
 
 def write_docs(result: Result, root: Path) -> None:
     """Fill the marked parts of the docs, and draw the pictures."""
+    from benchmarks.headlines import headlines
     from benchmarks.pictures import draw_accuracy_time, draw_speeds, save
 
-    fill(root / "docs" / "benchmarks.md", f"{tables(result)}\n\n{PICTURES}")
-    fill(root / "README.md", headline(result))
+    page = root / "docs" / "benchmarks.md"
+    fill(page, "bench", f"{tables(result)}\n\n{PICTURES}")
+    fill(page, "recipes", headlines(root / "docs" / "results"))
+    fill(root / "README.md", "bench", headline(result))
     save(draw_speeds(result), root / "docs" / "benchmarks")
     save(draw_accuracy_time(result, root / "docs" / "results"), root / "docs" / "accuracy-time")
 
 
-def fill(path: Path, text: str) -> None:
-    """Replace what stands between the marks in `path`.
+def fill(path: Path, part: str, text: str) -> None:
+    """Replace what stands between the marks of `part` in `path`.
 
     Raises:
         ValueError: the marks are not there.
     """
     content = path.read_text(encoding="utf-8")
-    if content.count(BEGIN) != 1 or content.count(END) != 1:
-        raise ValueError(f"{path} needs {BEGIN!r} and {END!r}, once each")
-    before, rest = content.split(BEGIN)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    begin, end = (mark.format(part) for mark in MARKS)
+    if content.count(begin) != 1 or content.count(end) != 1:
+        raise ValueError(f"{path} needs {begin!r} and {end!r}, once each")
+    before, rest = content.split(begin)
+    after = rest.split(end)[1]
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 def tables(result: Result) -> str:

@@ -5,7 +5,7 @@
     python scripts/headline.py fast84 --seeds 1 --no-kernels
 
 One JSON a run in docs/results/headline/RECIPE/; seeds that have theirs are not run again. A time
-counts only where `load_at_start` says that the machine was quiet.
+counts only where the machine was `quiet`: nobody else took more than 5 % of it meanwhile.
 """
 
 import argparse
@@ -13,21 +13,46 @@ import os
 import resource
 import statistics
 import tempfile
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import normlab
 from normlab import kernels, recipes
-from normlab.environment import cores
 from normlab.files import write_json
 from normlab.runs import Run, read_json
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "headline"
-QUIET_LOAD = 0.3  # a core
+QUIET = 0.05
 
 
-def record(run: Run, load: float) -> dict[str, Any]:
+class Others:
+    """What share of the machine's processor time others took since this was made."""
+
+    def __init__(self) -> None:
+        self.began = self._now()
+
+    def share(self) -> float | None:
+        """From 0 to 1; None on systems without /proc/stat."""
+        if self.began is None:
+            return None
+        wall, busy, own = (a - b for a, b in zip(self._now() or (), self.began, strict=True))
+        return max(0.0, (busy - own) / (wall * (os.cpu_count() or 1)))
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds: on the clock, of all processors at work, of this process."""
+        try:
+            with open("/proc/stat", encoding="ascii") as f:
+                user, nice, system, _, _, irq, softirq, *_ = map(int, f.readline().split()[1:])
+        except OSError:
+            return None
+        busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy, time.process_time()
+
+
+def record(run: Run, others: float | None) -> dict[str, Any]:
     """What is kept of a run."""
     result, flip = run.result or {}, run.evaluate(views="flip")
     return {
@@ -40,8 +65,8 @@ def record(run: Run, load: float) -> dict[str, Any]:
         "data_seconds": result["data_seconds"],
         "evaluation_seconds": result["evaluation_seconds"],
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "load_at_start": load,
-        "quiet": load <= QUIET_LOAD * cores(),
+        "others_share": others,
+        "quiet": others is not None and others <= QUIET,
         "weights_sha256": result["weights_sha256"],
         "compiled_kernels": kernels.available(),
         "environment": run.environment,
@@ -64,11 +89,11 @@ def main() -> None:
     for seed in range(arguments.first, arguments.seeds):
         target = folder / f"seed-{seed}.json"
         if not target.exists():
-            load = os.getloadavg()[0]
+            others = Others()
             allowed = kernels.disabled() if arguments.no_kernels else nullcontext()
             with tempfile.TemporaryDirectory() as scratch, allowed:
                 run = normlab.train(recipe, out=scratch, seed=seed, threads=arguments.threads)
-                write_json(target, record(run, load))
+                write_json(target, record(run, others.share()))
         kept = read_json(target)
         print(f"seed {seed}: {kept['test_accuracy']:.4f} in {kept['train_seconds']:.1f} s")
     kept = [read_json(path) for path in sorted(folder.glob("seed-*.json"))]

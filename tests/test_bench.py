@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks import groups, report, summary
 from benchmarks.contestant import Options
+from benchmarks.headlines import timed
 from benchmarks.peers import onnx_runtime
 from benchmarks.peers.plain_pytorch import plain
 from benchmarks.peers.stock_layers import stock
@@ -177,16 +178,25 @@ def test_the_report_goes_between_the_marks(result: dict[str, Any], tmp_path: Pat
         report.keep(result, None, tmp_path)
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert readme.count("first nine") == 1
-    assert readme.split(report.BEGIN)[0] == before.split(report.BEGIN)[0]
-    assert readme.split(report.END)[1] == before.split(report.END)[1]
+    begin, end = (mark.format("bench") for mark in report.MARKS)
+    assert readme.split(begin)[0] == before.split(begin)[0]
+    assert readme.split(end)[1] == before.split(end)[1]
     docs = (tmp_path / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     for entry in {n for g in result["groups"].values() for n in g["entries"]}:
         assert entry.removeprefix(groups.FAST).split(" (")[0] in docs
+    assert "| `fast79` | 10 | 0.79" in docs
     assert "nan" not in docs
     kept = json.loads((tmp_path / "docs" / "results" / "bench.json").read_text(encoding="utf-8"))
     assert kept == result
     assert (tmp_path / "docs" / "accuracy-time.png").stat().st_size > 10_000
     assert (tmp_path / "docs" / "benchmarks.svg").stat().st_size > 10_000
+
+
+def test_only_a_quiet_run_with_every_core_is_timed() -> None:
+    run = {"train_seconds": 10.0, "quiet": True, "environment": {"threads": 2, "cores": 2}}
+    busy = {**run, "train_seconds": 90.0, "quiet": False}
+    half = {**run, "train_seconds": 20.0, "environment": {"threads": 1, "cores": 2}}
+    assert timed([run, busy, half]) == [10.0]
 
 
 def test_a_quick_run_leaves_the_docs_alone(

@@ -1,0 +1,54 @@
+"""What every recipe scored over its seeds, from what `scripts/headline.py` kept."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import table
+
+Run = dict[str, Any]
+
+
+def kept(results: Path) -> dict[str, list[Run]]:
+    """The runs in `results/headline`, by the name of their folder."""
+    found: dict[str, list[Run]] = {}
+    for path in sorted((results / "headline").glob("*/seed-*.json")):
+        found.setdefault(path.parent.name, []).append(json.loads(path.read_text(encoding="utf-8")))
+    return found
+
+
+def timed(runs: list[Run]) -> list[float]:
+    """Training seconds of those that had every core of a quiet machine."""
+    return [
+        run["train_seconds"]
+        for run in runs
+        if run["quiet"] and run["environment"]["threads"] == run["environment"]["cores"]
+    ]
+
+
+def headlines(results: Path) -> str:
+    """A row for each recipe, with every seed that was run."""
+    rows = []
+    for name, runs in kept(results).items():
+        scores = [run["test_accuracy"] for run in runs]
+        mirrored = statistics.mean(run["test_accuracy_flip"] for run in runs)
+        took = timed(runs)
+        spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
+        seconds = (
+            f"{statistics.median(took):.1f} ({min(took):.1f} to {max(took):.1f}, n = {len(took)})"
+            if took
+            else "not timed"
+        )
+        rows.append(
+            [
+                f"`{name}`",
+                str(len(scores)),
+                f"{statistics.mean(scores):.4f}{spread}",
+                f"{min(scores):.4f} to {max(scores):.4f}",
+                f"{mirrored:.4f}",
+                seconds,
+            ]
+        )
+    head = ["", "seeds", "test accuracy", "range", "mirrored view too", "training, seconds"]
+    return table(head, rows)
