@@ -14,15 +14,22 @@ from normlab.evaluation import Calibration, Evaluation
 TRAIN, VALIDATION = "#7a8699", "#c8442c"
 
 
+class CellFigure(Figure):
+    """A figure that a notebook cell shows, without pyplot and without a magic command."""
+
+    def _repr_png_(self) -> bytes:
+        return png(self, dpi=90)
+
+
 def figure(width: float = 7.0, height: float = 4.0) -> Figure:
     """Make a figure that belongs to no window and no global state."""
-    return Figure(figsize=(width, height), layout="constrained")
+    return CellFigure(figsize=(width, height), layout="constrained")
 
 
-def png(fig: Figure) -> bytes:
+def png(fig: Figure, dpi: int = 150) -> bytes:
     """Render a figure."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=150)
+    fig.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
