@@ -100,13 +100,14 @@ def plot_calibration(ax: Axes, calibration: Calibration) -> Axes:
 def draw_pictures(images: NDArray[np.uint8], captions: list[str], *, columns: int = 8) -> Figure:
     """Show images (N, H, W, 3) in a grid with a caption under each."""
     rows = max(1, -(-len(images) // columns))
-    fig = figure(1.35 * columns, 1.75 * rows + 0.3)
-    axes = fig.subplots(rows, columns, squeeze=False).flat
+    lines = 1 + max((caption.count("\n") for caption in captions), default=0)
+    fig = figure(1.35 * columns, (1.4 + 0.13 * lines) * rows)
+    axes = list(fig.subplots(rows, columns, squeeze=False).flat)  # `.flat` can be walked once only
     for ax in axes:
         ax.axis("off")
     for ax, image, caption in zip(axes, images, captions, strict=False):
         ax.imshow(image, interpolation="nearest")
-        ax.set_title(caption, fontsize=7, y=-0.42)
+        ax.text(0.5, -0.04, caption, fontsize=7, ha="center", va="top", transform=ax.transAxes)
     return fig
 
 
