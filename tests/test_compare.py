@@ -222,6 +222,7 @@ def test_the_report_is_one_page_that_fetches_nothing(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (tmp_path / f"{name}.svg").read_bytes()
     assert "<svg" in study._repr_html_()
+    assert set(study.figures) == {"differences", "curves", "pairs", "step-seconds"}
 
 
 def test_the_table_of_runs_holds_every_run(tmp_path: Path) -> None:

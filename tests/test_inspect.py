@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from torch import nn
 
+import normlab
 from normlab.__main__ import run as command
-from normlab.inspect_report import save_figure, write_inspection
+from normlab.errors import UserError
+from normlab.inspect_report import save_figure
 from normlab.inspection import inspected, running_gap, shared_layers
 from normlab.plots_inspect import draw_drift, draw_percentiles
 from normlab.recording import read_recording
@@ -21,7 +23,7 @@ from recorded import STEPS, write_run
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     folder = tmp_path_factory.mktemp("pair")
     runs = [write_run(folder / norm, norm) for norm in ("batch", "none")]
-    write_inspection(runs, runs[0].path / "inspect")
+    normlab.inspect(*runs).write(runs[0].path / "inspect")
     return runs
 
 
@@ -63,6 +65,23 @@ def test_two_runs_are_drawn_on_the_same_scales(pair: list[Run]) -> None:
         assert left.get_ylim() == right.get_ylim()
     left, right = draw_drift(runs).axes
     assert left.get_ylim() == right.get_ylim()
+
+
+def test_the_same_in_python(pair: list[Run]) -> None:
+    seen = normlab.inspect(pair[0], pair[1].path)
+    assert str(seen).count("samples; one step moves the mean input") == 2
+    assert set(seen.figures) == {p.stem for p in (pair[0].path / "inspect").glob("*.png")}
+    values = [
+        seen.runs[1].recording.arrays[f"{layer}/in/drift"]
+        for layer in ("dense2", "dense3", "output")
+    ]
+    assert seen.runs[1].drift == pytest.approx(float(np.nanmedian(values)))
+    with pytest.raises(UserError, match="record=True"):
+        normlab.inspect()
+
+
+def test_a_figure_shows_itself_in_a_notebook_cell(pair: list[Run]) -> None:
+    assert normlab.inspect(*pair).figures["drift"]._repr_png_().startswith(b"\x89PNG")
 
 
 def test_the_same_figure_is_the_same_file(pair: list[Run], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from normlab.inspect_report import write_inspection
+from normlab.inspect_report import inspect
 from normlab.recording import read_recording
 from recorded import STEPS, write_run
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("browser")
     runs = [write_run(folder / norm, norm) for norm in ("batch", "none")]
-    write_inspection(runs, folder / "inspect")
+    inspect(*runs).write(folder / "inspect")
     return folder / "inspect" / "report.html"
 
 

@@ -4,8 +4,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from normlab.data.batches import batch_bounds, split_validation, to_input
 from normlab.fit import Interrupted, Plan, State, Totals, train_step
 from normlab.models import NotebookNet
 from normlab.optim import Adam
+from normlab.plots import draw_pictures
+from normlab.progress import Lines
 from normlab.random import stream
 from normlab.recipes import Recipe
 
@@ -118,6 +122,27 @@ def test_the_scores_are_those_of_the_kept_weights(
 def test_runs_show_themselves_in_a_notebook_cell(run: normlab.Run) -> None:
     assert f"{run.result['test_accuracy']:.2%}" in run._repr_html_()
     assert "Test accuracy" in run.evaluate("sample")._repr_html_()
+
+
+def test_pictures_are_drawn_above_their_captions(sample: normlab.ImageData) -> None:
+    fig = draw_pictures(sample.x_test[:5], list("abcde"), columns=3)
+    assert len(fig.axes) == 6
+    for ax, image, caption in zip(fig.axes, sample.x_test, "abcde", strict=False):
+        assert (ax.images[0].get_array() == image).all()
+        assert ax.texts[0].get_text() == caption
+
+
+def test_one_observer_tells_two_trainings(
+    run: normlab.Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second one's seconds are counted from its own start."""
+    lines = Lines()
+    plan: Any = SimpleNamespace(recipe=run.task.recipe, describe=lambda: "a training")
+    for seconds in (39.0, 6.0):
+        lines.before_training(plan)
+        state: Any = SimpleNamespace(history=run.history[:1], seconds=seconds)
+        lines.after_step(state, 0, 12, 12)
+    assert re.findall(r"12/12 - (\S+) - loss", capsys.readouterr().out) == ["39s", "6s"]
 
 
 def test_same_seed_same_bits_other_seed_other_bits(

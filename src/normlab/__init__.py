@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from normlab.errors import UserError as UserError
     from normlab.evaluation import Evaluation as Evaluation
     from normlab.evaluation import evaluate as evaluate
+    from normlab.inspect_report import Inspection as Inspection
+    from normlab.inspect_report import inspect as inspect
     from normlab.layers import BatchNorm as BatchNorm
     from normlab.recalibration import ThreeWay as ThreeWay
     from normlab.recalibration import recalibrate as recalibrate
@@ -45,6 +47,7 @@ _HOMES = {
     "Evaluation": "evaluation",
     "Finding": "diagnosis",
     "ImageData": "data",
+    "Inspection": "inspect_report",
     "NonFiniteError": "errors",
     "NormlabError": "errors",
     "Recipe": "recipes",
@@ -55,6 +58,7 @@ _HOMES = {
     "compare": "study",
     "doctor": "diagnosis",
     "evaluate": "evaluation",
+    "inspect": "inspect_report",
     "load": "data",
     "open_run": "runs",
     "open_study": "study",

@@ -44,11 +44,11 @@ def inspect(
             raise click.UsageError("--landscape takes one run: it makes the other arm itself")
         _landscape(opened, data, seeds, points, steps, images, threads)
         return
-    from normlab.inspect_report import write_inspection
+    from normlab.inspect_report import inspect as look
 
-    runs = [opened] if other is None else [opened, open_run(other)]
-    for line in write_inspection(runs, opened.path / "inspect"):
-        click.echo(line)
+    seen = look(opened) if other is None else look(opened, open_run(other))
+    seen.write(opened.path / "inspect")
+    click.echo(seen)
     click.echo(f"Report: {opened.path / 'inspect' / 'report.html'}")
 
 

@@ -1,9 +1,11 @@
-"""`normlab inspect`: one recording, or two side by side, as pictures and a page with a slider."""
+"""`normlab.inspect`: recordings side by side, as pictures and a page with a slider."""
 
 import io
 import json
 from base64 import b64encode
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +21,60 @@ from normlab.files import write_atomic
 from normlab.inspection import Inspected, describe, inspected, running_gap, shared_layers
 from normlab.plots import png
 from normlab.recording import Recording
-from normlab.runs import Run
+from normlab.runs import Run, open_run
 
 NUMBERS = ("dead", "grad", "weight_grad", "weight_norm", "effective_rate")
 
 
-def write_inspection(runs: Sequence[Run], folder: Path) -> list[str]:
-    """Write `report.html`, and each picture as PNG and SVG, into `folder`.
+@dataclass(frozen=True)
+class Inspection:
+    """Recordings side by side.
 
-    Returns:
-        What the recordings say, in lines for the terminal.
+        seen = normlab.inspect(run, twin)
+        seen.figures["drift"]
+
+    Attributes:
+        runs: what each run's layers saw.
+        figures: every picture of it, by its file's name.
+    """
+
+    runs: tuple[Inspected, ...]
+
+    @cached_property
+    def figures(self) -> dict[str, Figure]:
+        return _drawings(self.runs)
+
+    def __str__(self) -> str:
+        return "\n".join(map(describe, self.runs))
+
+    def write(self, folder: Path) -> None:
+        """Write `report.html`, and each picture as PNG and SVG, into `folder`."""
+        folder.mkdir(exist_ok=True)
+        figures = self.figures.items()
+        pictures = {name: save_figure(fig, folder / name) for name, fig in figures}
+        write_atomic(folder / "report.html", _page(self.runs, pictures).encode())
+
+
+def inspect(*runs: Run | str | Path) -> Inspection:
+    """Look at what the layers of one recorded run saw, or of more of one model side by side.
+
+    Args:
+        runs: with `record=True` trained, opened or by their folders.
 
     Raises:
-        UserError: a run was not recorded, or two runs have no layer in common.
+        UserError: no run, one that was not recorded, or two that have no layer in common.
+        DataError: a recording is damaged.
     """
-    seen = [inspected(run) for run in runs]
+    if not runs:
+        raise UserError("nothing to inspect: give a run that was trained with record=True")
+    opened = [run if isinstance(run, Run) else open_run(run) for run in runs]
+    seen = tuple(inspected(run) for run in opened)
     if not shared_layers(seen, "weight"):
         raise UserError(
-            f"runs {' and '.join(str(run.path) for run in runs)} have no weight layer in common: "
+            f"runs {' and '.join(str(run.path) for run in opened)} have no weight layer in common: "
             "compare two of one model"
         )
-    folder.mkdir(exist_ok=True)
-    pictures = {}
-    for name, fig in _drawings(seen).items():
-        pictures[name] = save_figure(fig, folder / name)
-    write_atomic(folder / "report.html", _page(seen, pictures).encode())
-    return [describe(run) for run in seen]
+    return Inspection(seen)
 
 
 def save_figure(fig: Figure, path: Path) -> bytes:

@@ -27,6 +27,16 @@ class Inspected:
             return None
         return float(self.recording.arrays["seconds"].sum()) / self.seconds
 
+    @property
+    def drift(self) -> float | None:
+        """How far one step moves the mean input of a weight layer behind the first, in its σ.
+
+        The median over the layers and the samples; None where no step is known.
+        """
+        drifts = [self.recording.arrays[f"{x}/in/drift"] for x in shared_layers([self], "weight")]
+        known = np.concatenate([x[np.isfinite(x)] for x in drifts[1:]] or [np.empty(0, np.float32)])
+        return float(np.median(known)) if len(known) else None
+
 
 def inspected(run: Run) -> Inspected:
     """Read what `normlab train --record` kept.
@@ -68,10 +78,7 @@ def running_gap(recording: Recording, layer: str) -> NDArray[np.float32] | None:
 
 def describe(run: Inspected) -> str:
     """What a recording says, in one line."""
-    drifts = [run.recording.arrays[f"{x}/in/drift"] for x in shared_layers([run], "weight")[1:]]
-    known = np.concatenate(drifts) if drifts else np.full(1, np.nan)
-    known = known[np.isfinite(known)]
-    drift = f"{np.median(known):.2g} σ" if len(known) else "an unknown distance"
+    drift = "an unknown distance" if run.drift is None else f"{run.drift:.2g} σ"
     cost = "" if run.cost is None else f"; recording took {run.cost:.1%} of the training time"
     return (
         f"{run.label}: {len(run.recording.steps)} samples; one step moves the mean input of a "

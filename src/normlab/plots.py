@@ -14,15 +14,22 @@ from normlab.evaluation import Calibration, Evaluation
 TRAIN, VALIDATION = "#7a8699", "#c8442c"
 
 
+class CellFigure(Figure):
+    """A figure that a notebook cell shows, without pyplot and without a magic command."""
+
+    def _repr_png_(self) -> bytes:
+        return png(self, dpi=90)
+
+
 def figure(width: float = 7.0, height: float = 4.0) -> Figure:
     """Make a figure that belongs to no window and no global state."""
-    return Figure(figsize=(width, height), layout="constrained")
+    return CellFigure(figsize=(width, height), layout="constrained")
 
 
-def png(fig: Figure) -> bytes:
+def png(fig: Figure, dpi: int = 150) -> bytes:
     """Render a figure."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=150)
+    fig.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
@@ -93,13 +100,14 @@ def plot_calibration(ax: Axes, calibration: Calibration) -> Axes:
 def draw_pictures(images: NDArray[np.uint8], captions: list[str], *, columns: int = 8) -> Figure:
     """Show images (N, H, W, 3) in a grid with a caption under each."""
     rows = max(1, -(-len(images) // columns))
-    fig = figure(1.35 * columns, 1.75 * rows + 0.3)
-    axes = fig.subplots(rows, columns, squeeze=False).flat
+    lines = 1 + max((caption.count("\n") for caption in captions), default=0)
+    fig = figure(1.35 * columns, (1.4 + 0.13 * lines) * rows)
+    axes = list(fig.subplots(rows, columns, squeeze=False).flat)  # `.flat` can be walked once only
     for ax in axes:
         ax.axis("off")
     for ax, image, caption in zip(axes, images, captions, strict=False):
         ax.imshow(image, interpolation="nearest")
-        ax.set_title(caption, fontsize=7, y=-0.42)
+        ax.text(0.5, -0.04, caption, fontsize=7, ha="center", va="top", transform=ax.transAxes)
     return fig
 
 

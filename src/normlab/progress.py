@@ -31,7 +31,7 @@ class Lines:
         self.seconds = 0.0
 
     def before_training(self, plan: Plan) -> None:
-        self.epochs = plan.recipe.epochs
+        self.epochs, self.seconds = plan.recipe.epochs, 0.0
         self._print(plan.describe())
 
     def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from normlab.study import outcomes as runs
 from normlab.study.arms import Arm
 from normlab.study.design import Design, load
 from normlab.study.outcomes import Outcome
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RUNS = "runs"
 TUNING = "tuning"
@@ -189,6 +192,13 @@ class Study:
             "tuning": None if self.design.tuning is None else asdict(self.design.tuning),
             "given_up": self.given_up,
         }
+
+    @property
+    def figures(self) -> "dict[str, Figure]":
+        """Every picture of the report, by its file's name; the study must be complete."""
+        from normlab.study.figures import draw_all
+
+        return draw_all(self)
 
     def _repr_html_(self) -> str:
         from normlab.study.report import summary_html
