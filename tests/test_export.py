@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from normlab.__main__ import run as command
 from normlab.data import load
 from normlab.export import export_run, onnx_graph
 from normlab.export.certificate import CertificateError, certify
+from normlab.export.folding import fold
+from normlab.export.steps import chain_of
 from normlab.files import write_tensors
+from normlab.fit import predict_logits
 from normlab.layers import BatchNorm
+from normlab.models import NotebookNet
 from normlab.runs import Run
 
 # Keras 3.15's own conversions on this backend, with NumPy 2.
@@ -85,6 +90,31 @@ def test_onnx_answers_as_the_run(runs: dict[str, Run], name: str, tmp_path: Path
     assert certificate["test_images"] == 200
     assert certificate["run_accuracy"] == expected.accuracy
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "model.onnx"]
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_either_way_around_relu(bounded: bool) -> None:
+    """One bound for all channels, or a convolution of each channel: ONNX Runtime computes both."""
+    model = NotebookNet(seed=3).eval()
+    generator = torch.Generator().manual_seed(2)
+    for i, norm in enumerate((model.batch_normalization_1, model.batch_normalization_2)):
+        assert isinstance(norm, BatchNorm)
+        assert norm.weight is not None
+        assert norm.bias is not None
+        norm.running_mean.uniform_(0.1, 0.5, generator=generator)
+        with torch.no_grad():
+            norm.weight.normal_(0, 1, generator=generator)
+            norm.weight[3] = 0
+            norm.bias[i] = 0 if bounded else 5 * norm.weight[i].sign()
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    graph = onnx_graph.build(fold(chain_of(model, 32)), 10)
+    count = Counter(node.op_type for node in graph.graph.node)
+    assert (count["Clip"], count["Conv"]) == ((2, 3) if bounded else (0, 5))
+    assert not set(count) & {"Add", "Mul", "Sub", "BatchNormalization"}
+    session = InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    (answers,) = session.run(None, {"images": pixels})
+    expected = predict_logits(model, pixels).double().softmax(1)
+    np.testing.assert_allclose(answers, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["notebook", "plain"])
