@@ -18,14 +18,15 @@ import normlab
 from normlab import UserError
 from normlab.__main__ import run as command
 from normlab.data import load
-from normlab.export import export_run, onnx_graph
+from normlab.export import export_run, keras_file, onnx_graph
 from normlab.export.certificate import CertificateError, certify
 from normlab.export.folding import fold
+from normlab.export.keras_layers import layers_of
 from normlab.export.steps import chain_of
 from normlab.files import write_tensors
 from normlab.fit import predict_logits
 from normlab.layers import BatchNorm
-from normlab.models import NotebookNet
+from normlab.models import FastNet, NotebookNet
 from normlab.runs import Run
 
 # Keras 3.15's own conversions on this backend, with NumPy 2.
@@ -117,7 +118,7 @@ def test_either_way_around_relu(bounded: bool) -> None:
     np.testing.assert_allclose(answers, expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["notebook", "plain"])
+@pytest.mark.parametrize("name", ["notebook", "plain", "fast"])
 def test_plain_keras_answers_as_the_run(runs: dict[str, Run], name: str, tmp_path: Path) -> None:
     exported = export_run(runs[name], tmp_path / "model.keras", file_format="keras")
     assert exported.certificate.checked_with.startswith("Keras ")
@@ -210,7 +211,6 @@ def test_the_card_says_what_a_user_needs(runs: dict[str, Run], tmp_path: Path) -
         (["--format", "tflite", "--out", "m.tflite"], "unknown format 'tflite'"),
         (["--out", "m.keras"], "name ends in .onnx"),
         (["--out", "nowhere/m.onnx"], "'nowhere/m.onnx' cannot be written"),
-        (["--format", "keras", "--out", "m.keras"], "FastNet cannot be written as Keras"),
         (["--weights", "first", "--out", "m.onnx"], "weights 'first'"),
     ],
 )
@@ -226,6 +226,36 @@ def test_mistakes_take_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert list(in_tmp.iterdir()) == []
+
+
+def test_fast_networks_of_every_kind_are_written_as_keras() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 19, 19, 3), dtype=np.uint8)
+    for norm, position in (("batch", "after"), ("none", None)):
+        model = FastNet(image_size=19, norm=norm, norm_position=position, seed=1)
+        model.fit_to(pixels)
+        content = keras_file.model_file("fast", layers_of(model, 19), 19, {})
+        answers = keras_file.keras_answers(content, pixels)[0]
+        expected = predict_logits(model, pixels).double().softmax(1)
+        np.testing.assert_allclose(answers, expected, rtol=0, atol=1e-6)
+
+
+def test_other_normalisers_are_refused() -> None:
+    with pytest.raises(UserError, match="normaliser GroupNorm cannot be exported"):
+        layers_of(FastNet(norm="group"), 32)
+    with pytest.raises(UserError, match="network Linear cannot be written as Keras"):
+        layers_of(torch.nn.Linear(2, 2), 32)
+    with pytest.raises(UserError, match="norm_position=before cannot be written as Keras"):
+        layers_of(NotebookNet(norm_position="before"), 32)
+
+
+def test_without_keras_only_the_notebook_can_be_checked(
+    runs: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keras_file, "find_spec", lambda name: None)
+    exported = export_run(runs["plain"], tmp_path / "model.keras", file_format="keras")
+    assert exported.certificate.checked_with.startswith("normlab's own reader")
+    with pytest.raises(UserError, match="checked by Keras, which is not installed: pip install"):
+        export_run(runs["fast"], tmp_path / "model.keras", file_format="keras")
 
 
 def test_an_unfinished_run_is_refused(runs: dict[str, Run], tmp_path: Path) -> None:
