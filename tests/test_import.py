@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from keras import layers
+from PIL import Image
 
 from normlab import DataError, UserError
 from normlab.__main__ import run as command
@@ -179,6 +180,26 @@ def test_a_file_that_keras_2_15_wrote_itself() -> None:
     with np.load(folder / "answers.npz") as file:
         answers = predict_logits(model, file["images"]).double().softmax(1).numpy()
         np.testing.assert_allclose(answers, file["probabilities"], rtol=0, atol=1e-5)
+
+
+def test_own_pictures_have_the_size_and_omissions_that_are_asked_for(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(Path(__file__).with_name("keras_2_15") / "notebook.keras")
+    rng = np.random.default_rng(0)
+    for name in "abcdefghij":
+        (in_tmp / "pictures" / name).mkdir(parents=True)
+        for i in range(3):
+            picture = Image.fromarray(rng.integers(0, 256, (20, 16, 3), dtype=np.uint8))
+            picture.save(in_tmp / "pictures" / name / f"{i}.png")
+    (in_tmp / "pictures" / "a" / "bad.png").write_bytes(b"")
+    words = ["import", model, "--data", "pictures", "--out", "run"]
+    assert command([*words, "--skip-bad"]) == 2
+    assert "or another --image-size" in capsys.readouterr().err
+    assert command([*words, "--image-size", "8"]) == 2
+    assert "--skip-bad" in capsys.readouterr().err
+    assert command([*words, "--image-size", "8", "--skip-bad"]) == 0
+    assert command(["evaluate", "run"]) == 0
 
 
 def test_an_imported_run_is_an_ordinary_run(
