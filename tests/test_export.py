@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,15 @@ import normlab
 from normlab import UserError
 from normlab.__main__ import run as command
 from normlab.data import load
-from normlab.export import export_run, onnx_graph
+from normlab.export import export_run, keras_file, onnx_graph
 from normlab.export.certificate import CertificateError, certify
+from normlab.export.folding import fold
+from normlab.export.keras_layers import layers_of
+from normlab.export.steps import chain_of
 from normlab.files import write_tensors
+from normlab.fit import predict_logits
 from normlab.layers import BatchNorm
+from normlab.models import FastNet, NotebookNet
 from normlab.runs import Run
 
 # Keras 3.15's own conversions on this backend, with NumPy 2.
@@ -87,9 +93,34 @@ def test_onnx_answers_as_the_run(runs: dict[str, Run], name: str, tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "model.onnx"]
 
 
-@pytest.mark.parametrize("name", ["notebook", "plain"])
+@pytest.mark.parametrize("bounded", [True, False])
+def test_either_way_around_relu(bounded: bool) -> None:
+    """One bound for all channels, or a convolution of each channel: ONNX Runtime computes both."""
+    model = NotebookNet(seed=3).eval()
+    generator = torch.Generator().manual_seed(2)
+    for i, norm in enumerate((model.batch_normalization_1, model.batch_normalization_2)):
+        assert isinstance(norm, BatchNorm)
+        assert norm.weight is not None
+        assert norm.bias is not None
+        norm.running_mean.uniform_(0.1, 0.5, generator=generator)
+        with torch.no_grad():
+            norm.weight.normal_(0, 1, generator=generator)
+            norm.weight[3] = 0
+            norm.bias[i] = 0 if bounded else 5 * norm.weight[i].sign()
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    graph = onnx_graph.build(fold(chain_of(model, 32)), 10)
+    count = Counter(node.op_type for node in graph.graph.node)
+    assert (count["Clip"], count["Conv"]) == ((2, 3) if bounded else (0, 5))
+    assert not set(count) & {"Add", "Mul", "Sub", "BatchNormalization"}
+    session = InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    (answers,) = session.run(None, {"images": pixels})
+    expected = predict_logits(model, pixels).double().softmax(1)
+    np.testing.assert_allclose(answers, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["notebook", "plain", "fast"])
 def test_plain_keras_answers_as_the_run(runs: dict[str, Run], name: str, tmp_path: Path) -> None:
-    exported = export_run(runs[name], tmp_path / "model.keras", file_format="keras")
+    exported = export_run(runs[name], tmp_path / "new" / "model.keras", file_format="keras")
     assert exported.certificate.checked_with.startswith("Keras ")
     model = keras.models.load_model(exported.path)
     answers = model.predict(load("sample").x_test, verbose=0)
@@ -179,8 +210,7 @@ def test_the_card_says_what_a_user_needs(runs: dict[str, Run], tmp_path: Path) -
     [
         (["--format", "tflite", "--out", "m.tflite"], "unknown format 'tflite'"),
         (["--out", "m.keras"], "name ends in .onnx"),
-        (["--out", "nowhere/m.onnx"], "'nowhere/m.onnx' cannot be written"),
-        (["--format", "keras", "--out", "m.keras"], "FastNet cannot be written as Keras"),
+        (["--out", "/dev/null/m.onnx"], "'/dev/null/m.onnx' cannot be written"),
         (["--weights", "first", "--out", "m.onnx"], "weights 'first'"),
     ],
 )
@@ -196,6 +226,36 @@ def test_mistakes_take_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert list(in_tmp.iterdir()) == []
+
+
+def test_fast_networks_of_every_kind_are_written_as_keras() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 19, 19, 3), dtype=np.uint8)
+    for norm, position in (("batch", "after"), ("none", None)):
+        model = FastNet(image_size=19, norm=norm, norm_position=position, seed=1)
+        model.fit_to(pixels)
+        content = keras_file.model_file("fast", layers_of(model, 19), 19, {})
+        answers = keras_file.keras_answers(content, pixels)[0]
+        expected = predict_logits(model, pixels).double().softmax(1)
+        np.testing.assert_allclose(answers, expected, rtol=0, atol=1e-6)
+
+
+def test_other_normalisers_are_refused() -> None:
+    with pytest.raises(UserError, match="normaliser GroupNorm cannot be exported"):
+        layers_of(FastNet(norm="group"), 32)
+    with pytest.raises(UserError, match="network Linear cannot be written as Keras"):
+        layers_of(torch.nn.Linear(2, 2), 32)
+    with pytest.raises(UserError, match="norm_position=before cannot be written as Keras"):
+        layers_of(NotebookNet(norm_position="before"), 32)
+
+
+def test_without_keras_only_the_notebook_can_be_checked(
+    runs: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keras_file, "find_spec", lambda name: None)
+    exported = export_run(runs["plain"], tmp_path / "model.keras", file_format="keras")
+    assert exported.certificate.checked_with.startswith("normlab's own reader")
+    with pytest.raises(UserError, match="checked by Keras, which is not installed: pip install"):
+        export_run(runs["fast"], tmp_path / "model.keras", file_format="keras")
 
 
 def test_an_unfinished_run_is_refused(runs: dict[str, Run], tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ def test_every_problem_is_listed_before_anything_is_refused(
     (root / "train" / "cat" / "dead.png").symlink_to(root / "nowhere.png")
     (root / "train" / "cat" / "self.png").symlink_to("self.png")
     (root / "train" / "dog" / "around").symlink_to(root / "train" / "dog")
+    (root / "train" / "dog" / "everything").symlink_to(root)
     os.mkfifo(root / "train" / "dog" / "pipe")
     draw(root / "train" / "cat" / "twin.bmp", 50)  # test/cat/0.png
     draw(root / "train" / "cat" / "dog.png", 4)  # train/dog/0.png
@@ -135,7 +136,7 @@ def test_every_problem_is_listed_before_anything_is_refused(
         file.write(b"any")
     with pytest.raises(DataError) as error:
         load(root)
-    assert "16 problems, listed above" in str(error.value)
+    assert "17 problems, listed above" in str(error.value)
     assert "--skip-bad" in str(error.value)
     listed = capsys.readouterr().err
     for expected in (
@@ -146,6 +147,7 @@ def test_every_problem_is_listed_before_anything_is_refused(
         "train/cat/dead.png: a link that leads nowhere",
         "train/cat/self.png: a link in a circle",
         "train/dog/around: a link in a circle",
+        "train/dog/everything: a link in a circle",
         "train/dog/pipe: neither a file nor a folder",
         "train/dog/\\xff\\xfe.png: its name is not UTF-8",
         "train/cat/twin.bmp = test/cat/0.png",

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from normlab import UserError
 from normlab.export.folding import PRECISION_LIMIT, fold, fold_before
 from normlab.export.steps import (
+    Affine,
     Array,
     Chain,
+    Clip,
     Conv,
     Dense,
     Flatten,
@@ -46,12 +48,18 @@ def _computed(step: Step, h: torch.Tensor) -> torch.Tensor:
             return gamma * (h - mean) / std + beta
         case Conv():
             kernel, bias = torch.from_numpy(step.kernel), torch.from_numpy(step.bias)
-            z = F.conv2d(h, kernel, stride=step.stride, padding=step.padding)
+            near, far = step.padding, step.padding - step.trim
+            z = F.conv2d(F.pad(h, (near, far, near, far)), kernel, stride=step.stride)
             return z + (bias if bias.ndim == 3 else bias.view(-1, 1, 1))
+        case Affine():
+            scale, shift = (torch.from_numpy(v).view(-1, 1, 1) for v in (step.scale, step.shift))
+            return scale * h + shift
         case Dense():
             return h @ torch.from_numpy(step.kernel).T + torch.from_numpy(step.bias)
         case Relu():
             return h.relu()
+        case Clip():
+            return h.clamp_min(step.low)
         case MaxPool():
             return F.max_pool2d(h, 2)
         case GlobalMax():
@@ -112,6 +120,75 @@ def test_a_norm_behind_a_convolution(seed: int, pooled: bool, positive: bool) ->
     assert any(isinstance(s, Norm) for s in folded.steps) != exact
     assert (folded.kept == ()) == exact
     x = rng.normal(size=(2, 3, 7, 7))
+    np.testing.assert_allclose(computed(folded, x), computed(chain, x), rtol=0, atol=1e-11)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    size=st.integers(5, 9),
+    order=st.permutations(["relu", "pool"]),
+    pooled=st.booleans(),
+    k=st.sampled_from([3, 4]),
+    padding=st.integers(1, 3),
+    opposite=st.booleans(),
+)
+def test_a_norm_between_relu_and_a_padded_convolution(
+    seed: int, size: int, order: list[str], pooled: bool, k: int, padding: int, opposite: bool
+) -> None:
+    """What 0 becomes has the sign opposite to γ's, as one bound demands, or any sign."""
+    rng = np.random.default_rng(seed)
+    norm = random_norm(rng, 5)
+    if opposite:  # b = β − a·μ is −|b|·sign(a); any where γ is 0
+        sign = np.where(norm.gamma < 0, 1, -1)
+        norm.beta[1:] = (norm.scale * norm.mean + sign * rng.uniform(1e-3, 2, 5))[1:]
+    else:
+        norm.beta[3] = norm.scale[3] * norm.mean[3] + np.sign(norm.gamma[3])
+    middle = [{"relu": Relu(), "pool": MaxPool()}[s] for s in order if pooled or s == "relu"]
+    first = random_conv(rng, 3, 5, padding=1)
+    chain = Chain(size, (first, *middle, norm, random_conv(rng, 5, 4, k=k, padding=padding)))
+    folded = fold(chain)
+    kinds = {type(s) for s in folded.steps}
+    assert kinds == {
+        Conv,
+        *([MaxPool] if pooled else []),
+        *([Clip] if opposite else [Relu, Affine]),
+    }
+    assert ("what it makes of 0 has the sign of" in "".join(folded.kept)) != opposite
+    x = rng.normal(size=(2, 3, size, size))
+    expected = computed(chain, x)
+    np.testing.assert_allclose(computed(folded, x), expected, rtol=1e-11, atol=1e-10)
+
+
+def test_a_bound_too_near_to_nothing_is_not_divided_by() -> None:
+    rng = np.random.default_rng(4)
+    norm = random_norm(rng, 4, positive=True)
+    norm.beta[:] = norm.scale * norm.mean - np.array([1, 1, 1, 1e-9])
+    conv = random_conv(rng, 4, 2, padding=1)
+    assert isinstance(fold(Chain(6, (conv, Relu(), norm, conv))).steps[2], Affine)
+
+
+def test_pixels_keep_the_subtraction_of_their_mean() -> None:
+    rng = np.random.default_rng(5)
+    norm = random_norm(rng, 3)
+    norm.beta[:] = 0
+    chain = Chain(6, (norm, random_conv(rng, 3, 2, padding=1)))
+    folded = fold(chain)
+    assert [type(s) for s in folded.steps] == [Affine, Conv]
+    assert folded.kept == ()
+    x = rng.normal(size=(2, 3, 6, 6))
+    np.testing.assert_allclose(computed(folded, x), computed(chain, x), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("size", "trim"), [(6, 0), (7, 1)])
+def test_what_a_pooling_leaves_out_is_not_computed(size: int, trim: int) -> None:
+    rng = np.random.default_rng(6)
+    conv = random_conv(rng, 3, 4, padding=1)
+    norm = random_norm(rng, 3)  # its map of biases is trimmed, too
+    chain = Chain(size, (norm, conv, MaxPool(), Relu(), random_conv(rng, 4, 2, padding=1)))
+    folded = fold(chain)
+    assert [s.trim for s in folded.steps if isinstance(s, Conv)] == [trim, 0]
+    x = rng.normal(size=(2, 3, size, size))
     np.testing.assert_allclose(computed(folded, x), computed(chain, x), rtol=0, atol=1e-11)
 
 

@@ -10,13 +10,18 @@ import h5py
 import keras
 import numpy as np
 import pytest
+import torch
 from keras import layers
+from PIL import Image
 
 from normlab import DataError, UserError
 from normlab.__main__ import run as command
 from normlab.data import load
 from normlab.export import export_run
+from normlab.fit import predict_logits
 from normlab.importing import import_model
+from normlab.keras_reader import read_notebook
+from normlab.models import NotebookNet
 
 # Keras 3.15's own conversions on this backend, with NumPy 2.
 pytestmark = pytest.mark.filterwarnings(
@@ -162,6 +167,39 @@ def test_an_imported_model_answers_as_in_keras(
     assert run.result is not None
     assert run.result["imported_from"]["file"] == name
     assert run.task.recipe.norm == ("none" if name == "none.keras" else "batch")
+
+
+def test_a_file_that_keras_2_15_wrote_itself() -> None:
+    """The notebook's network for 8 × 8 pixels after 390 steps there, and what it answered."""
+    folder = Path(__file__).with_name("keras_2_15")
+    found = read_notebook(folder / "notebook.keras", 8, 10)
+    assert found.norm == "batch"
+    model = NotebookNet(image_size=8)
+    state = {name: torch.from_numpy(values) for name, values in found.state.items()}
+    model.load_state_dict(state, strict=False)
+    with np.load(folder / "answers.npz") as file:
+        answers = predict_logits(model, file["images"]).double().softmax(1).numpy()
+        np.testing.assert_allclose(answers, file["probabilities"], rtol=0, atol=1e-5)
+
+
+def test_own_pictures_have_the_size_and_omissions_that_are_asked_for(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(Path(__file__).with_name("keras_2_15") / "notebook.keras")
+    rng = np.random.default_rng(0)
+    for name in "abcdefghij":
+        (in_tmp / "pictures" / name).mkdir(parents=True)
+        for i in range(3):
+            picture = Image.fromarray(rng.integers(0, 256, (20, 16, 3), dtype=np.uint8))
+            picture.save(in_tmp / "pictures" / name / f"{i}.png")
+    (in_tmp / "pictures" / "a" / "bad.png").write_bytes(b"")
+    words = ["import", model, "--data", "pictures", "--out", "run"]
+    assert command([*words, "--skip-bad"]) == 2
+    assert "or another --image-size" in capsys.readouterr().err
+    assert command([*words, "--image-size", "8"]) == 2
+    assert "--skip-bad" in capsys.readouterr().err
+    assert command([*words, "--image-size", "8", "--skip-bad"]) == 0
+    assert command(["evaluate", "run"]) == 0
 
 
 def test_an_imported_run_is_an_ordinary_run(

@@ -48,15 +48,24 @@ def export_command(
     metavar="DATA",
     help="What it was trained on: cifar10 (the default), or anything that train takes.",
 )
+@click.option("--image-size", type=click.IntRange(8, 512), help="Of pictures; 32 by default.")
+@click.option("--skip-bad", is_flag=True, help="Leave out pictures that cannot be used.")
 @click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
-def import_command(model: Path, out: Path | None, data: str | None, as_json: bool) -> None:
+def import_command(
+    model: Path,
+    out: Path | None,
+    data: str | None,
+    image_size: int | None,
+    skip_bad: bool,
+    as_json: bool,
+) -> None:
     """Make a run of MODEL, a .keras or .h5 file with the notebook's network.
 
     Weights and statistics are taken over and scored once on the test images.
     """
     from normlab.importing import import_model
 
-    run = import_model(model, out, data=data)
+    run = import_model(model, out, data=data, image_size=image_size, skip_bad=skip_bad)
     result = run.result or {}
     low, high = result["test_accuracy_interval"]
     click.echo(

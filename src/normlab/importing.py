@@ -20,7 +20,12 @@ SECONDS = 30.0  # that reading the file may take
 
 
 def import_model(
-    model: str | Path, out: str | Path | None = None, *, data: str | Path | None = None
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    data: str | Path | None = None,
+    image_size: int | None = None,
+    skip_bad: bool = False,
 ) -> Run:
     """Make a run of the Keras file `model` and score it once on the test images of `data`.
 
@@ -28,7 +33,8 @@ def import_model(
         model: a `.keras` or `.h5` file with the notebook's network, with batch normalisation or
             without; a `Rescaling` by 1/255 before it is known, too.
         out: the run's folder, new or empty; None for the next number in `runs/`.
-        data: what it was trained on, as `normlab.data.load` takes it; None for CIFAR-10.
+        data, image_size, skip_bad: what it was trained on, as `normlab.data.load` takes them; None
+            for CIFAR-10.
 
     Raises:
         UserError: h5py is missing, or the folder is not empty.
@@ -39,7 +45,7 @@ def import_model(
     except ImportError:
         raise UserError("import needs the package h5py: pip install 'normlab[keras]'") from None
     started = time.perf_counter()
-    images = load(data)
+    images = load(data, image_size=image_size, skip_bad=skip_bad)
     data_seconds = time.perf_counter() - started
     height, width, _ = images.image_shape
     if height != width:
@@ -59,6 +65,7 @@ def import_model(
         data_sha256=images.sha256,
         class_names=images.class_names,
         image_size=height,
+        skip_bad=skip_bad,
     )
     network = task.build()
     state = {name: torch.from_numpy(values) for name, values in found.state.items()}

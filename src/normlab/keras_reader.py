@@ -204,7 +204,8 @@ def _check_input(path: Path, found: list[Json], image_size: int) -> None:
     if list(shape or [])[1:] != [image_size, image_size, 3]:
         raise DataError(
             f"{path} takes inputs of shape {shape}, the data have images of "
-            f"{image_size} × {image_size} × 3: give data that fit with --data"
+            f"{image_size} × {image_size} × 3: give data that fit with --data, or another "
+            "--image-size for pictures of your own"
         )
 
 

@@ -1,5 +1,6 @@
 """Find picture files below a folder, and say what stands in the way."""
 
+import contextlib
 import errno
 import os
 import stat
@@ -37,13 +38,20 @@ def walk(folder: Path) -> Iterator[Found]:
 
     A link to a folder is entered unless it leads back to a folder on the way to it.
     """
-    yield from _walk(Found(folder, is_folder=True), ())
+    above = []
+    for parent in folder.absolute().parents:
+        with contextlib.suppress(OSError):  # not ours to look into
+            above.append(_identity(parent.stat()))
+    yield from _walk(Found(folder, is_folder=True), tuple(above))
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _walk(place: Found, above: tuple[tuple[int, int], ...]) -> Iterator[Found]:
     try:
-        status = place.path.stat()
-        identity = status.st_dev, status.st_ino
+        identity = _identity(place.path.stat())
         if identity in above:
             yield Found(place.path, True, "a link in a circle")
             return

@@ -6,14 +6,27 @@ With y = a·x + b for each channel, a = γ/σ and b = β − a·μ (σ = √(σ�
 
         W ∗ (a·x + b) + c = (a·W) ∗ x + (c + Σ W·b)
 
-    convolution behind it that pads with zeros: the border is 0, not b, so what b adds depends on
-    the place. It is the zero-padded convolution of the constant image b, computed here once:
+    convolution behind it that pads with zeros: the border is 0, not b, so b has to be added before
+    the padding. Where x = max(z, 0), z of a convolution with or without pooling behind it, that
+    convolution adds it, and ReLU's bound moves along. With s the sign of a:
+
+        a·max(z, 0) + b = s·max(|a|·z + s·b, s·b)
+
+    A bound that differs by channel would be a pass of its own. So where every s·b < 0, each channel
+    is divided by |b|, and one bound does for all; s and |b| go into the kernels behind:
+
+        = s·|b| · max((|a|·z + s·b)/|b|, −1)
+
+    A runtime computes that with the convolution, as it does ReLU. Where some s·b ≥ 0 the
+    normalisation stays. So does the subtraction of a mean from pixels before such a convolution.
+
+    Elsewhere, what b adds to a zero-padded convolution depends on the place. It is the zero-padded
+    convolution of the constant image b, computed here once:
 
         W ∗₀ (a·x + b) + c = (a·W) ∗₀ x + (c + B),    B = W ∗₀ b·1,    (O, H, W)
 
     For a 3 × 3 kernel B has nine distinct values a channel: centre, four edges, four corners. It is
-    exact for every γ, zero and negative ones included; padding with the value that normalises to 0
-    (−b/a) would be undefined at γ = 0.
+    exact for every γ, zero and negative ones included, but adding it is a pass over the output.
 
     convolution before it, with a maximum over windows in between or none: the maximum commutes with
     a·x + b for a ≥ 0 only, so channels with a < 0 are not folded behind a pooling.
@@ -28,17 +41,32 @@ from dataclasses import replace
 
 import numpy as np
 
-from normlab.export.steps import Array, Chain, Conv, Dense, MaxPool, Norm, Relu, Step
+from normlab.export.steps import (
+    Affine,
+    Array,
+    Chain,
+    Clip,
+    Conv,
+    Dense,
+    Flatten,
+    MaxPool,
+    Norm,
+    Relu,
+    Step,
+)
 
 # Rounding in float32 is 6e-8 of |μ|/σ: here 6e-6 of a normalised value's spread.
 PRECISION_LIMIT = 100.0
+# Of |b|/|γ|: dividing by less would make values larger than is good for float32.
+SMALLEST_BOUND = 1e-6
 
 
 def fold(chain: Chain) -> Chain:
     """Fold every normalisation of `chain` that can be folded; the function it computes is the same.
 
     What is left is named in `kept`. ReLU moves before a pooling it follows, which is the same
-    function, and free where a runtime computes it with the convolution.
+    function, and free where a runtime computes it with the convolution. What a pooling leaves out
+    is not computed.
     """
     steps, kept = list(chain.steps), list(chain.kept)
     for norm in [s for s in steps if isinstance(s, Norm)]:
@@ -51,14 +79,19 @@ def fold(chain: Chain) -> Chain:
             )
             continue
         before, after = _conv_before(steps, i), steps[i + 1]
-        if isinstance(after, Conv | Dense):
+        if isinstance(after, Conv) and after.padding and _conv_of_relu(steps, i) is not None:
+            _fold_around_relu(steps, i, kept)
+        elif isinstance(after, Conv) and after.padding and not norm.beta.any():
+            steps[i : i + 2] = _fold_scale(norm, after)
+        elif isinstance(after, Conv | Dense):
             size = map_size(steps[:i], chain.image_size)
             steps[i : i + 2] = [fold_before(norm, after, size)]
         elif before is not None:
             steps[before : i + 1] = _fold_behind(steps[before : i + 1], norm, kept)
         else:
             kept.append(f"{norm.name} was not folded: no layer that could take it is next to it")
-    return Chain(chain.image_size, tuple(_relu_before_pool(steps)), tuple(kept))
+    steps = _trimmed(_relu_before_pool(steps), chain.image_size)
+    return Chain(chain.image_size, tuple(steps), tuple(kept))
 
 
 def fold_before(norm: Norm, layer: Conv | Dense, size: int) -> Conv | Dense:
@@ -76,10 +109,9 @@ def fold_before(norm: Norm, layer: Conv | Dense, size: int) -> Conv | Dense:
     return replace(layer, kernel=kernel, bias=_by_place(layer.bias) + border)
 
 
-def fold_after(conv: Conv, norm: Norm) -> Conv:
-    """`conv` such that it does alone what `conv` and `norm` do."""
-    scale = norm.scale
-    bias = (conv.bias.T * scale + norm.shift).T  # (O,) or (O, H, W)
+def fold_after(conv: Conv, scale: Array, shift: Array) -> Conv:
+    """`conv` such that it does alone what `conv` and scale·x + shift, each (O,), do."""
+    bias = (conv.bias.T * scale + shift).T  # (O,) or (O, H, W)
     return replace(conv, kernel=conv.kernel * scale[:, None, None, None], bias=bias)
 
 
@@ -88,7 +120,8 @@ def map_size(steps: list[Step], image_size: int) -> int:
     size = image_size
     for step in steps:
         if isinstance(step, Conv):
-            size = (size + 2 * step.padding - step.kernel.shape[2]) // step.stride + 1
+            padded = size + 2 * step.padding - step.trim
+            size = (padded - step.kernel.shape[2]) // step.stride + 1
         elif isinstance(step, MaxPool):
             size //= 2
     return size
@@ -114,13 +147,59 @@ def _conv_before(steps: list[Step], i: int) -> int | None:
     return j if j >= 0 and isinstance(steps[j], Conv) else None
 
 
+def _conv_of_relu(steps: list[Step], i: int) -> int | None:
+    """The same where one ReLU, too, is between the convolution and step `i`."""
+    j = i - 1
+    while j >= 0 and isinstance(steps[j], MaxPool):
+        j -= 1
+    return _conv_before(steps, j) if j >= 0 and isinstance(steps[j], Relu) else None
+
+
+def _fold_around_relu(steps: list[Step], i: int, kept: list[str]) -> None:
+    """Fold the normalisation at `i` into the convolutions around it, or turn it into an `Affine`.
+
+    Before it is a ReLU, the poolings around that, and a convolution; behind it a zero-padded one.
+    """
+    norm, after = steps[i], steps[i + 1]
+    assert isinstance(norm, Norm)
+    assert isinstance(after, Conv)
+    a, b = norm.scale, norm.shift
+    zero = a == 0  # then y is b: whatever the convolution before computes is multiplied by 0
+    sign = np.where(zero, np.where(b < 0, -1, 1), np.sign(a))
+    bound = sign * b
+    hopeless = ~zero & (bound > -SMALLEST_BOUND * np.abs(norm.gamma))
+    if hopeless.any():
+        steps[i] = Affine(norm.name, a, b)
+        kept.append(
+            f"{norm.name} stays, as a 1 × 1 convolution of each channel: in {hopeless.sum()} of "
+            f"{len(a)} channels what it makes of 0 has the sign of γ, and with {after.name}'s "
+            "padding of zeros a dearer pass would have to replace it"
+        )
+        return
+    size = np.where(zero, 1, np.abs(b))
+    j = _conv_of_relu(steps, i)
+    assert j is not None
+    before = steps[j]
+    assert isinstance(before, Conv)
+    steps[j] = fold_after(before, np.abs(a) / size, bound / size)
+    between: list[Step] = [Clip(-1.0) if isinstance(s, Relu) else s for s in steps[j + 1 : i]]
+    scaled = replace(after, kernel=after.kernel * (sign * size)[:, None, None])
+    steps[j + 1 : i + 2] = [*between, scaled]
+
+
+def _fold_scale(norm: Norm, conv: Conv) -> list[Step]:
+    """Leave only the subtraction of the mean before `conv`; β is 0, so 0 stays what is padded."""
+    centring = Affine(norm.name, np.ones_like(norm.mean), -norm.mean)
+    return [centring, replace(conv, kernel=conv.kernel * norm.scale[:, None, None])]
+
+
 def _fold_behind(steps: list[Step], norm: Norm, kept: list[str]) -> list[Step]:
     """`steps` are a convolution, poolings, `norm`: fold the channels for which it is exact."""
     conv, *pools, _ = steps
     assert isinstance(conv, Conv)
     negative = (norm.scale < 0) & bool(pools)
     if not negative.any():
-        return [fold_after(conv, norm), *pools]
+        return [fold_after(conv, norm.scale, norm.shift), *pools]
     identity = Norm(
         norm.name,
         *(np.full_like(norm.mean, value) for value in (0.0, 1.0, 1.0, 0.0)),
@@ -130,7 +209,7 @@ def _fold_behind(steps: list[Step], norm: Norm, kept: list[str]) -> list[Step]:
         "the pooling before it"
     )
     positive, rest = _pick(negative, identity, norm), _pick(negative, norm, identity)
-    return [fold_after(conv, positive), *pools, rest]
+    return [fold_after(conv, positive.scale, positive.shift), *pools, rest]
 
 
 def _pick(where: np.ndarray, yes: Norm, no: Norm) -> Norm:
@@ -145,8 +224,25 @@ def _pick(where: np.ndarray, yes: Norm, no: Norm) -> Norm:
 
 
 def _relu_before_pool(steps: list[Step]) -> list[Step]:
+    """Move ReLU to the convolution before it, past poolings and flattening."""
+    done: list[Step] = []
+    for step in steps:
+        i = len(done)
+        if isinstance(step, Relu | Clip):
+            while i and isinstance(done[i - 1], MaxPool | Flatten):
+                i -= 1
+        done.insert(i, step)
+    return done
+
+
+def _trimmed(steps: list[Step], image_size: int) -> list[Step]:
+    """Let no convolution compute the odd last row and column that the pooling behind it drops."""
     steps = list(steps)
-    for i in range(len(steps) - 1):
-        if isinstance(steps[i], MaxPool) and isinstance(steps[i + 1], Relu):
-            steps[i], steps[i + 1] = steps[i + 1], steps[i]
+    for i, conv in enumerate(steps):
+        if not isinstance(conv, Conv) or not conv.padding or conv.stride > 1:
+            continue
+        behind = [s for s in steps[i + 1 :] if not isinstance(s, Relu | Clip)]
+        if behind and isinstance(behind[0], MaxPool) and map_size(steps[: i + 1], image_size) % 2:
+            bias = conv.bias if conv.bias.ndim == 1 else conv.bias[:, :-1, :-1]
+            steps[i] = replace(conv, bias=bias, trim=1)
     return steps

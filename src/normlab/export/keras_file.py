@@ -10,6 +10,8 @@ import os
 import tempfile
 import zipfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,8 +25,9 @@ from torch import nn
 
 from normlab.errors import UserError
 from normlab.export.certificate import Certificate, Check
+from normlab.export.keras_layers import KerasLayer, layers_of
 from normlab.fit import predict_logits
-from normlab.keras_layout import SNAKE_CASE, WEIGHTS, notebook_layers
+from normlab.keras_layout import SNAKE_CASE
 from normlab.keras_reader import read_notebook
 from normlab.models import NotebookNet
 from normlab.runs import Run
@@ -39,64 +42,75 @@ def certified(
     """The file's content and its certificate.
 
     Raises:
-        UserError: a network that has no Keras form here.
+        UserError: a network that has no Keras form here, or one that only Keras can check where
+            Keras is missing.
     """
-    if not isinstance(model, NotebookNet):
+    name, size = run.task.recipe.model, run.task.image_size
+    layers = layers_of(model, size)
+    metadata: dict[str, Any] = {"class_names": run.task.class_names}
+    content = model_file(name, layers, size, metadata)
+    if find_spec("keras") is not None:
+        certificate = check(*keras_answers(content, images))
+    elif isinstance(model, NotebookNet):
+        certificate = check(*_our_answers(content, run, images))
+    else:
         raise UserError(
-            f"network {type(model).__name__} cannot be written as Keras, only NotebookNet can: "
-            "use --format onnx"
+            f"a {name} network in Keras' format is checked by Keras, which is not installed: "
+            "pip install keras"
         )
-    if model.norm_first:
-        raise UserError(
-            "norm_position=before cannot be written as Keras, only after can: use --format onnx"
-        )
-    norm, size, names = run.task.recipe.norm, run.task.image_size, run.task.class_names
-    config, weights = _config(norm, size, len(names)), _weights(model, norm, size, len(names))
-    metadata: dict[str, Any] = {"keras_version": KERAS_VERSION, "class_names": names}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.keras"
-        path.write_bytes(_zipped(metadata, config, weights))
-        if find_spec("keras") is None:
-            again = NotebookNet(num_classes=len(names), image_size=size, norm=norm)
-            found = read_notebook(path, size, len(names)).state
-            state = {name: torch.from_numpy(values) for name, values in found.items()}
-            again.load_state_dict(state, strict=False)
-            answers = predict_logits(again, images).double().softmax(1).numpy()
-            certificate = check(answers, "normlab's own reader, Keras not being installed")
-        else:
-            certificate = check(*_keras_answers(path, images))
     metadata |= {"certificate": certificate.as_dict(), "recipe": run.task.as_dict()}
-    return _zipped(metadata, config, weights), certificate
+    return model_file(name, layers, size, metadata), certificate
 
 
-def _keras_answers(path: Path, images: NDArray[np.uint8]) -> tuple[NDArray[np.floating], str]:
+def model_file(
+    name: str, layers: list[KerasLayer], image_size: int, metadata: dict[str, Any]
+) -> bytes:
+    """The content of the `.keras` file of a `Sequential` model `name`."""
+    metadata = {"keras_version": KERAS_VERSION, **metadata}
+    return _zipped(metadata, _config(name, layers, image_size), _weights(layers))
+
+
+def keras_answers(content: bytes, images: NDArray[np.uint8]) -> tuple[NDArray[np.floating], str]:
+    """Probabilities (N, K) that Keras gives with a file of this content, and which Keras."""
     os.environ.setdefault("KERAS_BACKEND", "torch")  # Keras' own default may not be installed
     import keras
 
-    model = keras.models.load_model(path, compile=False)
+    with _written(content) as path:
+        model = keras.models.load_model(path, compile=False)
     answers = model.predict(np.asarray(images), batch_size=250, verbose=0)
     return answers, f"Keras {version('keras')} on {keras.backend.backend()}"
 
 
-def _config(norm: str, image_size: int, num_classes: int) -> dict[str, Any]:
+def _our_answers(
+    content: bytes, run: Run, images: NDArray[np.uint8]
+) -> tuple[NDArray[np.floating], str]:
+    size, classes = run.task.image_size, len(run.task.class_names)
+    with _written(content) as path:
+        found = read_notebook(path, size, classes)
+    model = NotebookNet(num_classes=classes, image_size=size, norm=found.norm)
+    state = {name: torch.from_numpy(values) for name, values in found.state.items()}
+    model.load_state_dict(state, strict=False)
+    answers = predict_logits(model, images).double().softmax(1).numpy()
+    return answers, "normlab's own reader, Keras not being installed"
+
+
+@contextmanager
+def _written(content: bytes) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.keras"
+        path.write_bytes(content)
+        yield path
+
+
+def _config(name: str, layers: list[KerasLayer], image_size: int) -> dict[str, Any]:
     """The model as Keras describes it: a `Sequential` of registered layers."""
     shape = [None, image_size, image_size, 3]
-    layers = [
-        _layer("InputLayer", {"batch_shape": shape, "dtype": "uint8", "name": "images"}),
-        _layer("Rescaling", {"scale": 1 / 255, "offset": 0.0, "name": "scaling"}),
-    ]
-    dropouts = {"conv1": "dropout", "flatten": "dropout_1", "hidden": "dropout_2"}
-    for layer in notebook_layers(norm, image_size, num_classes):
-        config = {**layer.config, "name": layer.name}
-        if layer.kind == "BatchNormalization":
-            config["momentum"] = 0.99
-        layers.append(_layer(layer.kind, config))
-        if layer.name in dropouts:
-            layers.append(_layer("Dropout", {"rate": 0.2, "name": dropouts[layer.name]}))
+    first = _layer("InputLayer", {"batch_shape": shape, "dtype": "uint8", "name": "images"})
+    described = [first, *(_layer(layer.kind, layer.config) for layer in layers)]
     return {
         "module": "keras",
         "class_name": "Sequential",
-        "config": {"name": "notebook", "layers": layers, "build_input_shape": shape},
+        "config": {"name": name, "layers": described, "build_input_shape": shape},
         "registered_name": None,
         "build_config": {"input_shape": shape},
     }
@@ -111,24 +125,19 @@ def _layer(kind: str, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _weights(model: NotebookNet, norm: str, image_size: int, num_classes: int) -> bytes:
-    state, used = model.state_dict(), Counter[str]()
+def _weights(layers: list[KerasLayer]) -> bytes:
+    used = Counter[str]()
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as f:
-        for layer in notebook_layers(norm, image_size, num_classes):
-            if layer.kind not in WEIGHTS:
+        for layer in layers:
+            if not layer.weights:
                 continue
             place = SNAKE_CASE[layer.kind]
             number = used[place]
             used[place] += 1
             folder = f"layers/{place}{f'_{number}' if number else ''}/vars"
-            for i, key in enumerate(WEIGHTS[layer.kind]):
-                array = state[f"{layer.name}.{key}"].cpu().numpy()
-                if array.ndim == 4:
-                    array = array.transpose(2, 3, 1, 0)  # (O, C, h, w) → (h, w, C, O)
-                elif array.ndim == 2:
-                    array = array.T
-                f.create_dataset(f"{folder}/{i}", data=np.ascontiguousarray(array))
+            for i, array in enumerate(layer.weights):
+                f.create_dataset(f"{folder}/{i}", data=array)
     return buffer.getvalue()
 
 

@@ -14,8 +14,10 @@ from torch import nn
 from normlab.export.certificate import Certificate, Check
 from normlab.export.folding import fold
 from normlab.export.steps import (
+    Affine,
     Array,
     Chain,
+    Clip,
     Conv,
     Dense,
     Flatten,
@@ -82,12 +84,16 @@ def _add(nodes: _Nodes, step: Step, name: str) -> None:
     match step:
         case Norm():
             _add_norm(nodes, step)
+        case Affine():
+            _add_affine(nodes, step)
         case Conv():
             _add_conv(nodes, step)
         case Dense():
             nodes.add("Gemm", step.name, [step.kernel, step.bias], transB=1)
         case Relu():
             nodes.add("Relu", name)
+        case Clip():
+            nodes.add("Clip", name, [np.array(step.low)])
         case MaxPool():
             nodes.add("MaxPool", name, kernel_shape=[2, 2], strides=[2, 2])
         case GlobalMax():
@@ -100,13 +106,13 @@ def _add(nodes: _Nodes, step: Step, name: str) -> None:
 
 
 def _add_conv(nodes: _Nodes, conv: Conv) -> None:
-    uniform = conv.bias.ndim == 1
+    uniform, far = conv.bias.ndim == 1, conv.padding - conv.trim
     nodes.add(
         "Conv",
         conv.name,
         [conv.kernel, conv.bias] if uniform else [conv.kernel],
         kernel_shape=conv.kernel.shape[2:],
-        pads=[conv.padding] * 4,
+        pads=[conv.padding, conv.padding, far, far],
         strides=[conv.stride] * 2,
     )
     if not uniform:
@@ -119,6 +125,15 @@ def _add_norm(nodes: _Nodes, norm: Norm) -> None:
     nodes.add("Sub", f"{norm.name}.centred", [norm.mean.reshape(shape)])
     nodes.add("Mul", f"{norm.name}.scaled", [norm.scale.reshape(shape)])
     nodes.add("Add", norm.name, [norm.beta.reshape(shape)])
+
+
+def _add_affine(nodes: _Nodes, step: Affine) -> None:
+    """A convolution of each channel by itself keeps ONNX Runtime in its blocked layout."""
+    if (step.scale == 1).all():  # of pixels, which are in no such layout
+        nodes.add("Add", step.name, [step.shift[:, None, None]])
+        return
+    kernel, channels = step.scale[:, None, None, None], len(step.scale)
+    nodes.add("Conv", step.name, [kernel, step.shift], group=channels, kernel_shape=[1, 1])
 
 
 def described(run: Run, model: nn.Module) -> tuple[onnx.ModelProto, tuple[str, ...]]:

@@ -44,7 +44,10 @@ class Norm:
 class Conv:
     """Convolution with kernel (O, C, h, w) and bias: (O,), or (O, H, W) where it differs by place.
 
-    `padding` is the width of the border of zeros.
+    Attributes:
+        padding: width of the border of zeros.
+        trim: how much narrower the border is below and on the right: rows and columns of the
+            output that the pooling behind it would leave out.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Conv:
     bias: Array
     padding: int
     stride: int = 1
+    trim: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,22 @@ class Relu:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """max(x, low), one bound for all channels: what ReLU becomes in folding."""
+
+    low: float
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y = scale·x + shift for each channel, each (C,): what folding leaves of a normalisation."""
+
+    name: str
+    scale: Array
+    shift: Array
+
+
+@dataclass(frozen=True)
 class MaxPool:
     """Maxima of windows of 2 × 2; an odd last row or column is left out."""
 
@@ -83,7 +103,7 @@ class Flatten:
     """(N, C, H, W) → (N, C·H·W)."""
 
 
-Step = Norm | Conv | Dense | Relu | MaxPool | GlobalMax | Flatten
+Step = Norm | Affine | Conv | Dense | Relu | Clip | MaxPool | GlobalMax | Flatten
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,9 @@ def _check_request(run: Run, path: Path, file_format: str) -> None:
                 f"format {file_format} needs the package {module}: "
                 f"pip install 'normlab[{file_format}]'"
             ) from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"out {str(path)!r} cannot be written: name a file in an existing folder")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"out {str(path)!r} cannot be written: name a file in a folder of yours")
     check_place(path)
 
 
@@ -127,6 +128,7 @@ def _write(
     kept: tuple[str, ...],
 ) -> Exported:
     text = card(path, run, evaluation, certificate, kept)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content)
     beside = path.with_name(NAME)
     write_atomic(beside, text.encode())
