@@ -8,25 +8,27 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from joblib._parallel_backends import LokyBackend
 from PIL import Image
 
 import normlab
 from normlab.__main__ import run as command
 from normlab.data import ImageData, load
 from normlab.errors import UserError
-from normlab.fit import Plan, State
+from normlab.fit import Interrupted, Plan, State
 from normlab.recipes import get
 from normlab.runs import Task
-from normlab.study import Study
+from normlab.study import Study, runner
 from normlab.study.arms import Arm
 from normlab.study.outcomes import Outcome, train_one
 from normlab.study.runner import Job, Pool, run_all
@@ -254,6 +256,79 @@ def test_a_run_that_kills_its_worker_is_repeated_then_given_up_and_no_other(tiny
     assert given_up["lethal seed 1"].startswith("its worker died")
     assert sorted(o.seed for o in notes.kept) == [0, 2, 3]
     assert [name for name, _ in notes.repeats].count("lethal seed 1") == 2
+
+
+class FakePool:
+    """In place of joblib's `Parallel`: signals come at `moments`; `log` has what happened."""
+
+    moments: tuple[str, ...] = ()
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, **_: Any) -> None: ...
+
+    def at(self, moment: str) -> None:
+        if moment in self.moments:
+            signal.raise_signal(signal.SIGINT)
+        self.log.append(moment)
+
+    def __call__(self, calls: Iterator[Any]) -> Iterator[Any]:
+        names = [arguments[0].name for _, arguments, _ in calls]
+        self.at("started")
+        return self.results(names)
+
+    def results(self, names: list[str]) -> Iterator[Any]:
+        try:
+            for name in names:
+                self.at("waited")
+                yield name, "failed"
+        finally:
+            self.at("ended")
+
+
+@pytest.mark.parametrize(
+    ("moments", "log"),
+    [
+        (("started",), ["started"]),
+        (("waited",), ["started", "ended"]),
+        (("waited", "ended"), ["started", "ended"]),
+        (("told",), ["started", "waited", "told", "ended"]),
+    ],
+)
+def test_a_signal_ends_a_wait_and_never_the_start_or_end_of_workers(
+    moments: tuple[str, ...], log: list[str], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception within the start left half a worker, and ended in a traceback of joblib's."""
+    monkeypatch.setattr(runner, "Parallel", FakePool)
+    monkeypatch.setattr(FakePool, "moments", moments)
+    monkeypatch.setattr(FakePool, "log", [])
+    job = Job(arm="a", seed=0, task=make_task(load(tiny)), threads=1, thresholds=(), checks=1,
+              test=True)  # fmt: skip
+    before, notes = signal.getsignal(signal.SIGINT), Notes()
+    monkeypatch.setattr(notes, "repeated", lambda *_: FakePool().at("told"))
+    with pytest.raises(Interrupted, match="SIGINT"):
+        run_all([job], str(tiny), Pool(jobs=1), [].append, notes)
+    assert FakePool.log == log
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_no_thread_of_joblibs_hands_out_runs(tiny: Path) -> None:
+    """One did, and ended in a traceback where that met the end of the pool."""
+    submitted: set[str] = set()
+    real = LokyBackend.submit
+
+    def submit(self: LokyBackend, *arguments: Any, **keywords: Any) -> Any:
+        submitted.add(threading.current_thread().name)
+        return real(self, *arguments, **keywords)
+
+    task = replace(make_task(load(tiny)), data_sha256="0" * 64)
+    jobs = [
+        Job(arm="a", seed=seed, task=task, threads=1, thresholds=(), checks=1, test=True)
+        for seed in range(4)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LokyBackend, "submit", submit)
+        run_all(jobs, str(tiny), Pool(jobs=2), [].append, Notes())
+    assert submitted == {threading.main_thread().name}
 
 
 def test_a_failure_in_a_worker_is_told_and_given_up(tiny: Path) -> None:

@@ -21,7 +21,10 @@ ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "bad_alloc")
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
-    sys.exit(run(arguments))
+    code = run(arguments)
+    if code == 128 + signal.SIGINT:  # a second one shall not end in a traceback of Python's end
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from concurrent.futures import BrokenExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from joblib import Parallel, delayed, effective_n_jobs, parallel_config
 
@@ -34,6 +34,7 @@ class WorkerDied(RuntimeError):
 
 
 ATTEMPTS = 3
+_T = TypeVar("_T")
 _ONE_AT_A_TIME = threading.Lock()  # a Dask worker may have several threads; torch's are global
 
 
@@ -81,12 +82,18 @@ class Pool:
     threads: int = 1
     scheduler: str | None = None
 
+    @property
+    def one_at_a_time(self) -> bool:
+        return self.scheduler is None and self.jobs == 1
+
     @contextmanager
     def parallel(self, alone: bool) -> Iterator[tuple[Parallel, int]]:
         """A joblib pool that hands out its results as they come, and how many runs it does at once.
 
         With n_jobs=1 joblib would run in this process, which a run could then take with it; so
-        there are two workers at least, and `pre_dispatch` decides how many runs are under way.
+        there are two workers at least, and one run at a time is a pool of its own. All runs are
+        handed over at once: else a thread of joblib's hands out the next one, and fails with a
+        traceback where that meets the end of the pool.
 
         Raises:
             UserError: the scheduler cannot be reached, or Dask is not installed.
@@ -99,12 +106,11 @@ class Pool:
                 width = 1 if alone else effective_n_jobs(-1)
                 yield Parallel(n_jobs=-1, pre_dispatch=width, **how), width
             return
-        width = 1 if alone else self.jobs
         with (
             _quiet_tracker(),
             parallel_config(backend="loky", inner_max_num_threads=self.threads),
         ):
-            yield Parallel(n_jobs=max(2, self.jobs), pre_dispatch=width, **how), width
+            yield Parallel(n_jobs=max(2, self.jobs), pre_dispatch="all", **how), self.jobs
 
 
 @contextmanager
@@ -147,11 +153,12 @@ def run_all(
     suspects: list[Job] = []
     failures: Counter[str] = Counter()
     given_up: dict[str, str] = {}
-    with _interruptible():
+    with _signals() as signals:
         while waiting or suspects:
-            alone = bool(suspects)
-            batch = [suspects.pop(0)] if alone else list(waiting.values())
-            with closing(_results(batch, data, pool, alone)) as results:
+            batch = [suspects.pop(0)] if suspects else list(waiting.values())
+            if pool.one_at_a_time:
+                batch = batch[:1]
+            with closing(_results(batch, data, pool, signals)) as results:
                 for job, result, in_flight in results:
                     waiting.pop(job.name, None)
                     if isinstance(result, Outcome):
@@ -169,14 +176,15 @@ def run_all(
 
 
 def _results(
-    batch: list[Job], data: str | ImageData, pool: Pool, alone: bool
+    batch: list[Job], data: str | ImageData, pool: Pool, signals: "_Signals"
 ) -> Generator[tuple[Job, Outcome | str, int], None, None]:
     """Each job with its outcome, or why there is none, and how many more are under way.
 
     When a worker dies the runs under way are reported as failed; those behind them not at all.
     """
-    taken: dict[str, Job] = {}  # by joblib, which takes a few more than it has begun
+    taken: dict[str, Job] = {}  # by joblib, which takes more than it has begun
     parent = None if pool.scheduler else os.getpid()
+    alone = len(batch) == 1
 
     def calls() -> Iterator[Any]:
         for job in batch:
@@ -187,7 +195,7 @@ def _results(
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
         try:
             with closing(parallel(calls())) as finished:
-                for name, result in finished:
+                for name, result in signals.waiting_for(finished):
                     job = taken.pop(name)
                     yield job, result, min(width, len(taken))
         except (BrokenExecutor, WorkerDied) as e:
@@ -242,19 +250,51 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+class _Signals:
+    """SIGINT and SIGTERM, of which the first ends the wait for a result, and nothing else.
+
+    Raised while joblib starts or ends its workers, an exception would leave half of one.
+    """
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self.waiting = False
+
+    def note(self, signum: int, _: object) -> None:
+        if self.first is None:  # at a later one joblib is ending its workers already
+            self.first = signum
+            if self.waiting:
+                raise Interrupted(signum)
+
+    def check(self) -> None:
+        if self.first is not None:
+            raise Interrupted(self.first)
+
+    def waiting_for(self, results: Iterator[_T]) -> Iterator[_T]:
+        """Hand `results` on; raises `Interrupted`, at which joblib stops its workers."""
+        nothing = object()
+        while True:
+            self.waiting = True
+            try:
+                self.check()
+                result = next(results, nothing)
+            finally:
+                self.waiting = False
+            if result is nothing:
+                return
+            yield result  # type: ignore[misc]
+
+
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into `Interrupted`, at which joblib stops its workers."""
+def _signals() -> Iterator[_Signals]:
+    signals = _Signals()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield signals
         return
-
-    def stop(signum: int, _: object) -> None:
-        raise Interrupted(signum)
-
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, signals.note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield signals
+        signals.check()
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
