@@ -415,7 +415,7 @@ def test_a_study_survives_its_own_death_that_of_a_worker_and_ctrl_c(
     assert "a worker died while it was under way" in output
     assert "it is done again" in output
     assert "the same command goes on from there" in output.splitlines()[-1]
-    assert "Traceback" not in output
+    assert "Traceback" not in output, output
     assert len(list((in_tmp / "s" / "runs").glob("*.json"))) < 8
 
     whole = normlab.compare("notebook", data=tiny, out="s", jobs=2, **SMALL)

@@ -104,7 +104,7 @@ def test_a_users_mistakes_are_one_line(
     other = write_run(tmp_path / "other", "none", Other())
     mistakes = {
         (str(bare.path),): "train it with --record",
-        (str(pair[0].path), str(other.path)): "no weight layer in common",
+        (str(pair[0].path), str(other.path)): "no layer in common",
         (str(pair[0].path), str(pair[1].path), "--landscape"): "takes one run",
         ("nowhere",): "not a folder",
     }
