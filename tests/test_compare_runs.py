@@ -8,17 +8,16 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from joblib._parallel_backends import LokyBackend
 from PIL import Image
 
 import normlab
@@ -259,19 +258,31 @@ def test_a_run_that_kills_its_worker_is_repeated_then_given_up_and_no_other(tiny
 
 
 class FakePool:
-    """In place of joblib's `Parallel`: signals come at `moments`; `log` has what happened."""
+    """In place of a `Pool`: its generator starts the runs, waits for each, and ends the workers.
 
-    moments: tuple[str, ...] = ()
-    log: ClassVar[list[str]] = []
+    A signal comes at each of `moments`; `log` has what happened.
+    """
 
-    def __init__(self, **_: Any) -> None: ...
+    jobs = 1
+
+    def __init__(self, moments: tuple[str, ...], scheduler: str | None) -> None:
+        self.moments, self.scheduler = moments, scheduler
+        self.killed = False
+        self.log: list[str] = []
 
     def at(self, moment: str) -> None:
         if moment in self.moments:
             signal.raise_signal(signal.SIGINT)
         self.log.append(moment)
 
-    def __call__(self, calls: Iterator[Any]) -> Iterator[Any]:
+    def kill(self) -> None:
+        self.killed = True
+
+    @contextlib.contextmanager
+    def parallel(self, alone: bool) -> Iterator[Any]:
+        yield self.start, 1
+
+    def start(self, calls: Iterator[Any]) -> Iterator[Any]:
         names = [arguments[0].name for _, arguments, _ in calls]
         self.at("started")
         return self.results(names)
@@ -280,55 +291,43 @@ class FakePool:
         try:
             for name in names:
                 self.at("waited")
+                if self.killed:
+                    raise BrokenExecutor
                 yield name, "failed"
         finally:
             self.at("ended")
 
 
 @pytest.mark.parametrize(
-    ("moments", "log"),
+    ("moments", "scheduler", "log"),
     [
-        (("started",), ["started"]),
-        (("waited",), ["started", "ended"]),
-        (("waited", "ended"), ["started", "ended"]),
-        (("told",), ["started", "waited", "told", "ended"]),
+        (("started",), None, ["started", "waited", "ended"]),
+        (("waited",), None, ["started", "waited", "ended"]),
+        (("waited", "ended"), None, ["started", "waited", "ended"]),
+        (("told",), None, ["started", "waited", "told", "ended"]),
+        (("started",), "tcp://x", ["started"]),
+        (("waited", "ended"), "tcp://x", ["started", "ended"]),
+        (("told",), "tcp://x", ["started", "waited", "told", "ended"]),
     ],
 )
-def test_a_signal_ends_a_wait_and_never_the_start_or_end_of_workers(
-    moments: tuple[str, ...], log: list[str], tiny: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_signal_is_never_raised_in_the_midst_of_joblib(
+    moments: tuple[str, ...],
+    scheduler: str | None,
+    log: list[str],
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An exception within the start left half a worker, and ended in a traceback of joblib's."""
-    monkeypatch.setattr(runner, "Parallel", FakePool)
-    monkeypatch.setattr(FakePool, "moments", moments)
-    monkeypatch.setattr(FakePool, "log", [])
+    """It left half a worker there, and ended in a traceback of joblib's."""
+    pool, notes = FakePool(moments, scheduler), Notes()
+    monkeypatch.setattr(runner, "_kill_workers", pool.kill)
+    monkeypatch.setattr(notes, "repeated", lambda *_: pool.at("told"))
     job = Job(arm="a", seed=0, task=make_task(load(tiny)), threads=1, thresholds=(), checks=1,
               test=True)  # fmt: skip
-    before, notes = signal.getsignal(signal.SIGINT), Notes()
-    monkeypatch.setattr(notes, "repeated", lambda *_: FakePool().at("told"))
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="SIGINT"):
-        run_all([job], str(tiny), Pool(jobs=1), [].append, notes)
-    assert FakePool.log == log
+        run_all([job], str(tiny), pool, [].append, notes)  # type: ignore[arg-type]
+    assert pool.log == log
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_no_thread_of_joblibs_hands_out_runs(tiny: Path) -> None:
-    """One did, and ended in a traceback where that met the end of the pool."""
-    submitted: set[str] = set()
-    real = LokyBackend.submit
-
-    def submit(self: LokyBackend, *arguments: Any, **keywords: Any) -> Any:
-        submitted.add(threading.current_thread().name)
-        return real(self, *arguments, **keywords)
-
-    task = replace(make_task(load(tiny)), data_sha256="0" * 64)
-    jobs = [
-        Job(arm="a", seed=seed, task=task, threads=1, thresholds=(), checks=1, test=True)
-        for seed in range(4)
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LokyBackend, "submit", submit)
-        run_all(jobs, str(tiny), Pool(jobs=2), [].append, Notes())
-    assert submitted == {threading.main_thread().name}
 
 
 def test_a_failure_in_a_worker_is_told_and_given_up(tiny: Path) -> None:

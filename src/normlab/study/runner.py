@@ -5,6 +5,7 @@ their order changes a figure. When a worker dies nothing says which of the runs 
 all of them are suspects and are repeated one at a time, where blame is certain.
 """
 
+import multiprocessing
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, Protocol, TypeVar
@@ -82,18 +83,12 @@ class Pool:
     threads: int = 1
     scheduler: str | None = None
 
-    @property
-    def one_at_a_time(self) -> bool:
-        return self.scheduler is None and self.jobs == 1
-
     @contextmanager
     def parallel(self, alone: bool) -> Iterator[tuple[Parallel, int]]:
         """A joblib pool that hands out its results as they come, and how many runs it does at once.
 
         With n_jobs=1 joblib would run in this process, which a run could then take with it; so
-        there are two workers at least, and one run at a time is a pool of its own. All runs are
-        handed over at once: else a thread of joblib's hands out the next one, and fails with a
-        traceback where that meets the end of the pool.
+        there are two workers at least, and `pre_dispatch` decides how many runs are under way.
 
         Raises:
             UserError: the scheduler cannot be reached, or Dask is not installed.
@@ -106,11 +101,12 @@ class Pool:
                 width = 1 if alone else effective_n_jobs(-1)
                 yield Parallel(n_jobs=-1, pre_dispatch=width, **how), width
             return
+        width = 1 if alone else self.jobs
         with (
             _quiet_tracker(),
             parallel_config(backend="loky", inner_max_num_threads=self.threads),
         ):
-            yield Parallel(n_jobs=max(2, self.jobs), pre_dispatch="all", **how), self.jobs
+            yield Parallel(n_jobs=max(2, self.jobs), pre_dispatch=width, **how), width
 
 
 @contextmanager
@@ -153,18 +149,19 @@ def run_all(
     suspects: list[Job] = []
     failures: Counter[str] = Counter()
     given_up: dict[str, str] = {}
-    with _signals() as signals:
+    with _signals(local=pool.scheduler is None) as signals:
         while waiting or suspects:
-            batch = [suspects.pop(0)] if suspects else list(waiting.values())
-            if pool.one_at_a_time:
-                batch = batch[:1]
-            with closing(_results(batch, data, pool, signals)) as results:
+            signals.check()
+            alone = bool(suspects)
+            batch = [suspects.pop(0)] if alone else list(waiting.values())
+            with closing(_results(batch, data, pool, alone, signals)) as results:
                 for job, result, in_flight in results:
                     waiting.pop(job.name, None)
                     if isinstance(result, Outcome):
                         keep(result)
                         reporter.finished(job, result, in_flight)
                         continue
+                    signals.check()
                     failures[job.name] += 1
                     if failures[job.name] < ATTEMPTS:
                         suspects.append(job)
@@ -176,15 +173,14 @@ def run_all(
 
 
 def _results(
-    batch: list[Job], data: str | ImageData, pool: Pool, signals: "_Signals"
+    batch: list[Job], data: str | ImageData, pool: Pool, alone: bool, signals: "_Signals"
 ) -> Generator[tuple[Job, Outcome | str, int], None, None]:
     """Each job with its outcome, or why there is none, and how many more are under way.
 
     When a worker dies the runs under way are reported as failed; those behind them not at all.
     """
-    taken: dict[str, Job] = {}  # by joblib, which takes more than it has begun
+    taken: dict[str, Job] = {}  # by joblib, which takes a few more than it has begun
     parent = None if pool.scheduler else os.getpid()
-    alone = len(batch) == 1
 
     def calls() -> Iterator[Any]:
         for job in batch:
@@ -199,6 +195,7 @@ def _results(
                     job = taken.pop(name)
                     yield job, result, min(width, len(taken))
         except (BrokenExecutor, WorkerDied) as e:
+            signals.check()
             codes = re.search(r"\{(.+?)\}", str(e))
             reason = "its worker died" if alone else "a worker died while it was under way"
             for job in list(taken.values())[:width]:
@@ -251,32 +248,41 @@ def _end_with(parent: int) -> None:
 
 
 class _Signals:
-    """SIGINT and SIGTERM, of which the first ends the wait for a result, and nothing else.
+    """SIGINT and SIGTERM, the first of which ends all runs; a study is over when they are.
 
-    Raised while joblib starts or ends its workers, an exception would leave half of one.
+    An exception in the midst of joblib can leave half a worker, and the end of its pool can meet a
+    thread of its that hands out the next run; both end in a traceback. So workers here are killed,
+    which joblib is made for, and only the wait for those of a cluster is broken off.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, local: bool) -> None:
+        self.local = local
         self.first: int | None = None
         self.waiting = False
 
     def note(self, signum: int, _: object) -> None:
-        if self.first is None:  # at a later one joblib is ending its workers already
+        if self.first is None:
             self.first = signum
-            if self.waiting:
-                raise Interrupted(signum)
+            self.end_runs()
+
+    def end_runs(self) -> None:
+        if self.local:
+            _kill_workers()
+        elif self.waiting:
+            self.check()
 
     def check(self) -> None:
         if self.first is not None:
             raise Interrupted(self.first)
 
     def waiting_for(self, results: Iterator[_T]) -> Iterator[_T]:
-        """Hand `results` on; raises `Interrupted`, at which joblib stops its workers."""
+        """Hand `results` on. After a signal they end, the last one with an exception."""
         nothing = object()
         while True:
             self.waiting = True
             try:
-                self.check()
+                if self.first is not None:  # it may have come before the last worker was there
+                    self.end_runs()
                 result = next(results, nothing)
             finally:
                 self.waiting = False
@@ -285,9 +291,17 @@ class _Signals:
             yield result  # type: ignore[misc]
 
 
+def _kill_workers() -> None:
+    """Kill the workers that joblib started for this process; they are its own to restart."""
+    for child in multiprocessing.active_children():
+        if type(child).__module__.startswith("joblib.") and child.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
 @contextmanager
-def _signals() -> Iterator[_Signals]:
-    signals = _Signals()
+def _signals(*, local: bool) -> Iterator[_Signals]:
+    signals = _Signals(local=local)
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
