@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 from normlab.__main__ import run as command
 from normlab.inspect_report import save_figure, write_inspection
 from normlab.inspection import inspected, running_gap, shared_layers
-from normlab.plots_inspect import draw_drift, draw_percentiles
+from normlab.plots_inspect import draw_drift, draw_figure_1, draw_percentiles
 from normlab.recording import read_recording
 from normlab.runs import Run
 from recorded import STEPS, write_run
@@ -63,6 +64,13 @@ def test_two_runs_are_drawn_on_the_same_scales(pair: list[Run]) -> None:
         assert left.get_ylim() == right.get_ylim()
     left, right = draw_drift(runs).axes
     assert left.get_ylim() == right.get_ylim()
+
+
+def test_no_accuracy_is_drawn_where_no_images_were_held_out(pair: list[Run]) -> None:
+    for accuracy, titles in ((0.5, ["(a)", "(b)", "(c)"]), (None, ["(b)", "(c)"])):
+        history = [{"steps": 3, "val_accuracy": accuracy}]
+        runs = [replace(inspected(run), history=history) for run in pair]
+        assert [ax.get_title()[:3] for ax in draw_figure_1(runs).axes] == titles
 
 
 def test_the_same_figure_is_the_same_file(pair: list[Run], tmp_path: Path) -> None:
