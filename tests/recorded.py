@@ -28,7 +28,10 @@ def write_run(folder: Path, norm: str, model: torch.nn.Module | None = None) -> 
         image_size=32,
     )
     write_json(folder / "recipe.json", task.as_dict())
-    write_json(folder / "result.json", {"train_seconds": 10.0})
+    write_json(
+        folder / "result.json",
+        {"train_seconds": 10.0, "test_accuracy": 0.1, "test_accuracy_interval": [0.0, 0.2]},
+    )
     model = model or SigmoidNet(image_size=32, norm=norm)
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.random((20, 3, 32, 32), np.float32))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ import normlab
 from normlab.__main__ import run as command
 from normlab.data import ImageData, load
 from normlab.errors import UserError
-from normlab.fit import Plan, State
+from normlab.fit import Interrupted, Plan, State
 from normlab.recipes import get
 from normlab.runs import Task
-from normlab.study import Study
+from normlab.study import Study, runner
 from normlab.study.arms import Arm
 from normlab.study.outcomes import Outcome, train_one
 from normlab.study.runner import Job, Pool, run_all
@@ -256,6 +257,79 @@ def test_a_run_that_kills_its_worker_is_repeated_then_given_up_and_no_other(tiny
     assert [name for name, _ in notes.repeats].count("lethal seed 1") == 2
 
 
+class FakePool:
+    """In place of a `Pool`: its generator starts the runs, waits for each, and ends the workers.
+
+    A signal comes at each of `moments`; `log` has what happened.
+    """
+
+    jobs = 1
+
+    def __init__(self, moments: tuple[str, ...], scheduler: str | None) -> None:
+        self.moments, self.scheduler = moments, scheduler
+        self.killed = False
+        self.log: list[str] = []
+
+    def at(self, moment: str) -> None:
+        if moment in self.moments:
+            signal.raise_signal(signal.SIGINT)
+        self.log.append(moment)
+
+    def kill(self) -> None:
+        self.killed = True
+
+    @contextlib.contextmanager
+    def parallel(self, alone: bool) -> Iterator[Any]:
+        yield self.start, 1
+
+    def start(self, calls: Iterator[Any]) -> Iterator[Any]:
+        names = [arguments[0].name for _, arguments, _ in calls]
+        self.at("started")
+        return self.results(names)
+
+    def results(self, names: list[str]) -> Iterator[Any]:
+        try:
+            for name in names:
+                self.at("waited")
+                if self.killed:
+                    raise BrokenExecutor
+                yield name, "failed"
+        finally:
+            self.at("ended")
+
+
+@pytest.mark.parametrize(
+    ("moments", "scheduler", "log"),
+    [
+        (("started",), None, ["started", "waited", "ended"]),
+        (("waited",), None, ["started", "waited", "ended"]),
+        (("waited", "ended"), None, ["started", "waited", "ended"]),
+        (("told",), None, ["started", "waited", "told", "ended"]),
+        (("started",), "tcp://x", ["started"]),
+        (("waited", "ended"), "tcp://x", ["started", "ended"]),
+        (("told",), "tcp://x", ["started", "waited", "told", "ended"]),
+    ],
+)
+def test_a_signal_is_never_raised_in_the_midst_of_joblib(
+    moments: tuple[str, ...],
+    scheduler: str | None,
+    log: list[str],
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It left half a worker there, and ended in a traceback of joblib's."""
+    pool, notes = FakePool(moments, scheduler), Notes()
+    monkeypatch.setattr(runner, "_kill_workers", pool.kill)
+    monkeypatch.setattr(notes, "repeated", lambda *_: pool.at("told"))
+    job = Job(arm="a", seed=0, task=make_task(load(tiny)), threads=1, thresholds=(), checks=1,
+              test=True)  # fmt: skip
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="SIGINT"):
+        run_all([job], str(tiny), pool, [].append, notes)  # type: ignore[arg-type]
+    assert pool.log == log
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_failure_in_a_worker_is_told_and_given_up(tiny: Path) -> None:
     task = replace(make_task(load(tiny)), data_sha256="0" * 64)
     job = Job(arm="a", seed=0, task=task, threads=1, thresholds=(), checks=1, test=True)
@@ -340,7 +414,7 @@ def test_a_study_survives_its_own_death_that_of_a_worker_and_ctrl_c(
     assert "a worker died while it was under way" in output
     assert "it is done again" in output
     assert "the same command goes on from there" in output.splitlines()[-1]
-    assert "Traceback" not in output
+    assert "Traceback" not in output, output
     assert len(list((in_tmp / "s" / "runs").glob("*.json"))) < 8
 
     whole = normlab.compare("notebook", data=tiny, out="s", jobs=2, **SMALL)

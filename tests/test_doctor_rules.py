@@ -394,8 +394,19 @@ def test_a_gap_names_its_cause() -> None:
     patient = from_module(classifier())
     scores = normlab.three_way(classifier(), *learnable(3.0), population=learnable(3.0)[0])
     stale = tuple(replace(n, old_weight=0.99, steps=10) for n in patient.normalizers)
-    (finding, *_) = of("score-gap", examine(replace(patient, normalizers=stale, scores=scores)))
-    assert "they are stale" in finding.evidence
+    fresh = tuple(
+        replace(n, running_mean=np.zeros(4), running_var=np.ones(4)) for n in patient.normalizers
+    )
+    turned = tuple(replace(n, old_weight=0.05) for n in patient.normalizers)
+    for ill, cause in (
+        (replace(patient, normalizers=stale), "they are stale"),
+        (replace(patient, normalizers=fresh), "they were never updated"),
+        (replace(patient, normalizers=turned), "their momentum is turned round"),
+        (from_module(with_dropout(first=True)), "dropout stands before a normaliser"),
+        (patient, "the cause is not known"),
+    ):
+        (finding, *_) = of("score-gap", examine(replace(ill, scores=scores)))
+        assert cause in finding.evidence
 
 
 def test_the_doctor_leaves_the_model_as_it_was() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from normlab.__main__ import run as command
 from normlab.errors import UserError
 from normlab.inspect_report import save_figure
 from normlab.inspection import inspected, running_gap, shared_layers
-from normlab.plots_inspect import draw_drift, draw_percentiles
+from normlab.plots_inspect import draw_drift, draw_figure_1, draw_percentiles
 from normlab.recording import read_recording
 from normlab.runs import Run
 from recorded import STEPS, write_run
@@ -84,6 +85,13 @@ def test_a_figure_shows_itself_in_a_notebook_cell(pair: list[Run]) -> None:
     assert normlab.inspect(*pair).figures["drift"]._repr_png_().startswith(b"\x89PNG")
 
 
+def test_no_accuracy_is_drawn_where_no_images_were_held_out(pair: list[Run]) -> None:
+    for accuracy, titles in ((0.5, ["(a)", "(b)", "(c)"]), (None, ["(b)", "(c)"])):
+        history = [{"steps": 3, "val_accuracy": accuracy}]
+        runs = [replace(inspected(run), history=history) for run in pair]
+        assert [ax.get_title()[:3] for ax in draw_figure_1(runs).axes] == titles
+
+
 def test_the_same_figure_is_the_same_file(pair: list[Run], tmp_path: Path) -> None:
     runs = [inspected(run) for run in pair]
     first, second = (save_figure(draw_drift(runs), tmp_path / name) for name in "ab")
@@ -123,7 +131,7 @@ def test_a_users_mistakes_are_one_line(
     other = write_run(tmp_path / "other", "none", Other())
     mistakes = {
         (str(bare.path),): "train it with --record",
-        (str(pair[0].path), str(other.path)): "no weight layer in common",
+        (str(pair[0].path), str(other.path)): "no layer in common",
         (str(pair[0].path), str(pair[1].path), "--landscape"): "takes one run",
         ("nowhere",): "not a folder",
     }

@@ -102,6 +102,18 @@ def test_nothing_sticks_out_sideways(page: Any, width: int) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_on_a_phone_each_cell_says_its_run_and_pictures_stay_readable(page: Any) -> None:
+    """Two runs stand below each other there; a picture is moved sideways within its own frame."""
+    who = page.locator(".who").first
+    assert not who.is_visible()
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert who.is_visible()
+    assert "norm batch" in who.inner_text()
+    drift = page.locator("figure img").nth(3)
+    assert drift.bounding_box()["width"] >= 600
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 def test_dark_mode_turns_the_colours(page: Any) -> None:
     def lightness() -> int:
         color = page.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -302,6 +302,53 @@ def test_a_missing_or_damaged_recording_is_one_line(tmp_path: Path) -> None:
         read_recording(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "chosen", ["hidden", "batch_normalization_3", "conv2,batch_normalization_3"]
+)
+def test_chosen_layers(
+    chosen: str, in_tmp: Path, recorded: tuple[Path, State, Recorder], capfd: Any
+) -> None:
+    """Their values are those of a full recording; `inspect` draws what there is."""
+    data = few_images()
+    np.savez("few.npz", **{k: getattr(data, k) for k in ("x_train", "y_train", "x_test", "y_test")})
+    words = ["train", "notebook", "--data", "few.npz", "--epochs", "1", "--batch-size", "16"]
+    words += ["--threads", "1", "--out", "a", "--layers", chosen]
+    assert command([*words, "--record"]) == 0
+    found, full = read_recording(in_tmp / "a"), read_recording(recorded[0])
+    assert found.layers == tuple(chosen.split(","))
+    for layer in found.layers:  # the layers not chosen stay fused, which rounds otherwise
+        for key in ("in/mean", "in/var", "out/percentiles", "grad", "weight_norm", "gamma"):
+            if (values := found.get(layer, key)) is not None:
+                expected = full.arrays[f"{layer}/{key}"][0]
+                assert values[0] == pytest.approx(expected, rel=1e-3, abs=1e-5), (layer, key)
+    assert command(["inspect", "a"]) == 0
+    assert "samples" in capfd.readouterr().out
+
+
+def test_layers_that_are_not_there_are_refused_before_a_folder_is_made(
+    in_tmp: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "notebook", "--data", "sample", "--out", "a", "--layers", "conv9"]
+    assert command([*words, "--record"]) == 2
+    assert "layers conv9: choose from batch_normalization" in capfd.readouterr().err
+    assert command(words) == 2
+    assert "add --record" in capfd.readouterr().err
+    assert not (in_tmp / "a").exists()
+
+
+def test_a_recorded_fast_training_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """Another network and optimiser, averaged weights, and views that change in size."""
+    plain, recorded = (
+        normlab.train("fast79", data="sample", epochs=2, batch_size=100, ema=0.9, threads=1,
+                      out=tmp_path / str(record), record=record)
+        for record in (False, True)
+    )  # fmt: skip
+    assert plain.result is not None
+    assert recorded.result is not None
+    for key in ("weights_sha256", "test_loss"):
+        assert plain.result[key] == recorded.result[key]
+
+
 def test_the_command_records(in_tmp: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data = few_images()
     np.savez("few.npz", **{k: getattr(data, k) for k in ("x_train", "y_train", "x_test", "y_test")})

@@ -246,11 +246,13 @@ def test_the_test_set_is_seen_by_nothing_before_the_end(
 ) -> None:
     """With the test labels shuffled, weights, stopping and the best epoch stay the same."""
     shuffled = np.random.default_rng(0).permutation(sample.y_test[:40])
-    options = {**TINY, "epochs": 4, "patience": 1}
-    np.savez(tmp_path / "true.npz", **small(sample))
-    np.savez(tmp_path / "shuffled.npz", **small(sample, y_test=shuffled))
+    options = {**TINY, "epochs": 30, "patience": 2, "batch_size": 32}
+    noise = np.random.default_rng(0).integers(0, 10, 100)  # which is soon learnt by heart
+    np.savez(tmp_path / "true.npz", **small(sample, y_train=noise))
+    np.savez(tmp_path / "shuffled.npz", **small(sample, y_train=noise, y_test=shuffled))
     one = normlab.train("notebook", data=tmp_path / "true.npz", out=tmp_path / "a", **options)
     two = normlab.train("notebook", data=tmp_path / "shuffled.npz", out=tmp_path / "b", **options)
+    assert 3 <= len(one.history) < 30  # it was stopped early
     assert one.result["weights_sha256"] == two.result["weights_sha256"]
     assert _hash(one.path / "best.safetensors") == _hash(two.path / "best.safetensors")
     assert [{**r, "seconds": 0} for r in one.history] == [{**r, "seconds": 0} for r in two.history]

@@ -157,7 +157,7 @@ class Torture:
             return ["train", "--resume", str(out), "--record"]
         shutil.rmtree(out, ignore_errors=True)  # as its message says: nothing was done yet
         options = ["--epochs", str(self.epochs), "--batch-size", str(self.batch_size)]
-        options += ["--threads", "1", "--seed", "3"]
+        options += ["--threads", "1", "--seed", "3", "--ema", "0.9"]
         return ["train", "notebook", "--data", str(self.data), "--out", str(out), *options,
                 "--record"]  # fmt: skip
 

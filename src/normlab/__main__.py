@@ -15,13 +15,22 @@ from normlab.errors import NormlabError
 
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, or end other programs"
 GOES_ON = "an unfinished run goes on with `normlab train --resume RUN`"
-# How PyTorch and C++ say what Python calls a MemoryError.
-ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "bad_alloc")
+# How PyTorch, C++ and the loader of libraries say what Python calls a MemoryError.
+ALLOCATION_FAILED = (
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "failed to map segment",
+    "Cannot allocate memory",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
-    sys.exit(run(arguments))
+    code = run(arguments)
+    if code == 128 + signal.SIGINT:  # a second one shall not end in a traceback of Python's end
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -45,7 +54,7 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(_explain(e), 2)
     except MemoryError:
         return _fail(OUT_OF_MEMORY, 2)
-    except RuntimeError as e:
+    except (RuntimeError, ImportError) as e:
         if not any(words in str(e) for words in ALLOCATION_FAILED):
             raise
         return _fail(OUT_OF_MEMORY, 2)

@@ -6,7 +6,7 @@ training: the model leaves it with the running statistics and modes it came with
 returned, never stored; and nothing here draws from a global generator.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from normlab.errors import NormlabError
+from normlab.errors import NormlabError, UserError
 from normlab.layers import NoNorm, moments
 from normlab.population import untouched
 
@@ -30,12 +30,27 @@ Sample = dict[str, NDArray[np.float32]]
 _NAN = np.full((), np.nan, np.float32)
 
 
-def observed(model: nn.Module) -> dict[str, nn.Module]:
+def observed(model: nn.Module, chosen: Sequence[str] | None = None) -> dict[str, nn.Module]:
     """Each normaliser and each weight layer by name, in the order in which they were defined.
 
     The place of a normaliser that was left out, a `NoNorm`, counts as one: a network with
     and one without normalisation have the same list.
+
+    Args:
+        chosen: only these.
+
+    Raises:
+        UserError: the model has no such layer.
     """
+    layers = _all_observed(model)
+    if chosen is None:
+        return layers
+    if unknown := sorted(set(chosen) - layers.keys()):
+        raise UserError(f"layers {', '.join(unknown)}: choose from {', '.join(layers)}")
+    return {name: module for name, module in layers.items() if name in chosen}
+
+
+def _all_observed(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
@@ -47,8 +62,8 @@ def observed(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def captured(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Collect the (input, output) of each observed layer while the model runs in this context.
+def captured(layers: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Collect the (input, output) of each of `layers` while their model runs in this context.
 
     Fused stages give way to the layers one by one where a layer has a hook (`layers.fused`).
 
@@ -63,7 +78,6 @@ def captured(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
 
         return note
 
-    layers = observed(model)
     hooks = [m.register_forward_hook(hook_for(name)) for name, m in layers.items()]  # type: ignore[arg-type]
     try:
         yield seen
@@ -74,9 +88,14 @@ def captured(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
         raise NormlabError(f"layers {', '.join(sorted(missed))} were bypassed: nothing to record")
 
 
-def channel_means(model: nn.Module, x: Tensor, rng: np.random.Generator) -> Sample:
+def channel_means(
+    model: nn.Module,
+    x: Tensor,
+    rng: np.random.Generator,
+    chosen: Sequence[str] | None = None,
+) -> Sample:
     """Mean per channel of each layer's input and output on `x` in training mode."""
-    with untouched(model), torch.no_grad(), captured(model) as seen:
+    with untouched(model), torch.no_grad(), captured(observed(model, chosen)) as seen:
         model.train()(x, rng)
     return {
         f"{name}/{side}/mean": _numpy(moments(t[:, _chosen(t.shape[1])])[0])
@@ -85,8 +104,17 @@ def channel_means(model: nn.Module, x: Tensor, rng: np.random.Generator) -> Samp
     }
 
 
-def probe(model: nn.Module, x: Tensor, labels: Tensor, rng: np.random.Generator) -> Sample:
+def probe(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    rng: np.random.Generator,
+    chosen: Sequence[str] | None = None,
+) -> Sample:
     """Describe each layer on the batch `x` (N, 3, H, W), `labels` (N,), in training mode.
+
+    Args:
+        chosen: only these layers.
 
     Returns:
         Arrays by name. For each layer L, of its input (`L/in/…`) and output (`L/out/…`):
@@ -100,18 +128,25 @@ def probe(model: nn.Module, x: Tensor, labels: Tensor, rng: np.random.Generator)
 
     Raises:
         NormlabError: a layer's module was not run as one.
+        UserError: the model has no layer of a name in `chosen`.
     """
+    layers = observed(model, chosen)
     with untouched(model), torch.enable_grad():
-        with captured(model) as seen:
+        with captured(layers) as seen:
             loss = cross_entropy(model.train()(x, rng), labels)
         outputs = {name: out for name, (_, out) in seen.items() if out.requires_grad}
-        weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        weights = {
+            f"{name}.{key}": p
+            for name, layer in layers.items()
+            for key, p in layer.named_parameters()
+            if p.requires_grad
+        }
         wanted = [*outputs.values(), *weights.values()]
         found = torch.autograd.grad(loss, wanted, allow_unused=True)
     grads = dict(zip(outputs, found, strict=False))
     weight_grads = dict(zip(weights, found[len(outputs) :], strict=True))
     sample: Sample = {"loss": _numpy(loss)}
-    for name, module in observed(model).items():
+    for name, module in layers.items():
         for side, tensor in zip(("in", "out"), seen[name], strict=True):
             for key, values in _describe(tensor.detach()).items():
                 sample[f"{name}/{side}/{key}"] = values

@@ -76,6 +76,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="End with one line o
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into the run, too.")
 @click.option("--three-way", is_flag=True, help="Score each epoch with three kinds of statistics.")
 @click.option("--record", is_flag=True, help="Keep what each layer sees, for `normlab inspect`.")
+@click.option("--layers", metavar="NAME,…", help="With --record: only these layers.")
 @click.option("--resume", metavar="RUN", help="Go on with an interrupted run.")
 @click.option("--allow-changes", is_flag=True, help="With --resume: although something differs.")
 @JSON
@@ -97,6 +98,7 @@ def train(
     tensorboard: bool,
     three_way: bool,
     record: bool,
+    layers: str | None,
     resume: str | None,
     allow_changes: bool,
     as_json: bool,
@@ -109,6 +111,8 @@ def train(
     """
     from normlab import training, transfer
 
+    if layers is not None and not record:
+        raise click.UsageError("--layers says which layers --record keeps: add --record")
     observer = _progress()
     observers: list[Observer] = [observer]
     if tensorboard:
@@ -145,7 +149,7 @@ def train(
                 start=start,
                 freeze=freeze,
                 statistics=statistics,
-                record=record,
+                record=record if layers is None else layers.split(","),
                 out=out,
                 seed=seed,
                 threads=threads,

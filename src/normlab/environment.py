@@ -99,4 +99,5 @@ def settings(threads: int, device: torch.device) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads_before)
         torch.set_flush_denormal(False)
-        torch.use_deterministic_algorithms(deterministic_before)
+        if device.type == "cuda":  # else nothing changed, and the call imports PyTorch's compiler
+            torch.use_deterministic_algorithms(deterministic_before)

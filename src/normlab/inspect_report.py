@@ -71,7 +71,7 @@ def inspect(*runs: Run | str | Path) -> Inspection:
     seen = tuple(inspected(run) for run in opened)
     if not shared_layers(seen, "weight"):
         raise UserError(
-            f"runs {' and '.join(str(run.path) for run in opened)} have no weight layer in common: "
+            f"runs {' and '.join(str(run.path) for run in opened)} have no layer in common: "
             "compare two of one model"
         )
     return Inspection(seen)
@@ -93,9 +93,10 @@ def _drawings(runs: Sequence[Inspected]) -> dict[str, Figure]:
         "percentiles": plots_inspect.draw_percentiles(runs),
         "ridges": plots_inspect.draw_ridges(runs),
         "drift": plots_inspect.draw_drift(runs),
-        "gradients": plots_inspect.draw_gradients(runs),
-        "rates": plots_inspect.draw_rates(runs),
     }
+    if runs[0].recording.get(shared_layers(runs, "weight")[0], "weight_norm") is not None:
+        figures["gradients"] = plots_inspect.draw_gradients(runs)
+        figures["rates"] = plots_inspect.draw_rates(runs)
     gamma_beta = plots_inspect.draw_gamma_beta(runs)
     return figures if gamma_beta is None else {**figures, "gamma-beta": gamma_beta}
 

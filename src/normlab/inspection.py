@@ -57,13 +57,13 @@ def inspected(run: Run) -> Inspected:
 def shared_layers(runs: Sequence[Inspected], kind: str) -> list[str]:
     """Layers that all runs have: weight layers (`weight`) or places of a normaliser (`place`).
 
-    Where there are no such places, weight layers stand in for them.
+    Where there are none of one kind, those of the other stand in for them.
     """
     first, *others = (run.recording for run in runs)
     common = [x for x in first.layers if all(x in other.layers for other in others)]
     weights = [x for x in common if first.get(x, "weight_norm") is not None]
     if kind == "weight":
-        return weights
+        return weights or common
     return [x for x in common if x not in weights] or weights
 
 

@@ -24,24 +24,33 @@ MEASURE_TITLES = {
 
 
 def draw_figure_1(runs: Sequence[Inspected]) -> Figure:
-    """The paper's figure 1: (a) accuracy; (b, c) a unit behind the last normaliser's place."""
+    """The paper's figure 1: (a) accuracy; (b, c) a unit behind the last normaliser's place.
+
+    Without (a) where no images were held out.
+    """
     layer = shared_layers(runs, "place")[-1]
-    fig = figure(4.2 * (len(runs) + 1), 3.4)
-    first, *axes = fig.subplots(1, len(runs) + 1)
-    for run, color in zip(runs, (BLUE, RED), strict=False):
-        rows = [row for row in run.history if row["val_accuracy"] is not None]
-        steps = [row["steps"] for row in rows]
-        first.plot(steps, [row["val_accuracy"] for row in rows], color=color, label=run.label)
-    first.set(xlabel="step", ylabel="accuracy on held-out images", title="(a)")
-    first.grid(alpha=0.25)
-    if first.lines:
-        first.legend(frameon=False, fontsize=8)
+    scored = [run for run in runs if any(row["val_accuracy"] is not None for row in run.history)]
+    count = len(runs) + bool(scored)
+    fig = figure(4.2 * count, 3.4)
+    axes = list(fig.subplots(1, count, squeeze=False)[0])
+    if scored:
+        _draw_accuracy(axes.pop(0), runs)
     for ax, run, letter in zip(axes, runs, "bc", strict=False):
         plot_percentiles(ax, run, layer, "out/unit")
         ax.set(xlabel="step", title=f"({letter}) {run.label}")
     axes[0].set_ylabel(f"output of {layer}, one unit")
     _share_y(axes)
     return fig
+
+
+def _draw_accuracy(ax: Axes, runs: Sequence[Inspected]) -> None:
+    for run, color in zip(runs, (BLUE, RED), strict=False):
+        rows = [row for row in run.history if row["val_accuracy"] is not None]
+        steps = [row["steps"] for row in rows]
+        ax.plot(steps, [row["val_accuracy"] for row in rows], color=color, label=run.label)
+    ax.set(xlabel="step", ylabel="accuracy on held-out images", title="(a)")
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False, fontsize=8)
 
 
 def draw_percentiles(runs: Sequence[Inspected]) -> Figure:

@@ -113,7 +113,7 @@ class Recipe:
         Raises:
             UserError: a missing name, an unknown key or a value out of its range.
         """
-        if not isinstance(values.get("name"), str):
+        if not isinstance(values, dict) or not isinstance(values.get("name"), str):
             raise UserError("this recipe has no name: it is not one that normlab wrote")
         return cls(name=values["name"]).override(**values)
 

@@ -7,6 +7,7 @@ sample to sample is the network. `Recording` is what it leaves, `recording.npz` 
 
 import io
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,9 +110,14 @@ class Recorder:
 
     A resumed run goes on with the file it finds, and ends with the recording that the
     uninterrupted run would have ended with, but for the seconds.
+
+    Args:
+        layers: names of those to keep; None for each normaliser and each weight layer. A resumed
+            run keeps those of its file.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Sequence[str] | None = None) -> None:
+        self.layers = layers
         self.recording = Recording(np.empty(0, np.int64), (), {})
         self.before: tuple[int, activations.Sample] | None = None
         self.started = False
@@ -127,6 +133,7 @@ class Recorder:
         self.images, self.labels = plan.train.images[chosen], plan.train.labels[chosen]
         if self.path.exists():
             self.recording = read_recording(plan.folder)
+            self.layers = self.recording.layers
 
     def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
         began = time.perf_counter()
@@ -136,15 +143,15 @@ class Recorder:
             self._sample(state, began)
         elif state.step + 1 in self.steps:
             x, _ = self._batch(state)
-            means = activations.channel_means(state.model, x, self._rng())
+            means = activations.channel_means(state.model, x, self._rng(), self.layers)
             self.before = state.step, means
             self.spent = time.perf_counter() - began
 
     def _sample(self, state: State, began: float) -> None:
         x, labels = self._batch(state)
-        sample = activations.probe(state.model, x, labels, self._rng())
+        sample = activations.probe(state.model, x, labels, self._rng(), self.layers)
         if not self.recording.layers:
-            layers = tuple(activations.observed(state.model))
+            layers = tuple(activations.observed(state.model, self.layers))
             self.recording = Recording(self.recording.steps, layers, {})
         for layer in self.recording.layers:
             for side in ("in", "out"):

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 WEIGHTS = ("last", "best", "recalibrated")
 STATISTICS = ("keep", "adapt", "recalibrate")
+# What is read back, and of what kind it must be.
+_NUMBER = (int, float)
+_IN_ENVIRONMENT = {"threads": int, "device": str}
+_IN_HISTORY = {"epoch": int, "steps": int, "val_accuracy": (int, float, type(None))}
+_IN_RESULT = {"train_seconds": _NUMBER, "test_accuracy": _NUMBER, "test_accuracy_interval": list}
 NUMBERED = re.compile(r"(\d{4,})-.+")
 
 
@@ -129,7 +134,9 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """The scores, or None while the run is unfinished."""
         path = self.path / "result.json"
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        return _expect(path, read_json(path), _IN_RESULT)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -138,13 +145,15 @@ class Run:
         if not path.exists():
             return []
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         except (ValueError, OSError, RecursionError) as e:
             raise DataError(f"{path} cannot be read as lines of JSON ({e})") from None
+        return [_expect(path, row, _IN_HISTORY) for row in rows]
 
     @property
     def environment(self) -> dict[str, Any]:
-        return read_json(self.path / "environment.json")
+        path = self.path / "environment.json"
+        return _expect(path, read_json(path), _IN_ENVIRONMENT)
 
     def model(self, weights: str = "last") -> nn.Module:
         """Return the trained network in evaluation mode.
@@ -188,6 +197,14 @@ class Run:
         from normlab.report import run_summary_html
 
         return run_summary_html(self)
+
+
+def _expect(path: Path, values: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """The object itself, if under each key there is something of its kind."""
+    for key, kind in kinds.items():
+        if not isinstance(values, dict) or not isinstance(values.get(key), kind):
+            raise DataError(f"{path} has no sound {key!r}: it is not as normlab wrote it")
+    return dict(values)
 
 
 def read_json(path: Path) -> dict[str, Any]:

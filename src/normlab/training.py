@@ -4,13 +4,14 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from normlab import checkpoint, transfer
+from normlab.activations import observed
 from normlab.data import ImageData, load
 from normlab.data.batches import split_validation
 from normlab.data.loading import PUBLIC
@@ -37,7 +38,7 @@ def train(
     start: str | Path | Run | None = None,
     freeze: bool = False,
     statistics: str | None = None,
-    record: bool = False,
+    record: bool | Sequence[str] = False,
     observers: tuple[Observer, ...] = (),
     **changes: Any,
 ) -> Run:
@@ -61,7 +62,7 @@ def train(
         freeze: with `start`: only the output layer learns.
         statistics: with `start`: of its batch normalisations, `keep`, `adapt` or `recalibrate`; see
             `normlab.transfer`. None for `keep` when frozen, else `adapt`.
-        record: keep what each layer sees, for `normlab inspect`.
+        record: keep what each layer sees, or those of these names, for `normlab inspect`.
         observers: told after each step.
         **changes: fields of `Recipe` to replace: `epochs`, `batch_size`, `norm`, ….
 
@@ -70,10 +71,11 @@ def train(
         NonFiniteError: the loss became NaN or infinite. The best weights so far are kept.
         Interrupted: SIGINT or SIGTERM came; `resume` goes on from there.
     """
+    layers = None if isinstance(record, bool) else list(record)
     if record:
         from normlab.recording import Recorder
 
-        observers = (*observers, Recorder())
+        observers = (*observers, Recorder(layers))
     source = transfer.open_source(start, freeze=freeze, statistics=statistics)
     chosen = transfer.choose_recipe(source, recipe, changes)
     threads, where = resolve_threads(threads), resolve_device(device)
@@ -100,7 +102,7 @@ def train(
         )
     with settings(threads, where):
         started = time.perf_counter()
-        _refuse_impossible(task, images)
+        _refuse_impossible(task, images, layers)
         weights = transfer.starting_weights(source, task, images)
         folder = create_folder(out, chosen.name)
         with locked(folder):
@@ -112,18 +114,19 @@ def train(
             return _finish(Run(folder, task), images, data_seconds, state, where, observers)
 
 
-def _refuse_impossible(task: Task, images: ImageData) -> None:
+def _refuse_impossible(task: Task, images: ImageData, layers: list[str] | None) -> None:
     """Find out before a folder is made what the first step could not do.
 
     Raises:
-        UserError: pictures that are not square or too small, or batches of a single image.
+        UserError: pictures that are not square or too small, batches of a single image, or
+            `layers` to record that the network does not have.
     """
     height, width, _ = images.image_shape
     if height != width:
         raise UserError(
             f"data {images.name!r} has images of {height} × {width} pixels: make them square"
         )
-    task.build()
+    observed(task.build(), layers)
     recipe = task.recipe
     train, _ = split_validation(images.x_train, images.y_train, recipe.validation)
     if recipe.norm == "batch" and min(recipe.batch_size, len(train)) < 2:

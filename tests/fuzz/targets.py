@@ -117,14 +117,16 @@ def _json(data: bytes, path: Path) -> None:
     from normlab.study import design, outcomes
 
     folder = path.parent
-    kind = data[0] % 4
-    name = ("recipe.json", "history.jsonl", design.FILE, "batch-seed-0.json")[kind]
+    kind = data[0] % 6
+    name = ("recipe.json", "history.jsonl", design.FILE, "batch-seed-0.json", "environment.json",
+            "result.json")[kind]  # fmt: skip
     (folder / name).write_bytes(data[1:])
     if kind == 0:
         open_run(folder)
-    elif kind == 1:
+    elif kind in (1, 4, 5):
         (folder / "recipe.json").write_bytes((CORPUS / "json" / "recipe").read_bytes()[1:])
-        _ = open_run(folder).history
+        run = open_run(folder)
+        _ = run.history if kind == 1 else run.environment if kind == 4 else run.result
     elif kind == 2:
         design.load(folder)
     else:

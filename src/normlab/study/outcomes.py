@@ -218,8 +218,9 @@ def load(folder: Path, task: Task, arm: str, seed: int) -> Outcome | None:
     try:
         values = read_json(path)
         outcome = Outcome(**{**values, "curve": [(int(s), float(a)) for s, a in values["curve"]]})
+        its_task = Task.from_dict(outcome.task)
     except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise DataError(f"{path} is not a run's file ({e}): remove it to repeat the run") from None
-    if replace(Task.from_dict(outcome.task), data="") != replace(task, data=""):
+    if replace(its_task, data="") != replace(task, data=""):
         raise DataError(f"{path} is of another recipe, seed or data: remove it to repeat the run")
     return outcome

@@ -5,6 +5,7 @@ their order changes a figure. When a worker dies nothing says which of the runs 
 all of them are suspects and are repeated one at a time, where blame is certain.
 """
 
+import multiprocessing
 import os
 import re
 import signal
@@ -14,10 +15,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from joblib import Parallel, delayed, effective_n_jobs, parallel_config
 
@@ -34,6 +35,7 @@ class WorkerDied(RuntimeError):
 
 
 ATTEMPTS = 3
+_T = TypeVar("_T")
 _ONE_AT_A_TIME = threading.Lock()  # a Dask worker may have several threads; torch's are global
 
 
@@ -147,17 +149,19 @@ def run_all(
     suspects: list[Job] = []
     failures: Counter[str] = Counter()
     given_up: dict[str, str] = {}
-    with _interruptible():
+    with _signals(local=pool.scheduler is None) as signals:
         while waiting or suspects:
+            signals.check()
             alone = bool(suspects)
             batch = [suspects.pop(0)] if alone else list(waiting.values())
-            with closing(_results(batch, data, pool, alone)) as results:
+            with closing(_results(batch, data, pool, alone, signals)) as results:
                 for job, result, in_flight in results:
                     waiting.pop(job.name, None)
                     if isinstance(result, Outcome):
                         keep(result)
                         reporter.finished(job, result, in_flight)
                         continue
+                    signals.check()
                     failures[job.name] += 1
                     if failures[job.name] < ATTEMPTS:
                         suspects.append(job)
@@ -169,7 +173,7 @@ def run_all(
 
 
 def _results(
-    batch: list[Job], data: str | ImageData, pool: Pool, alone: bool
+    batch: list[Job], data: str | ImageData, pool: Pool, alone: bool, signals: "_Signals"
 ) -> Generator[tuple[Job, Outcome | str, int], None, None]:
     """Each job with its outcome, or why there is none, and how many more are under way.
 
@@ -187,10 +191,11 @@ def _results(
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
         try:
             with closing(parallel(calls())) as finished:
-                for name, result in finished:
+                for name, result in signals.waiting_for(finished):
                     job = taken.pop(name)
                     yield job, result, min(width, len(taken))
         except (BrokenExecutor, WorkerDied) as e:
+            signals.check()
             codes = re.search(r"\{(.+?)\}", str(e))
             reason = "its worker died" if alone else "a worker died while it was under way"
             for job in list(taken.values())[:width]:
@@ -242,19 +247,68 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+class _Signals:
+    """SIGINT and SIGTERM, the first of which ends all runs; a study is over when they are.
+
+    An exception in the midst of joblib can leave half a worker, and the end of its pool can meet a
+    thread of its that hands out the next run; both end in a traceback. So workers here are killed,
+    which joblib is made for, and only the wait for those of a cluster is broken off.
+    """
+
+    def __init__(self, *, local: bool) -> None:
+        self.local = local
+        self.first: int | None = None
+        self.waiting = False
+
+    def note(self, signum: int, _: object) -> None:
+        if self.first is None:
+            self.first = signum
+            self.end_runs()
+
+    def end_runs(self) -> None:
+        if self.local:
+            _kill_workers()
+        elif self.waiting:
+            self.check()
+
+    def check(self) -> None:
+        if self.first is not None:
+            raise Interrupted(self.first)
+
+    def waiting_for(self, results: Iterator[_T]) -> Iterator[_T]:
+        """Hand `results` on. After a signal they end, the last one with an exception."""
+        nothing = object()
+        while True:
+            self.waiting = True
+            try:
+                if self.first is not None:  # it may have come before the last worker was there
+                    self.end_runs()
+                result = next(results, nothing)
+            finally:
+                self.waiting = False
+            if result is nothing:
+                return
+            yield result  # type: ignore[misc]
+
+
+def _kill_workers() -> None:
+    """Kill the workers that joblib started for this process; they are its own to restart."""
+    for child in multiprocessing.active_children():
+        if type(child).__module__.startswith("joblib.") and child.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into `Interrupted`, at which joblib stops its workers."""
+def _signals(*, local: bool) -> Iterator[_Signals]:
+    signals = _Signals(local=local)
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield signals
         return
-
-    def stop(signum: int, _: object) -> None:
-        raise Interrupted(signum)
-
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, signals.note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield signals
+        signals.check()
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
