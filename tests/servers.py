@@ -56,7 +56,7 @@ class Server:
     def stop(self, signum: int = 15) -> tuple[int, str]:
         """Exit code and what it said on standard error."""
         self.process.send_signal(signum)
-        _, errors = self.process.communicate(timeout=60)
+        _, errors = self.process.communicate(timeout=200)
         return self.process.returncode, errors
 
 

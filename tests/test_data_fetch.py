@@ -511,7 +511,7 @@ def test_eight_processes_at_once_and_the_one_at_work_is_killed(cache_root):
             assert "another process" in process.stderr.readline()
         assert list(cache_root.glob(".partial-*"))
         first.send_signal(signal.SIGKILL)
-        outputs = [process.communicate(timeout=60) for process in others]
+        outputs = [process.communicate(timeout=200) for process in others]
     assert [process.returncode for process in others] == [0] * 7, outputs
     assert sorted(out.strip() for out, _ in outputs) == ["fetched"] + ["waited"] * 6
     assert len(answers) == 2

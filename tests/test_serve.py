@@ -525,7 +525,7 @@ def refused(*words: str) -> str:
         [sys.executable, "-W", "error", "-m", "normlab", "serve", *words],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
     assert done.returncode == 2
     assert done.stdout == ""
@@ -555,7 +555,7 @@ def test_mistakes_are_one_line(exported: Path, tmp_path: Path) -> None:
             ],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=200,
         ).stderr
     )
 
