@@ -15,6 +15,7 @@ from normlab.serving.limits import Limits
 
 logger = logging.getLogger(__name__)
 
+_GRACE = 1.0  # seconds for a decoder to end by itself
 _TOO_SLOW = "takes too long to decode; make it smaller, or save it anew as PNG or JPEG"
 
 
@@ -124,9 +125,16 @@ class Decoders:
         return process
 
     async def _end(self, process: Process) -> None:
-        if process.returncode is None:
+        # Its input's end ends it, if it has not died of a picture. To kill what has died already
+        # would take its exit code from asyncio, which would then write a warning.
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            async with asyncio.timeout(_GRACE):
+                await process.wait()
+        except TimeoutError:
             process.kill()
-        await process.wait()
+            await process.wait()
         self._all.discard(process)
 
 
