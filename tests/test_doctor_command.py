@@ -31,9 +31,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> normlab.Run:
-    """A run of the recipe `notebook`, 360 steps: its statistics have come to rest."""
+    """A run of the recipe `notebook`, 540 steps: its statistics have come to rest."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    return normlab.train("notebook", data=data, out=out, epochs=8, batch_size=8, threads=1)
+    return normlab.train("notebook", data=data, out=out, epochs=12, batch_size=8, threads=1)
 
 
 def test_a_clean_run_has_nothing_serious(
