@@ -296,3 +296,10 @@ def test_a_single_epoch_without_validation_still_has_a_curve(tmp_path: Path) -> 
     assert [list(line.get_xdata()) for line in ax.lines] == [[125, 250]] * 2
     assert [list(line.get_ydata()) for line in ax.lines] == [[30, 50]] * 2
     assert ax.get_ylabel() == "training accuracy, %"
+
+
+def test_a_report_is_named_only_where_it_is(tmp_path: Path) -> None:
+    study = make_study(tmp_path, BETTER)
+    assert not [line for line in closing_lines(study) if line.startswith("Report")]
+    write_report(study)
+    assert f"Report: {tmp_path / 'report.html'}" in closing_lines(study)

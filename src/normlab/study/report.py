@@ -106,7 +106,10 @@ def closing_lines(study: Study) -> list[str]:
         )
     lines += [f"Tuned: {line}" for line in tuned_lines(study.design)]
     lines += [f"Limit: {limit}" for limit in study.limits]
-    return [*lines, f"Report: {study.path / 'report.html'}", f"Again: {command(study)}"]
+    page = study.path / "report.html"
+    if page.exists():  # a study that was passed on may have its runs alone; the command draws it
+        lines.append(f"Report: {page}")
+    return [*lines, f"Again: {command(study)}"]
 
 
 def tuned_lines(design: Design) -> list[str]:
