@@ -21,6 +21,7 @@ from normlab.layers import (
     Dropout,
     MaxPool2d,
     conv3x3,
+    conv_pool,
     relu_dropout_norm,
 )
 from normlab.random import stream
@@ -219,6 +220,59 @@ def test_convolution_matches_float64(shape: tuple[int, ...], c_out: int) -> None
     theirs = torch.autograd.grad(expected, wide, g.double())
     for a, b in zip((y, *ours), (expected, *theirs), strict=True):
         assert (a - b).abs().max() <= 2e-6 * b.abs().max()
+
+
+WINDOWED = [
+    ((2, 32, 8, 8), 64),
+    ((3, 64, 15, 15), 32),
+    ((40, 32, 15, 16), 64),  # several partial sums, over other tiles than without pooling
+    ((5, 32, 7, 9), 32),
+    ((2, 32, 3, 2), 32),
+]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("shape", "c_out"), WINDOWED)
+def test_convolution_with_pooling_is_one_after_the_other(
+    shape: tuple[int, ...], c_out: int, bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
+    conv = Conv2d(shape[1], c_out, padding=1, bias=bias, rng=stream(0, "conv"))
+    conv.weight.data[1] = 0  # ties in every window, where the first value counts
+    if conv.bias is not None:
+        nn.init.normal_(conv.bias, generator=generator)
+    inputs, pool = [x.requires_grad_(), *conv.parameters()], MaxPool2d(2)
+    y, expected = conv_pool(x, conv, pool), pool(conv(x))
+    assert "_ConvPool" in type(y.grad_fn).__name__
+    assert torch.equal(y, expected)
+    g = torch.randn(y.shape, generator=generator)
+    ours, theirs = (torch.autograd.grad(out, inputs, g) for out in (y, expected))
+    assert torch.equal(ours[0], theirs[0])
+    for a, b in zip(ours, theirs, strict=True):  # sums over tiles, of which there are fewer
+        assert (a - b).abs().max() <= 1e-6 * b.abs().max()
+
+
+def test_pooling_behind_a_convolution_passes_on_what_is_not_finite() -> None:
+    x = torch.zeros(1, 32, 9, 9).contiguous(memory_format=torch.channels_last)
+    x[0, 3, 4, 4] = float("nan")
+    y = conv_pool(x, Conv2d(32, 32, padding=1, rng=stream(0, "conv")), MaxPool2d(2))
+    assert not y[0, :, 1:3, 1:3].isfinite().any()
+    assert y[0, :, 0].isfinite().all()
+
+
+def test_hooks_see_the_map_between_convolution_and_pooling() -> None:
+    x = torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last)
+    conv, pool = Conv2d(32, 32, padding=1, rng=stream(0, "conv")), MaxPool2d(2)
+    seen: list[Tensor] = []
+    with kernels.disabled():
+        expected = conv_pool(x, conv, pool)
+    handle = conv.register_forward_hook(lambda *args: seen.append(args[2]))
+    y = conv_pool(x, conv, pool)
+    handle.remove()
+    assert [m.shape for m in seen] == [(2, 32, 8, 8)]
+    assert torch.equal(y, conv_pool(x, conv, pool))
+    torch.testing.assert_close(y, expected)
 
 
 def test_a_convolution_may_have_no_bias() -> None:

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-INTERFACE = 2  # as in kernels.c: raised there and here whenever a signature changes
+INTERFACE = 3  # as in kernels.c: raised there and here whenever a signature changes
 
 _off = threading.local()
 
@@ -43,8 +43,8 @@ _SIGNATURES = {
     ],
     "normlab_normalize": [*[_POINTER] * 5, _FLOAT, *_SHAPE, _POINTER, _INT],
     "normlab_gradient": [*[_POINTER] * 5, _FLOAT, _FLOAT, *_SHAPE, *[_POINTER] * 3, _INT],
-    "normlab_conv3x3": [*[_POINTER] * 3, *[_LONG] * 5, _INT, _POINTER, _INT],
-    "normlab_conv3x3_gradient": [*[_POINTER] * 2, *[_LONG] * 5, *[_POINTER] * 2, _INT],
+    "normlab_conv3x3": [*[_POINTER] * 3, *[_LONG] * 5, _INT, *[_POINTER] * 2, _INT],
+    "normlab_conv3x3_gradient": [*[_POINTER] * 3, *[_LONG] * 5, *[_POINTER] * 2, _INT],
     "normlab_pool": [_POINTER, *[_LONG] * 4, *[_POINTER] * 2, _INT],
     "normlab_pool_gradient": [*[_POINTER] * 2, *[_LONG] * 4, _POINTER, _INT],
 }
@@ -230,12 +230,16 @@ def gradient(
 def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
     """2 × 2 maxima of `x` (N, C, H, W), channels-last, and which of the four values each is."""
     n, c, h, w = x.shape
-    y, which = (
-        torch.empty((n, c, h // 2, w // 2), dtype=dtype, memory_format=torch.channels_last)
-        for dtype in (torch.float32, torch.uint8)
-    )
+    y, which = _windows(n, c, h, w)
     _call("pool", x, n, h, w, c, y, which)
     return y, which
+
+
+def _windows(n: int, c: int, h: int, w: int) -> tuple[Tensor, Tensor]:
+    """Room for 2 × 2 maxima and their places."""
+    shape = (n, c, h // 2, w // 2)
+    y = torch.empty(shape, memory_format=torch.channels_last)
+    return y, torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
 
 
 def max_pool_gradient(g: Tensor, which: Tensor, x_shape: torch.Size) -> Tensor:
@@ -252,31 +256,44 @@ def convolves(x: Tensor, weight: Tensor) -> bool:
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.shape[2:] != (3, 3):
         return False
     shape, (c_out, c_in) = layout(x), weight.shape[:2]
-    fits = x.ndim == 4 and x.shape[1] == c_in and c_in % 32 == 0 and c_out % 32 == 0
-    return fits and shape is not None and shape[2] == 1
+    if shape is None or shape[2] > 1:
+        return False
+    return x.ndim == 4 and x.shape[1] == c_in and c_in % 32 == 0 and c_out % 32 == 0
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """3 × 3 convolution of `x` (N, I, H, W), zero-padded by 1, stride 1: (N, O, H, W)."""
     (n, c_in, h, w), c_out = x.shape, weight.shape[0]
     y = torch.empty((n, c_out, h, w), memory_format=torch.channels_last)
-    _call("conv3x3", x, weight.contiguous(), bias, n, h, w, c_in, c_out, 0, y)
+    _call("conv3x3", x, weight.contiguous(), bias, n, h, w, c_in, c_out, 0, y, None)
     return y
 
 
+def conv3x3_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`max_pool` of `conv3x3`, which itself is never written."""
+    (n, c_in, h, w), c_out = x.shape, weight.shape[0]
+    y, which = _windows(n, c_out, h, w)
+    _call("conv3x3", x, weight.contiguous(), bias, n, h, w, c_in, c_out, 0, y, which)
+    return y, which
+
+
 def conv3x3_gradients(
-    x: Tensor, weight: Tensor, g: Tensor, *, x_grad: bool
+    x: Tensor, weight: Tensor, g: Tensor, which: Tensor | None = None, *, x_grad: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients with respect to x (None without `x_grad`), kernel and bias, from `g` = dL/dy."""
+    """Gradients with respect to x (None without `x_grad`), kernel and bias, from `g` = dL/dy.
+
+    Args:
+        which: what `conv3x3_max_pool` returned, where y are its maxima.
+    """
     (n, c_in, h, w), c_out = x.shape, weight.shape[0]
     g = g.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous()
     weight_grad, bias_grad = torch.empty_like(weight), g.new_empty(c_out)
-    _call("conv3x3_gradient", x, g, n, h, w, c_in, c_out, weight_grad, bias_grad)
+    _call("conv3x3_gradient", x, g, which, n, h, w, c_in, c_out, weight_grad, bias_grad)
     if not x_grad:
         return None, weight_grad, bias_grad
     dx = torch.empty(x.shape, memory_format=torch.channels_last)
-    _call("conv3x3", g, weight, None, n, h, w, c_in, c_out, 1, dx)
+    _call("conv3x3", g, weight, None, n, h, w, c_in, c_out, 1, dx, which)
     return dx, weight_grad, bias_grad
 
 

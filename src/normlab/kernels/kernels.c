@@ -344,7 +344,7 @@ int normlab_normalize(const float *x, const float *mean, const float *var, const
 }
 
 /* Which signatures these are: a library of another number, from an older build, is not used. */
-int normlab_interface(void) { return 2; }
+int normlab_interface(void) { return 3; }
 
 /* Batch normalisation in training, of x, N x C x S, into y:
  *     mean, var = moments of x, var biased
@@ -427,16 +427,11 @@ static void pool_row(const float *top, const float *bottom, i64 windows, i64 C, 
                                   bottom + (2 * w + 1) * C};
         i64 c = 0;
         for (; c + VEC <= C; c += VEC) {
-            vec best = load(corner[0] + c);
-            ivec at = {0};
-            for (int k = 1; k < 4; k++) {
-                vec v = load(corner[k] + c);
-                ivec better = (v > best) | (v != v);
-                best = (vec)(((ivec)v & better) | ((ivec)best & ~better));
-                at = (((ivec){0} + k) & better) | (at & ~better);
-            }
-            store(y + w * C + c, best);
-            *(bvec *)(which + w * C + c) = __builtin_convertvector(at, bvec);
+            vec v[4];
+            ivec at;
+            for (int k = 0; k < 4; k++) v[k] = load(corner[k] + c);
+            store(y + w * C + c, maximum(v, &at));
+            store_places(which + w * C + c, at);
         }
         for (; c < C; c++) {
             int at = 0;
@@ -458,7 +453,7 @@ static void pool_row_gradient(const float *g, const uint8_t *which, i64 windows,
         i64 c = 0;
         for (; c + VEC <= C; c += VEC) {
             ivec gv = (ivec)load(g + w * C + c);
-            ivec at = __builtin_convertvector(*(const bvec *)(which + w * C + c), ivec);
+            ivec at = load_places(which + w * C + c);
             for (int k = 0; k < 4; k++) store(corner[k] + c, (vec)(gv & (at == k)));
         }
         for (; c < C; c++)

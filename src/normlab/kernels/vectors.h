@@ -26,8 +26,27 @@ typedef int64_t i64;
 
 static inline vec load(const float *p) { return *(const vec *)p; }
 static inline void store(float *p, vec v) { *(vec *)p = v; }
+/* Where maxima were; in two steps, as GCC 12 would widen bytes to four one by one. */
+static inline ivec load_places(const uint8_t *p) {
+    return __builtin_convertvector(__builtin_convertvector(*(const bvec *)p, hvec), ivec);
+}
+static inline void store_places(uint8_t *p, ivec at) {
+    *(bvec *)p = __builtin_convertvector(at, bvec);
+}
 /* x - 0 is x, -0 too, so this is nothing but a broadcast. */
 static inline vec splat(float x) { return x - (vec){0}; }
+
+/* The largest of the 2 x 2 values v, the first of equals, or a NaN; `at` is which of them. */
+static inline vec maximum(const vec v[4], ivec *at) {
+    vec best = v[0];
+    *at = (ivec){0};
+    for (int k = 1; k < 4; k++) {
+        ivec better = (v[k] > best) | (v[k] != v[k]);
+        best = (vec)(((ivec)v[k] & better) | ((ivec)best & ~better));
+        *at = (((ivec){0} + k) & better) | (*at & ~better);
+    }
+    return best;
+}
 
 /* Past the caches to memory: for outputs that no cache would hold until they are read, this saves
  * reading what is overwritten. `p` is aligned to a register. Ends with `fence`. */

@@ -18,6 +18,9 @@
  * All matrices hold 0, 1, -1 and 1/2, so rounding stays that of the direct sum, times a small factor.
  * Images are N x H x W x C; C is a multiple of 32 on both sides.
  *
+ * A tile of the output is a window of 2 x 2 pooling, too. Where the maxima are all that is wanted, the
+ * output itself is never written, nor is its gradient: `which` says where in each window g belongs.
+ *
  * Transformed tiles lie in strips of 32 channels, POINTS x C/32 x room x 32, transformed kernels too,
  * POINTS x O/32 x I x 32: what a product reads is contiguous and small, whatever C is.
  */
@@ -33,8 +36,9 @@ typedef struct {
     i64 N, H, W, down, across; /* down x across tiles an image */
 } grid_t;
 
-static grid_t grid(i64 N, i64 H, i64 W) {
-    return (grid_t){N, H, W, (H + 1) / 2, (W + 1) / 2};
+/* Whole windows only: an odd last row or column is pooled away. */
+static grid_t grid(i64 N, i64 H, i64 W, int whole) {
+    return (grid_t){N, H, W, (H + !whole) / 2, (W + !whole) / 2};
 }
 
 static i64 tiles_of(const grid_t *s) { return s->N * s->down * s->across; }
@@ -68,6 +72,21 @@ static void output_pixels(float *y, const grid_t *s, i64 C, i64 t, float *outsid
         }
 }
 
+/* B' d B of the 4 x 4 pixels `d`, to `out` and every `step` from there. */
+static inline void store_input(const vec d[16], float *out, i64 step) {
+    UNROLL for (int i = 0; i < 4; i++) {
+        vec r[4];
+        UNROLL for (int j = 0; j < 4; j++) {
+            vec a = d[j], b = d[4 + j], e = d[8 + j], f = d[12 + j];
+            r[j] = i == 0 ? a - e : i == 1 ? b + e : i == 2 ? e - b : b - f;
+        }
+        store(out + (4 * i + 0) * step, r[0] - r[2]);
+        store(out + (4 * i + 1) * step, r[1] + r[2]);
+        store(out + (4 * i + 2) * step, r[2] - r[1]);
+        store(out + (4 * i + 3) * step, r[1] - r[3]);
+    }
+}
+
 /* V = B' x B of `count` tiles from `first`, in strips of `room` rows. */
 static void transform_input(const float *x, const grid_t *s, i64 C, i64 first, int count, i64 room,
                             const float *zeros, float *V) {
@@ -76,56 +95,98 @@ static void transform_input(const float *x, const grid_t *s, i64 C, i64 first, i
         input_pixels(x, s, C, first + t, zeros, p);
         for (i64 c = 0; c < C; c += VEC) {
             vec d[16];
-            UNROLL for (int j = 0; j < 4; j++) {
-                vec a = load(p[j] + c), b = load(p[4 + j] + c), e = load(p[8 + j] + c),
-                    f = load(p[12 + j] + c);
-                d[j] = a - e;
-                d[4 + j] = b + e;
-                d[8 + j] = e - b;
-                d[12 + j] = b - f;
-            }
-            float *out = V + at(t, c, room);
-            UNROLL for (int i = 0; i < 4; i++) {
-                vec *r = d + 4 * i;
-                store(out + (4 * i + 0) * room * C, r[0] - r[2]);
-                store(out + (4 * i + 1) * room * C, r[1] + r[2]);
-                store(out + (4 * i + 2) * room * C, r[2] - r[1]);
-                store(out + (4 * i + 3) * room * C, r[1] - r[3]);
-            }
+            UNROLL for (int k = 0; k < 16; k++) d[k] = load(p[k] + c);
+            store_input(d, V + at(t, c, room), room * C);
         }
     }
 }
 
-/* y = A' M A + bias of `count` tiles from `first`. */
+/* The same of the image whose windows hold the values g where `which` says, and zeros. Of the 3 x 3
+ * windows around, the middle one gives all its four pixels, those beside it two, the corners one. */
+static void transform_windows(const float *g, const uint8_t *which, const grid_t *s, i64 C,
+                              i64 first, int count, i64 room, const float *zeros, float *V) {
+    i64 down = s->H / 2, across = s->W / 2;
+    for (int t = 0; t < count; t++) {
+        i64 n = (first + t) / (s->down * s->across), rest = (first + t) % (s->down * s->across);
+        i64 top = rest / s->across - 1, left = rest % s->across - 1;
+        const float *values[9];
+        const uint8_t *places[9];
+        for (int k = 0; k < 9; k++) {
+            i64 r = top + k / 3, c = left + k % 3;
+            int inside = r >= 0 && r < down && c >= 0 && c < across;
+            i64 window = inside ? ((n * down + r) * across + c) * C : 0;
+            values[k] = inside ? g + window : zeros;
+            places[k] = which + window;
+        }
+        for (i64 c = 0; c < C; c += VEC) {
+            ivec value[9], place[9];
+            UNROLL for (int k = 0; k < 9; k++) {
+                value[k] = (ivec)load(values[k] + c);
+                place[k] = load_places(places[k] + c);
+            }
+            vec d[16];
+            UNROLL for (int i = 0; i < 4; i++)
+                UNROLL for (int j = 0; j < 4; j++) {
+                    int k = (i + 1) / 2 * 3 + (j + 1) / 2, corner = (i + 1) % 2 * 2 + (j + 1) % 2;
+                    d[4 * i + j] = (vec)(value[k] & (place[k] == corner));
+                }
+            store_input(d, V + at(t, c, room), room * C);
+        }
+    }
+}
+
+/* A' M A + bias, the 2 x 2 pixels of the tile whose points are `in` and every `step` from there. */
+static inline void load_output(const float *in, i64 step, vec bias, vec y[4]) {
+    vec top[4], bottom[4];
+    UNROLL for (int j = 0; j < 4; j++) {
+        vec m1 = load(in + (4 + j) * step), m2 = load(in + (8 + j) * step);
+        top[j] = load(in + j * step) + m1 + m2;
+        bottom[j] = m1 - m2 - load(in + (12 + j) * step);
+    }
+    y[0] = top[0] + top[1] + top[2] + bias;
+    y[1] = top[1] - top[2] - top[3] + bias;
+    y[2] = bottom[0] + bottom[1] + bottom[2] + bias;
+    y[3] = bottom[1] - bottom[2] - bottom[3] + bias;
+}
+
+/* y = A' M A + bias of `count` tiles from `first`; with `which`, the maxima and where they are. */
 static void transform_output(const float *M, const grid_t *s, i64 C, i64 first, int count,
-                             const float *bias, float *outside, float *y) {
+                             const float *bias, float *outside, float *y, uint8_t *which) {
     for (int t = 0; t < count; t++) {
         float *p[4];
-        output_pixels(y, s, C, first + t, outside, p);
+        i64 window = (first + t) * C;
+        if (!which) output_pixels(y, s, C, first + t, outside, p);
         for (i64 c = 0; c < C; c += VEC) {
-            const float *in = M + at(t, c, TILES);
-            vec top[4], bottom[4], b = bias ? load(bias + c) : (vec){0};
-            UNROLL for (int j = 0; j < 4; j++) {
-                vec m1 = load(in + (4 + j) * TILES * C), m2 = load(in + (8 + j) * TILES * C);
-                top[j] = load(in + j * TILES * C) + m1 + m2;
-                bottom[j] = m1 - m2 - load(in + (12 + j) * TILES * C);
-            }
-            store(p[0] + c, top[0] + top[1] + top[2] + b);
-            store(p[1] + c, top[1] - top[2] - top[3] + b);
-            store(p[2] + c, bottom[0] + bottom[1] + bottom[2] + b);
-            store(p[3] + c, bottom[1] - bottom[2] - bottom[3] + b);
+            vec out[4];
+            load_output(M + at(t, c, TILES), TILES * C, bias ? load(bias + c) : (vec){0}, out);
+            if (which) {
+                ivec place;
+                store(y + window + c, maximum(out, &place));
+                store_places(which + window + c, place);
+            } else
+                UNROLL for (int k = 0; k < 4; k++) store(p[k] + c, out[k]);
         }
     }
 }
 
-/* U = A g A' of `count` tiles from `first`, in strips; sums (C) grows by the tiles' sums. */
-static void transform_gradient(const float *g, const grid_t *s, i64 C, i64 first, int count,
-                               i64 room, float *zeros, float *U, float *sums) {
+/* U = A g A' of `count` tiles from `first`, in strips; sums (C) grows by the tiles' sums. With
+ * `which`, g holds one value a tile. */
+static void transform_gradient(const float *g, const uint8_t *which, const grid_t *s, i64 C,
+                               i64 first, int count, i64 room, float *zeros, float *U,
+                               float *sums) {
     for (int t = 0; t < count; t++) {
         float *p[4];
-        output_pixels((float *)g, s, C, first + t, zeros, p);
+        i64 window = (first + t) * C;
+        if (!which) output_pixels((float *)g, s, C, first + t, zeros, p);
         for (i64 c = 0; c < C; c += VEC) {
-            vec a = load(p[0] + c), b = load(p[1] + c), d = load(p[2] + c), e = load(p[3] + c);
+            vec a, b, d, e;
+            if (which) {
+                ivec value = (ivec)load(g + window + c);
+                ivec place = load_places(which + window + c);
+                a = (vec)(value & (place == 0)), b = (vec)(value & (place == 1));
+                d = (vec)(value & (place == 2)), e = (vec)(value & (place == 3));
+            } else
+                a = load(p[0] + c), b = load(p[1] + c), d = load(p[2] + c), e = load(p[3] + c);
             vec left[4] = {a, a + d, a - d, -d}, right[4] = {b, b + e, b - e, -e};
             store(sums + c, load(sums + c) + (left[1] + right[1]));
             float *out = U + at(t, c, room);
@@ -242,10 +303,12 @@ static void product_over_tiles(const float *V, const float *U, int rows, i64 roo
 
 /* y (N x H x W x O) = convolution of x (N x H x W x I) with w (O x I x 3 x 3), plus bias (may be
  * NULL). Turned: x is the gradient of y, N x H x W x O, and y that of x, N x H x W x I.
+ * With `which` (may be NULL), the 2 x 2 maxima N x H/2 x W/2 x O stand in place of the convolution
+ * itself; `which`, of their shape, is written, or read where turned.
  * Returns 0, or -1 when memory is short. */
 int normlab_conv3x3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64 W, i64 I,
-                    i64 O, int turned, float *y, int threads) {
-    grid_t s = grid(N, H, W);
+                    i64 O, int turned, float *y, uint8_t *which, int threads) {
+    grid_t s = grid(N, H, W, which && !turned);
     i64 tiles = tiles_of(&s), blocks = (tiles + TILES - 1) / TILES;
     i64 from = turned ? O : I, to = turned ? I : O;
     float *U = malloc(POINTS * I * O * sizeof(float));
@@ -268,11 +331,13 @@ int normlab_conv3x3(const float *x, const float *w, const float *bias, i64 N, i6
         for (i64 b = 0; b < blocks; b++) {
             if (!V) continue;
             int count = (int)min64(TILES, tiles - b * TILES);
-            transform_input(x, &s, from, b * TILES, count, TILES, zeros, V);
+            if (which && turned)
+                transform_windows(x, which, &s, from, b * TILES, count, TILES, zeros, V);
+            else transform_input(x, &s, from, b * TILES, count, TILES, zeros, V);
             for (int p = 0; p < POINTS; p++)
                 product(V + p * TILES * from, U + p * from * to, count, from, to,
                         M + p * TILES * to);
-            transform_output(M, &s, to, b * TILES, count, bias, outside, y);
+            transform_output(M, &s, to, b * TILES, count, bias, outside, y, turned ? NULL : which);
         }
         free(V);
     }
@@ -286,11 +351,12 @@ static i64 room_for(i64 channels) {
     return TILES * (blocks < 1 ? 1 : min64(blocks, 8));
 }
 
-/* Gradients of the kernel, dw (O x I x 3 x 3), and of the bias, db (O), from x and g = dL/dy.
+/* Gradients of the kernel, dw (O x I x 3 x 3), and of the bias, db (O), from x and g = dL/dy, of the
+ * maxima with `which` (may be NULL).
  * Partial sums, as many as the shape wants whatever the threads are, so that these change no bit. */
-int normlab_conv3x3_gradient(const float *x, const float *g, i64 N, i64 H, i64 W, i64 I, i64 O,
-                             float *dw, float *db, int threads) {
-    grid_t s = grid(N, H, W);
+int normlab_conv3x3_gradient(const float *x, const float *g, const uint8_t *which, i64 N, i64 H,
+                             i64 W, i64 I, i64 O, float *dw, float *db, int threads) {
+    grid_t s = grid(N, H, W, which != NULL);
     i64 tiles = tiles_of(&s), room = room_for(I + O);
     int count_of_parts = (int)min64(16, 1 + tiles / (4 * room));
     i64 size = POINTS * I * O + O; /* of a part: D, POINTS x I x O, and the sums of g */
@@ -314,7 +380,7 @@ int normlab_conv3x3_gradient(const float *x, const float *g, i64 N, i64 H, i64 W
             for (i64 t = begin; V && t < end; t += room) {
                 int count = (int)min64(room, end - t);
                 transform_input(x, &s, I, t, count, room, zeros, V);
-                transform_gradient(g, &s, O, t, count, room, zeros, U, D + POINTS * I * O);
+                transform_gradient(g, which, &s, O, t, count, room, zeros, U, D + POINTS * I * O);
                 for (int p = 0; p < POINTS; p++)
                     product_over_tiles(V + p * room * I, U + p * room * O, count, room, I, O,
                                        D + p * I * O);

@@ -16,6 +16,7 @@ from torch.nn.functional import conv2d, relu
 from normlab import kernels
 from normlab.layers.batchnorm import BatchNorm, needed
 from normlab.layers.dropout import Dropout, draws
+from normlab.layers.weights import Conv2d
 
 
 def relu_dropout_norm(
@@ -128,17 +129,54 @@ class _ConvOfInput(torch.autograd.Function):
         return None, weight_grad, g.sum((0, 2, 3)), None, None
 
 
+def conv_pool(x: Tensor, conv: nn.Module, pool: nn.Module) -> Tensor:
+    """pool(conv(x)) for `x` (N, C, H, W), without the map between where both are compiled."""
+    if (
+        not isinstance(conv, Conv2d)
+        or conv.padding != (1, 1)
+        or not isinstance(pool, MaxPool2d)
+        or not pool.compiled(x)
+        or not kernels.convolves(x, conv.weight)
+        or _hooked(conv)
+        or _hooked(pool)
+    ):
+        return pool(conv(x))  # type: ignore[no-any-return]
+    y: Tensor = _ConvPool.apply(x, conv.weight, conv.bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _ConvPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y, which = kernels.conv3x3_max_pool(x, weight, bias)
+        ctx.save_for_backward(x, weight, which)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, which = ctx.saved_tensors
+        x_grad = ctx.needs_input_grad[0]
+        return needed(ctx, *kernels.conv3x3_gradients(x, weight, g, which, x_grad=x_grad))
+
+
 class MaxPool2d(nn.MaxPool2d):
     """Maxima of windows; 2 × 2 ones of channels-last images remember them in a byte each."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, ⌊H/2⌋, ⌊W/2⌋) for 2 × 2 windows."""
-        shape = kernels.layout(x) if x.ndim == 4 and min(x.shape[2:]) > 1 else None
-        plain = (self.kernel_size, self.stride, self.padding, self.dilation) == (2, 2, 0, 1)
-        if shape is None or shape[2] > 1 or not plain or self.ceil_mode or self.return_indices:
+        if not self.compiled(x):
             return super().forward(x)  # type: ignore[no-any-return]
         y: Tensor = _MaxPool.apply(x)  # type: ignore[no-untyped-call]
         return y
+
+    def compiled(self, x: Tensor) -> bool:
+        """Whether the compiled pass does this, of maps of the size of `x`."""
+        shape = kernels.layout(x)
+        if shape is None or shape[2] > 1 or x.ndim != 4 or min(x.shape[2:]) < 2:
+            return False
+        plain = (self.kernel_size, self.stride, self.padding, self.dilation) == (2, 2, 0, 1)
+        return plain and not self.ceil_mode and not self.return_indices
 
 
 class _MaxPool(torch.autograd.Function):

@@ -11,6 +11,7 @@ from normlab.layers import (
     Dropout,
     Flatten,
     MaxPool2d,
+    conv_pool,
     norm_conv,
     normalizer,
     relu_dropout_norm,
@@ -74,9 +75,9 @@ class NotebookNet(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)  # convolutions and kernels like it so
         h = norm_conv(x, self.batch_normalization, self.conv1)  # (N, 32, 30, 30)
         h = self.activate(h, self.dropout, self.batch_normalization_1, rng)
-        h = self.pool1(self.conv2(h))  # (N, 32, 15, 15)
+        h = conv_pool(h, self.conv2, self.pool1)  # (N, 32, 15, 15)
         h = self.activate(h, None, self.batch_normalization_2)
-        h = self.flatten(self.pool2(self.conv3(h)))  # (N, 3136)
+        h = self.flatten(conv_pool(h, self.conv3, self.pool2))  # (N, 3136)
         h = self.activate(h, self.dropout_1, self.batch_normalization_3, rng)
         h = self.hidden(h)  # (N, 512)
         h = self.activate(h, self.dropout_2, self.batch_normalization_4, rng)
