@@ -1,4 +1,4 @@
-"""Build the optional kernels: one C file, compiled for each instruction set.
+"""Build the optional kernels: C files, compiled for each instruction set.
 
 Without a compiler the package installs all the same and uses its PyTorch code.
 `normlab.kernels` chooses among the variants when it is first used.
@@ -22,7 +22,7 @@ setup(
     ext_modules=[
         Extension(
             f"normlab.kernels._{name}",
-            ["src/normlab/kernels/kernels.c", "src/normlab/kernels/winograd.c"],
+            [f"src/normlab/kernels/{source}.c" for source in ("kernels", "winograd", "pixels")],
             depends=["src/normlab/kernels/vectors.h"],
             extra_compile_args=[*FLAGS, *flags],
             optional=True,

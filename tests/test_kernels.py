@@ -22,6 +22,7 @@ from normlab.layers import (
     MaxPool2d,
     conv3x3,
     conv_pool,
+    norm_conv,
     relu_dropout_norm,
 )
 from normlab.random import stream
@@ -273,6 +274,60 @@ def test_hooks_see_the_map_between_convolution_and_pooling() -> None:
     assert [m.shape for m in seen] == [(2, 32, 8, 8)]
     assert torch.equal(y, conv_pool(x, conv, pool))
     torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("c_in", [3, 32])
+def test_the_bits_of_convolutions_do_not_depend_on_the_number_of_threads(c_in: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, c_in, 16, 15, generator=generator)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_(c_in > 3)
+    norm, pool = BatchNorm(3), MaxPool2d(2)
+    conv = Conv2d(c_in, 32, padding=int(c_in > 3), rng=stream(0, "conv"))
+    results: list[tuple[Tensor, ...]] = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        y = conv_pool(x, conv, pool) if c_in > 3 else norm_conv(x, norm, conv)
+        inputs = [t for t in (x, *conv.parameters()) if t.requires_grad]
+        results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "c_out"), [((4, 3, 32, 32), 32), ((3, 3, 9, 8), 64), ((1, 3, 3, 11), 32)]
+)
+def test_convolution_of_pixels_matches_float64(shape: tuple[int, ...], c_out: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(c_out, 3, 3, 3, generator=generator), torch.randn(c_out)
+    assert kernels.convolves_pixels(x, weight)
+    y = kernels.conv_pixels(x, weight, bias)
+    g = torch.randn(y.shape, generator=generator)
+    ours = kernels.conv_pixels_gradients(x, g)
+    wide = [t.double().requires_grad_() for t in (weight, bias)]
+    expected = conv2d(x.double(), *wide)
+    theirs = torch.autograd.grad(expected, wide, g.double())
+    for a, b in zip((y, *ours), (expected, *theirs), strict=True):
+        assert (a - b).abs().max() <= 1e-6 * b.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [
+        ((2, 3, 9, 7), (32, 3, 3, 3)),  # too narrow for the windows worked on together
+        ((2, 3, 9, 9), (24, 3, 3, 3)),
+        ((2, 3, 9, 9), (32, 3, 5, 5)),
+        ((2, 1, 9, 9), (32, 1, 3, 3)),
+    ],
+)
+def test_other_convolutions_of_pixels_are_left_to_pytorch(
+    shape: tuple[int, ...], kernel: tuple[int, ...]
+) -> None:
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    assert not kernels.convolves_pixels(x, torch.randn(kernel))
+    assert not kernels.convolves_pixels(x.contiguous(), torch.randn(32, 3, 3, 3))
 
 
 def test_a_convolution_may_have_no_bias() -> None:

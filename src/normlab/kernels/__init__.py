@@ -1,9 +1,10 @@
 """Optional compiled passes over memory; without them everything runs on PyTorch alone.
 
-`kernels.c` holds the passes and `setup.py` compiles it when the package is installed, once for each
-instruction set. The variant is the one PyTorch chose for itself (`ATEN_CPU_CAPABILITY` changes
-both). The threads are PyTorch's own: the library has no OpenMP runtime and binds to the one that
-PyTorch has loaded, so there is one pool, and `torch.set_num_threads` holds.
+`kernels.c` holds the passes, `winograd.c` and `pixels.c` the convolutions; `setup.py` compiles them
+when the package is installed, once for each instruction set. The variant is the one PyTorch chose
+for itself (`ATEN_CPU_CAPABILITY` changes both). The threads are PyTorch's own: the library has no
+OpenMP runtime and binds to the one that PyTorch has loaded, so there is one pool, and
+`torch.set_num_threads` holds.
 
 A function here takes tensors for which `layout` is not None; callers ask that first and keep their
 formula in PyTorch beside it.
@@ -45,6 +46,8 @@ _SIGNATURES = {
     "normlab_gradient": [*[_POINTER] * 5, _FLOAT, _FLOAT, *_SHAPE, *[_POINTER] * 3, _INT],
     "normlab_conv3x3": [*[_POINTER] * 3, *[_LONG] * 5, _INT, *[_POINTER] * 2, _INT],
     "normlab_conv3x3_gradient": [*[_POINTER] * 3, *[_LONG] * 5, *[_POINTER] * 2, _INT],
+    "normlab_conv_pixels": [*[_POINTER] * 3, *[_LONG] * 4, _POINTER, _INT],
+    "normlab_conv_pixels_gradient": [*[_POINTER] * 2, *[_LONG] * 4, *[_POINTER] * 2, _INT],
     "normlab_pool": [_POINTER, *[_LONG] * 4, *[_POINTER] * 2, _INT],
     "normlab_pool_gradient": [*[_POINTER] * 2, *[_LONG] * 4, _POINTER, _INT],
 }
@@ -295,6 +298,33 @@ def conv3x3_gradients(
     dx = torch.empty(x.shape, memory_format=torch.channels_last)
     _call("conv3x3", g, weight, None, n, h, w, c_in, c_out, 1, dx, which)
     return dx, weight_grad, bias_grad
+
+
+def convolves_pixels(x: Tensor, weight: Tensor) -> bool:
+    """Whether `conv_pixels` takes channels-last `x` (N, 3, H, W) and `weight` (O, 3, 3, 3)."""
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return False
+    shape, c_out = layout(x), len(weight)
+    if shape is None or shape[1:] != (3, 1) or x.ndim != 4:
+        return False
+    return weight.shape[1:] == (3, 3, 3) and c_out % 32 == 0 and x.shape[2] > 2 and x.shape[3] > 7
+
+
+def conv_pixels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """3 × 3 convolution of `x` (N, 3, H, W), not padded, stride 1: (N, O, H − 2, W − 2)."""
+    (n, _, h, w), c_out = x.shape, len(weight)
+    y = torch.empty((n, c_out, h - 2, w - 2), memory_format=torch.channels_last)
+    _call("conv_pixels", x, weight.contiguous(), bias, n, h, w, c_out, y)
+    return y
+
+
+def conv_pixels_gradients(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to kernel and bias, from `g` = dL/dy."""
+    (n, _, h, w), c_out = x.shape, g.shape[1]
+    g = g.contiguous(memory_format=torch.channels_last)
+    weight_grad, bias_grad = g.new_empty((c_out, 3, 3, 3)), g.new_empty(c_out)
+    _call("conv_pixels_gradient", x, g, n, h, w, c_out, weight_grad, bias_grad)
+    return weight_grad, bias_grad
 
 
 def _shape(x: Tensor) -> tuple[int, int, int]:

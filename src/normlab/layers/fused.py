@@ -116,12 +116,18 @@ class _ConvOfInput(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.dilation = stride, dilation
+        plain = (*stride, *dilation) == (1, 1, 1, 1)
+        ctx.compiled = plain and kernels.convolves_pixels(x, weight)
+        if ctx.compiled:
+            return kernels.conv_pixels(x, weight, bias)
         return conv2d(x, weight, bias, stride, dilation=dilation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        if ctx.compiled:
+            return None, *kernels.conv_pixels_gradients(x, g), None, None
         _, weight_grad, _ = torch.ops.aten.convolution_backward(
             *(g, x, weight, None, ctx.stride, (0, 0), ctx.dilation, False, (0, 0), 1),
             output_mask=(False, True, False),
