@@ -1,4 +1,4 @@
-"""What every recipe scored over its seeds, from what `scripts/headline.py` kept."""
+"""What every recipe scored over its seeds, from what `benchmarks.headline` kept."""
 
 import json
 import statistics

@@ -96,8 +96,9 @@ def machine(result: Result) -> str:
     m = result["machine"]
     entries = [e for group in result["groups"].values() for e in group["entries"].values()]
     seen = dict.fromkeys(entry["version"] for entry in entries)
-    load = f"load {result['load_at_start']:.2f} at the start"
-    quiet = load if result["quiet"] else f"**a busy machine ({load}): these figures mean little**"
+    share = result["others_share"]
+    took = "what others took is not known" if share is None else f"others took {share:.1%} of it"
+    quiet = took if result["quiet"] else f"**a busy machine ({took}): these figures mean little**"
     return (
         f"{m['cpu']}, {m['cores']} cores, {m['cpu_capability']}; {m['threads']} threads; "
         f"{m['platform']}; Python {m['python']}; {'; '.join(seen)}; {quiet}; "

@@ -15,10 +15,10 @@ from typing import Any
 
 from benchmarks import groups
 from benchmarks.contestant import Options
+from benchmarks.others import Others, is_quiet
 from benchmarks.rounds import BenchError, Group, measure
 
 ROOT = Path(__file__).parents[1]
-QUIET_LOAD = 0.3  # a core
 
 
 PARTS = ("training", "accuracy", "layers", "inference", "start-up")
@@ -47,7 +47,7 @@ def cores() -> int:
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Measure what is asked for; the result as it is kept."""
-    started, load = time.time(), os.getloadavg()[0]
+    started, others = time.time(), Others()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         machine = pool.submit(_prepare, folder, args.data, args.threads).result()
@@ -56,8 +56,6 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "commit": _commit(),
         "quick": args.quick,
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "load_at_start": load,
-        "quiet": load <= QUIET_LOAD * machine["cores"],
         "machine": machine,
         "groups": measure_groups(args, Options(folder, args.threads, {})),
     }
@@ -66,7 +64,13 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
         rounds = 2 if args.quick else 7
         result["start_up"] = measure_start_up(args.data, args.threads, rounds)
-    return {**result, "seconds": time.time() - started}
+    share = others.share()
+    return {
+        **result,
+        "others_share": share,
+        "quiet": is_quiet(share),
+        "seconds": time.time() - started,
+    }
 
 
 def measure_groups(args: argparse.Namespace, options: Options) -> dict[str, Any]:

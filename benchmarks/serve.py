@@ -1,6 +1,6 @@
 """How fast `normlab serve` answers over loopback: one client at a time, and many in parallel.
 
-    python benchmarks/serve.py runs/0001-fast79 --out docs/results/serve.json
+    python -m benchmarks.serve runs/0001-fast79 --out docs/results/serve.json
 
 The server is the real command in a process of its own; clients are threads of another, each with
 one connection that stays open. Every request sends one picture of CIFAR-10 as PNG, or a photograph
@@ -12,7 +12,6 @@ import argparse
 import io
 import json
 import multiprocessing
-import os
 import re
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.others import Others
 from normlab.data import load
 from normlab.environment import cores, describe
 
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     command = [sys.executable, "-m", "normlab", "serve", options.model, "--port", "0"]
-    load_before = os.getloadavg()
+    others = Others()
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
@@ -149,11 +149,11 @@ def main() -> None:
         server.wait()
     machine = describe(cores(), torch.device("cpu"))
     result = {
-        "command": f"python benchmarks/serve.py MODEL --seconds {options.seconds:g}",
+        "command": f"python -m benchmarks.serve MODEL --seconds {options.seconds:g}",
         "model": Path(options.model).name,
         "rows": rows,
         "machine": {k: machine[k] for k in ("cpu", "cores", "platform", "python", "normlab")},
-        "load_average_before": [round(x, 2) for x in load_before],
+        "others_share": others.share(),
         "versions": {n: version(n) for n in ("fastapi", "uvicorn", "onnxruntime", "pillow")},
     }
     if options.out:

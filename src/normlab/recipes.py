@@ -142,7 +142,7 @@ def fast79() -> Recipe:
     (Zen 4), 2 cores, AVX-512, compiled kernels, PyTorch 2.13.0, Python 3.11.7. Without compiled
     kernels 1.2 times as long. The untuned twin, `--norm none`: 0.6062 ± 0.0196, n = 10.
 
-        python scripts/headline.py fast79 --seeds 10 --threads 2
+        python -m benchmarks.headline fast79 --seeds 10 --threads 2
     """
     return Recipe(
         name="fast79",
@@ -167,7 +167,7 @@ def fast84() -> Recipe:
     of each picture; 52.6 s (49.8 to 54.3; the seven seeds that were timed) with two threads; AMD
     EPYC (Zen 4), 2 cores, AVX-512, compiled kernels, PyTorch 2.13.0, Python 3.11.7.
 
-        python scripts/headline.py fast84 --seeds 10 --threads 2
+        python -m benchmarks.headline fast84 --seeds 10 --threads 2
     """
     return replace(
         fast79(), name="fast84", epochs=4, batch_size=250, schedule="to_zero", half_size=0.5
@@ -180,7 +180,7 @@ def fast90() -> Recipe:
     Accuracy 0.9050 on 5,000 validation images after training on the other 45,000; one seed, 471 s
     of one core's time on a busy machine (docs/results/tuning.jsonl).
 
-        python scripts/headline.py fast90 --seeds 5 --threads 2
+        python -m benchmarks.headline fast90 --seeds 5 --threads 2
     """
     return replace(fast84(), name="fast90", model="fast-wide", epochs=9, half_size=0.4, shift=2)
 

@@ -1,55 +1,28 @@
 """Train a recipe from seeds 0…n−1 on all training images and keep every test score.
 
-    python scripts/headline.py fast79 --seeds 10
-    python scripts/headline.py fast79 --seeds 10 --norm none
-    python scripts/headline.py fast84 --seeds 1 --no-kernels
+    python -m benchmarks.headline fast79 --seeds 10
+    python -m benchmarks.headline fast79 --seeds 10 --norm none
+    python -m benchmarks.headline fast84 --seeds 1 --no-kernels
 
 One JSON a run in docs/results/headline/RECIPE/; seeds that have theirs are not run again. A time
 counts only where the machine was `quiet`: nobody else took more than 5 % of it meanwhile.
 """
 
 import argparse
-import os
 import resource
 import statistics
 import tempfile
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import normlab
+from benchmarks.others import Others, is_quiet
 from normlab import kernels, recipes
 from normlab.files import write_json
 from normlab.runs import Run, read_json
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "headline"
-QUIET = 0.05
-
-
-class Others:
-    """What share of the machine's processor time others took since this was made."""
-
-    def __init__(self) -> None:
-        self.began = self._now()
-
-    def share(self) -> float | None:
-        """From 0 to 1; None on systems without /proc/stat."""
-        if self.began is None:
-            return None
-        wall, busy, own = (a - b for a, b in zip(self._now() or (), self.began, strict=True))
-        return max(0.0, (busy - own) / (wall * (os.cpu_count() or 1)))
-
-    @staticmethod
-    def _now() -> tuple[float, float, float] | None:
-        """Seconds: on the clock, of all processors at work, of this process."""
-        try:
-            with open("/proc/stat", encoding="ascii") as f:
-                user, nice, system, _, _, irq, softirq, *_ = map(int, f.readline().split()[1:])
-        except OSError:
-            return None
-        busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-        return time.perf_counter(), busy, time.process_time()
 
 
 def record(run: Run, others: float | None) -> dict[str, Any]:
@@ -66,7 +39,7 @@ def record(run: Run, others: float | None) -> dict[str, Any]:
         "evaluation_seconds": result["evaluation_seconds"],
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "others_share": others,
-        "quiet": others is not None and others <= QUIET,
+        "quiet": is_quiet(others),
         "weights_sha256": result["weights_sha256"],
         "compiled_kernels": kernels.available(),
         "environment": run.environment,
