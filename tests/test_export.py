@@ -93,10 +93,11 @@ def test_onnx_answers_as_the_run(runs: dict[str, Run], name: str, tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "model.onnx"]
 
 
+@pytest.mark.parametrize("size", [17, 32, 33])
 @pytest.mark.parametrize("bounded", [True, False])
-def test_either_way_around_relu(bounded: bool) -> None:
-    """One bound for all channels, or a convolution of each channel: ONNX Runtime computes both."""
-    model = NotebookNet(seed=3).eval()
+def test_either_way_around_relu(bounded: bool, size: int) -> None:
+    """One bound for all channels, or a convolution of ones: ONNX Runtime computes both."""
+    model = NotebookNet(image_size=size, seed=3).eval()
     generator = torch.Generator().manual_seed(2)
     for i, norm in enumerate((model.batch_normalization_1, model.batch_normalization_2)):
         assert isinstance(norm, BatchNorm)
@@ -107,11 +108,11 @@ def test_either_way_around_relu(bounded: bool) -> None:
             norm.weight.normal_(0, 1, generator=generator)
             norm.weight[3] = 0
             norm.bias[i] = 0 if bounded else 5 * norm.weight[i].sign()
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
-    graph = onnx_graph.build(fold(chain_of(model, 32)), 10)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, size, size, 3), dtype=np.uint8)
+    graph = onnx_graph.build(fold(chain_of(model, size)), 10)
     count = Counter(node.op_type for node in graph.graph.node)
-    assert (count["Clip"], count["Conv"]) == ((2, 3) if bounded else (0, 5))
-    assert not set(count) & {"Add", "Mul", "Sub", "BatchNormalization"}
+    assert (count["Clip"], count["Conv"], count["Add"]) == ((2, 3, 0) if bounded else (0, 7, 2))
+    assert not set(count) & {"Mul", "Sub", "BatchNormalization"}
     session = InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     (answers,) = session.run(None, {"images": pixels})
     expected = predict_logits(model, pixels).double().softmax(1)

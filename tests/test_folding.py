@@ -1,5 +1,7 @@
 """Folding changes no answer: in float64, against the unfolded steps and the networks themselves."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,6 @@ from torch.nn import functional as F
 from normlab import UserError
 from normlab.export.folding import PRECISION_LIMIT, fold, fold_before
 from normlab.export.steps import (
-    Affine,
     Array,
     Chain,
     Clip,
@@ -22,6 +23,7 @@ from normlab.export.steps import (
     MaxPool,
     Norm,
     Relu,
+    Shift,
     Step,
     chain_of,
 )
@@ -49,11 +51,14 @@ def _computed(step: Step, h: torch.Tensor) -> torch.Tensor:
         case Conv():
             kernel, bias = torch.from_numpy(step.kernel), torch.from_numpy(step.bias)
             near, far = step.padding, step.padding - step.trim
-            z = F.conv2d(F.pad(h, (near, far, near, far)), kernel, stride=step.stride)
-            return z + (bias if bias.ndim == 3 else bias.view(-1, 1, 1))
-        case Affine():
-            scale, shift = (torch.from_numpy(v).view(-1, 1, 1) for v in (step.scale, step.shift))
-            return scale * h + shift
+            border = (near, far, near, far)
+            z = F.conv2d(F.pad(h, border), kernel, bias, step.stride)
+            if step.of_ones is None:
+                return z
+            ones = F.pad(torch.ones_like(h[:1, :1]), border)
+            return z + F.conv2d(ones, torch.from_numpy(step.of_ones)[:, None], stride=step.stride)
+        case Shift():
+            return h + torch.from_numpy(step.shift).view(-1, 1, 1)
         case Dense():
             return h @ torch.from_numpy(step.kernel).T + torch.from_numpy(step.bias)
         case Relu():
@@ -149,12 +154,8 @@ def test_a_norm_between_relu_and_a_padded_convolution(
     chain = Chain(size, (first, *middle, norm, random_conv(rng, 5, 4, k=k, padding=padding)))
     folded = fold(chain)
     kinds = {type(s) for s in folded.steps}
-    assert kinds == {
-        Conv,
-        *([MaxPool] if pooled else []),
-        *([Clip] if opposite else [Relu, Affine]),
-    }
-    assert ("what it makes of 0 has the sign of" in "".join(folded.kept)) != opposite
+    assert kinds == {Conv, *([MaxPool] if pooled else []), Clip if opposite else Relu}
+    assert folded.kept == ()
     x = rng.normal(size=(2, 3, size, size))
     expected = computed(chain, x)
     np.testing.assert_allclose(computed(folded, x), expected, rtol=1e-11, atol=1e-10)
@@ -165,7 +166,8 @@ def test_a_bound_too_near_to_nothing_is_not_divided_by() -> None:
     norm = random_norm(rng, 4, positive=True)
     norm.beta[:] = norm.scale * norm.mean - np.array([1, 1, 1, 1e-9])
     conv = random_conv(rng, 4, 2, padding=1)
-    assert isinstance(fold(Chain(6, (conv, Relu(), norm, conv))).steps[2], Affine)
+    folded = fold(Chain(6, (conv, Relu(), norm, conv)))
+    assert [type(s) for s in folded.steps] == [Conv, Relu, Conv]
 
 
 def test_pixels_keep_the_subtraction_of_their_mean() -> None:
@@ -174,7 +176,7 @@ def test_pixels_keep_the_subtraction_of_their_mean() -> None:
     norm.beta[:] = 0
     chain = Chain(6, (norm, random_conv(rng, 3, 2, padding=1)))
     folded = fold(chain)
-    assert [type(s) for s in folded.steps] == [Affine, Conv]
+    assert [type(s) for s in folded.steps] == [Shift, Conv]
     assert folded.kept == ()
     x = rng.normal(size=(2, 3, 6, 6))
     np.testing.assert_allclose(computed(folded, x), computed(chain, x), rtol=0, atol=1e-11)
@@ -184,7 +186,7 @@ def test_pixels_keep_the_subtraction_of_their_mean() -> None:
 def test_what_a_pooling_leaves_out_is_not_computed(size: int, trim: int) -> None:
     rng = np.random.default_rng(6)
     conv = random_conv(rng, 3, 4, padding=1)
-    norm = random_norm(rng, 3)  # its map of biases is trimmed, too
+    norm = random_norm(rng, 3)  # what it adds at the border is trimmed, too
     chain = Chain(size, (norm, conv, MaxPool(), Relu(), random_conv(rng, 4, 2, padding=1)))
     folded = fold(chain)
     assert [s.trim for s in folded.steps if isinstance(s, Conv)] == [trim, 0]
@@ -204,9 +206,12 @@ def test_a_norm_before_a_dense_layer() -> None:
 
 def test_the_border_has_nine_values() -> None:
     rng = np.random.default_rng(1)
-    folded = fold_before(random_norm(rng, 4), random_conv(rng, 4, 2, padding=1), 8)
-    assert folded.bias.shape == (2, 8, 8)
-    for values in folded.bias:
+    conv = random_conv(rng, 4, 2, padding=1)
+    folded = fold_before(random_norm(rng, 4), conv)
+    assert isinstance(folded, Conv)
+    only = replace(folded, kernel=np.zeros_like(folded.kernel))
+    added = computed(Chain(8, (only,)), np.zeros((1, 4, 8, 8)))[0]
+    for values in added:
         assert len(np.unique(values.round(10))) == 9
         assert np.ptp(values[1:-1, 1:-1]) < 1e-12
 

@@ -17,16 +17,17 @@ With y = a·x + b for each channel, a = γ/σ and b = β − a·μ (σ = √(σ�
 
         = s·|b| · max((|a|·z + s·b)/|b|, −1)
 
-    A runtime computes that with the convolution, as it does ReLU. Where some s·b ≥ 0 the
-    normalisation stays. So does the subtraction of a mean from pixels before such a convolution.
+    A runtime computes that with the convolution, as it does ReLU.
 
-    Elsewhere, what b adds to a zero-padded convolution depends on the place. It is the zero-padded
-    convolution of the constant image b, computed here once:
+    Where some s·b ≥ 0, or no ReLU is before: what b adds to a zero-padded convolution depends on
+    the place. It is the same convolution of the image of ones, 1, with another kernel:
 
-        W ∗₀ (a·x + b) + c = (a·W) ∗₀ x + (c + B),    B = W ∗₀ b·1,    (O, H, W)
+        W ∗₀ (a·x + b) + c = (a·W) ∗₀ x + c + (Σ W·b) ∗₀ 1,    Σ over input channels
 
-    For a 3 × 3 kernel B has nine distinct values a channel: centre, four edges, four corners. It is
-    exact for every γ, zero and negative ones included, but adding it is a pass over the output.
+    For a 3 × 3 kernel it has nine distinct values a channel: centre, four edges, four corners. It
+    is exact for every γ, zero and negative ones included, and costs a pass over the output.
+
+    The subtraction of a mean from pixels before such a convolution stays: three channels are less.
 
     convolution before it, with a maximum over windows in between or none: the maximum commutes with
     a·x + b for a ≥ 0 only, so channels with a < 0 are not folded behind a pooling.
@@ -37,12 +38,12 @@ Folding subtracts a·μ from sums of the size of a·μ. Where |μ|/σ is large, 
 difference; beyond `PRECISION_LIMIT` the normalisation stays, computed as γ/σ·(x − μ) + β.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from normlab.export.steps import (
-    Affine,
     Array,
     Chain,
     Clip,
@@ -52,6 +53,7 @@ from normlab.export.steps import (
     MaxPool,
     Norm,
     Relu,
+    Shift,
     Step,
 )
 
@@ -78,14 +80,13 @@ def fold(chain: Chain) -> Chain:
                 f"more than {PRECISION_LIMIT:g}, and float32 would lose the difference"
             )
             continue
+        if _fold_around_relu(steps, i):
+            continue
         before, after = _conv_before(steps, i), steps[i + 1]
-        if isinstance(after, Conv) and after.padding and _conv_of_relu(steps, i) is not None:
-            _fold_around_relu(steps, i, kept)
-        elif isinstance(after, Conv) and after.padding and not norm.beta.any():
-            steps[i : i + 2] = _fold_scale(norm, after)
+        if i == 0 and isinstance(after, Conv) and after.padding and not norm.beta.any():
+            steps[:2] = _fold_scale(norm, after)
         elif isinstance(after, Conv | Dense):
-            size = map_size(steps[:i], chain.image_size)
-            steps[i : i + 2] = [fold_before(norm, after, size)]
+            steps[i : i + 2] = [fold_before(norm, after)]
         elif before is not None:
             steps[before : i + 1] = _fold_behind(steps[before : i + 1], norm, kept)
         else:
@@ -94,28 +95,30 @@ def fold(chain: Chain) -> Chain:
     return Chain(chain.image_size, tuple(steps), tuple(kept))
 
 
-def fold_before(norm: Norm, layer: Conv | Dense, size: int) -> Conv | Dense:
-    """`layer` such that it does alone what `norm` and `layer` do; its input is size × size."""
+def fold_before(norm: Norm, layer: Conv | Dense) -> Conv | Dense:
+    """`layer` such that it does alone what `norm` and `layer` do."""
     scale, shift = norm.scale, norm.shift
     if isinstance(layer, Dense):
         bias = layer.bias + layer.kernel @ shift
         return replace(layer, kernel=layer.kernel * scale, bias=bias)
     kernel = layer.kernel * scale[:, None, None]
-    if layer.padding == 0:
-        bias = layer.bias + np.einsum("ochw,c->o", layer.kernel, shift)
-        return replace(layer, kernel=kernel, bias=bias)
-    constant = np.einsum("ochw,c->ohw", layer.kernel, shift)  # what b adds at each kernel position
-    border = _of_ones(constant, size, layer.padding, layer.stride)
-    return replace(layer, kernel=kernel, bias=_by_place(layer.bias) + border)
+    added = np.einsum("ochw,c->ohw", layer.kernel, shift)  # at each position of the kernel
+    if layer.padding:
+        return replace(layer, kernel=kernel, of_ones=added)
+    return replace(layer, kernel=kernel, bias=layer.bias + added.sum((1, 2)))
 
 
 def fold_after(conv: Conv, scale: Array, shift: Array) -> Conv:
     """`conv` such that it does alone what `conv` and scale·x + shift, each (O,), do."""
-    bias = (conv.bias.T * scale + shift).T  # (O,) or (O, H, W)
-    return replace(conv, kernel=conv.kernel * scale[:, None, None, None], bias=bias)
+    return replace(
+        conv,
+        kernel=conv.kernel * scale[:, None, None, None],
+        bias=conv.bias * scale + shift,
+        of_ones=None if conv.of_ones is None else conv.of_ones * scale[:, None, None],
+    )
 
 
-def map_size(steps: list[Step], image_size: int) -> int:
+def map_size(steps: Sequence[Step], image_size: int) -> int:
     """Height and width of what comes out of `steps`."""
     size = image_size
     for step in steps:
@@ -125,18 +128,6 @@ def map_size(steps: list[Step], image_size: int) -> int:
         elif isinstance(step, MaxPool):
             size //= 2
     return size
-
-
-def _of_ones(kernel: Array, size: int, padding: int, stride: int) -> Array:
-    """Convolve the image of ones, size × size and zero-padded, with each of `kernel` (O, h, w)."""
-    ones = np.pad(np.ones((size, size)), padding)
-    windows = np.lib.stride_tricks.sliding_window_view(ones, kernel.shape[1:])
-    border: Array = np.einsum("yxhw,ohw->oyx", windows[::stride, ::stride], kernel)
-    return border
-
-
-def _by_place(bias: Array) -> Array:
-    return bias if bias.ndim == 3 else bias[:, None, None]
 
 
 def _conv_before(steps: list[Step], i: int) -> int | None:
@@ -155,42 +146,37 @@ def _conv_of_relu(steps: list[Step], i: int) -> int | None:
     return _conv_before(steps, j) if j >= 0 and isinstance(steps[j], Relu) else None
 
 
-def _fold_around_relu(steps: list[Step], i: int, kept: list[str]) -> None:
-    """Fold the normalisation at `i` into the convolutions around it, or turn it into an `Affine`.
+def _fold_around_relu(steps: list[Step], i: int) -> bool:
+    """Fold the normalisation at `i` into the bound of the ReLU before it, if that can be done.
 
-    Before it is a ReLU, the poolings around that, and a convolution; behind it a zero-padded one.
+    Around the ReLU may be poolings; before these is a convolution, and behind `i` a padded one.
     """
-    norm, after = steps[i], steps[i + 1]
+    norm, after, j = steps[i], steps[i + 1], _conv_of_relu(steps, i)
     assert isinstance(norm, Norm)
-    assert isinstance(after, Conv)
+    if j is None or not (isinstance(after, Conv) and after.padding):
+        return False
     a, b = norm.scale, norm.shift
     zero = a == 0  # then y is b: whatever the convolution before computes is multiplied by 0
     sign = np.where(zero, np.where(b < 0, -1, 1), np.sign(a))
     bound = sign * b
-    hopeless = ~zero & (bound > -SMALLEST_BOUND * np.abs(norm.gamma))
-    if hopeless.any():
-        steps[i] = Affine(norm.name, a, b)
-        kept.append(
-            f"{norm.name} stays, as a 1 × 1 convolution of each channel: in {hopeless.sum()} of "
-            f"{len(a)} channels what it makes of 0 has the sign of γ, and with {after.name}'s "
-            "padding of zeros a dearer pass would have to replace it"
-        )
-        return
+    if (~zero & (bound > -SMALLEST_BOUND * np.abs(norm.gamma))).any():
+        return False
     size = np.where(zero, 1, np.abs(b))
-    j = _conv_of_relu(steps, i)
-    assert j is not None
     before = steps[j]
     assert isinstance(before, Conv)
     steps[j] = fold_after(before, np.abs(a) / size, bound / size)
     between: list[Step] = [Clip(-1.0) if isinstance(s, Relu) else s for s in steps[j + 1 : i]]
     scaled = replace(after, kernel=after.kernel * (sign * size)[:, None, None])
     steps[j + 1 : i + 2] = [*between, scaled]
+    return True
 
 
 def _fold_scale(norm: Norm, conv: Conv) -> list[Step]:
     """Leave only the subtraction of the mean before `conv`; β is 0, so 0 stays what is padded."""
-    centring = Affine(norm.name, np.ones_like(norm.mean), -norm.mean)
-    return [centring, replace(conv, kernel=conv.kernel * norm.scale[:, None, None])]
+    return [
+        Shift(norm.name, -norm.mean),
+        replace(conv, kernel=conv.kernel * norm.scale[:, None, None]),
+    ]
 
 
 def _fold_behind(steps: list[Step], norm: Norm, kept: list[str]) -> list[Step]:
@@ -243,6 +229,5 @@ def _trimmed(steps: list[Step], image_size: int) -> list[Step]:
             continue
         behind = [s for s in steps[i + 1 :] if not isinstance(s, Relu | Clip)]
         if behind and isinstance(behind[0], MaxPool) and map_size(steps[: i + 1], image_size) % 2:
-            bias = conv.bias if conv.bias.ndim == 1 else conv.bias[:, :-1, :-1]
-            steps[i] = replace(conv, bias=bias, trim=1)
+            steps[i] = replace(conv, trim=1)
     return steps

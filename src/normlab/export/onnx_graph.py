@@ -12,9 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from normlab.export.certificate import Certificate, Check
-from normlab.export.folding import fold
+from normlab.export.folding import fold, map_size
 from normlab.export.steps import (
-    Affine,
     Array,
     Chain,
     Clip,
@@ -25,6 +24,7 @@ from normlab.export.steps import (
     MaxPool,
     Norm,
     Relu,
+    Shift,
     Step,
     chain_of,
 )
@@ -44,9 +44,17 @@ class _Nodes:
         self.arrays: list[onnx.TensorProto] = []
         self.flat = False  # whether channels are the last dimension
 
-    def add(self, op: str, name: str, arrays: Sequence[Array] = (), **attributes: Any) -> None:
-        """Add a node that takes the last output and `arrays`, rounded to float32."""
-        inputs = [self.last]
+    def add(
+        self,
+        op: str,
+        name: str,
+        arrays: Sequence[Array] = (),
+        *,
+        takes: Sequence[str] = (),
+        **attributes: Any,
+    ) -> None:
+        """Add a node that takes the last output, or those named, and `arrays` as float32."""
+        inputs = [*takes] or [self.last]
         for i, array in enumerate(arrays):
             inputs.append(f"{name}.{i}")
             self.arrays.append(numpy_helper.from_array(array.astype(np.float32), inputs[-1]))
@@ -60,7 +68,11 @@ def build(chain: Chain, num_classes: int) -> onnx.ModelProto:
     nodes.add("Transpose", "channels_first", perm=[0, 3, 1, 2])
     nodes.add("Cast", "pixels", to=TensorProto.FLOAT)
     for i, step in enumerate(chain.steps):
-        _add(nodes, step, f"step{i}")
+        if isinstance(step, Conv):
+            size = map_size(chain.steps[:i], chain.image_size)
+            _add_conv(nodes, step, size, chain.image_size)
+        else:
+            _add(nodes, step, f"step{i}")
     nodes.add("Softmax", "probabilities", axis=1)
     size = chain.image_size
     graph = helper.make_graph(
@@ -84,10 +96,8 @@ def _add(nodes: _Nodes, step: Step, name: str) -> None:
     match step:
         case Norm():
             _add_norm(nodes, step)
-        case Affine():
-            _add_affine(nodes, step)
-        case Conv():
-            _add_conv(nodes, step)
+        case Shift():
+            nodes.add("Add", step.name, [step.shift[:, None, None]])
         case Dense():
             nodes.add("Gemm", step.name, [step.kernel, step.bias], transB=1)
         case Relu():
@@ -105,18 +115,28 @@ def _add(nodes: _Nodes, step: Step, name: str) -> None:
             nodes.flat = True
 
 
-def _add_conv(nodes: _Nodes, conv: Conv) -> None:
-    uniform, far = conv.bias.ndim == 1, conv.padding - conv.trim
-    nodes.add(
-        "Conv",
-        conv.name,
-        [conv.kernel, conv.bias] if uniform else [conv.kernel],
-        kernel_shape=conv.kernel.shape[2:],
-        pads=[conv.padding, conv.padding, far, far],
-        strides=[conv.stride] * 2,
-    )
-    if not uniform:
-        nodes.add("Add", f"{conv.name}.border", [conv.bias])
+def _add_conv(nodes: _Nodes, conv: Conv, size: int, image_size: int) -> None:
+    """Add a convolution of a map of size × size."""
+    far = conv.padding - conv.trim
+    attributes = {
+        "kernel_shape": conv.kernel.shape[2:],
+        "pads": [conv.padding, conv.padding, far, far],
+        "strides": [conv.stride] * 2,
+    }
+    if conv.of_ones is None:
+        nodes.add("Conv", conv.name, [conv.kernel, conv.bias], **attributes)
+        return
+    # A runtime computes a convolution and the addition of another, of as many images, at once. So
+    # the ones come from the pixels, by a kernel of zeros with bias 1; its strides give the size.
+    source, stride = nodes.last, image_size // size
+    k = image_size - stride * (size - 1)
+    ones = [np.zeros((1, 3, k, k)), np.ones(1)]
+    shape = {"kernel_shape": [k, k], "strides": [stride] * 2}
+    nodes.add("Conv", f"{conv.name}.ones", ones, takes=["pixels"], **shape)
+    nodes.add("Conv", f"{conv.name}.border", [conv.of_ones[:, None]], **attributes)
+    border = nodes.last
+    nodes.add("Conv", conv.name, [conv.kernel, conv.bias], takes=[source], **attributes)
+    nodes.add("Add", f"{conv.name}.bordered", takes=[conv.name, border])
 
 
 def _add_norm(nodes: _Nodes, norm: Norm) -> None:
@@ -125,15 +145,6 @@ def _add_norm(nodes: _Nodes, norm: Norm) -> None:
     nodes.add("Sub", f"{norm.name}.centred", [norm.mean.reshape(shape)])
     nodes.add("Mul", f"{norm.name}.scaled", [norm.scale.reshape(shape)])
     nodes.add("Add", norm.name, [norm.beta.reshape(shape)])
-
-
-def _add_affine(nodes: _Nodes, step: Affine) -> None:
-    """A convolution of each channel by itself keeps ONNX Runtime in its blocked layout."""
-    if (step.scale == 1).all():  # of pixels, which are in no such layout
-        nodes.add("Add", step.name, [step.shift[:, None, None]])
-        return
-    kernel, channels = step.scale[:, None, None, None], len(step.scale)
-    nodes.add("Conv", step.name, [kernel, step.shift], group=channels, kernel_shape=[1, 1])
 
 
 def described(run: Run, model: nn.Module) -> tuple[onnx.ModelProto, tuple[str, ...]]:

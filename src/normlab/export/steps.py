@@ -42,12 +42,14 @@ class Norm:
 
 @dataclass(frozen=True)
 class Conv:
-    """Convolution with kernel (O, C, h, w) and bias: (O,), or (O, H, W) where it differs by place.
+    """Convolution with kernel (O, C, h, w) and bias (O,).
 
     Attributes:
         padding: width of the border of zeros.
         trim: how much narrower the border is below and on the right: rows and columns of the
             output that the pooling behind it would leave out.
+        of_ones: a kernel (O, h, w) whose convolution of the image of ones is added, bordered as
+            the input is: what a normalisation before the border of zeros adds, place by place.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Conv:
     padding: int
     stride: int = 1
     trim: int = 0
+    of_ones: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,10 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Affine:
-    """y = scale·x + shift for each channel, each (C,): what folding leaves of a normalisation."""
+class Shift:
+    """x + shift for each channel, (C,): what folding leaves of a normalisation of pixels."""
 
     name: str
-    scale: Array
     shift: Array
 
 
@@ -103,7 +105,7 @@ class Flatten:
     """(N, C, H, W) → (N, C·H·W)."""
 
 
-Step = Norm | Affine | Conv | Dense | Relu | Clip | MaxPool | GlobalMax | Flatten
+Step = Norm | Shift | Conv | Dense | Relu | Clip | MaxPool | GlobalMax | Flatten
 
 
 @dataclass(frozen=True)
