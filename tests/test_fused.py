@@ -1,5 +1,7 @@
 """The fused stages equal the layers that they stand for."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 from normlab import kernels
-from normlab.layers import BatchNorm, Conv2d, Dropout, norm_conv, relu_dropout_norm
+from normlab.layers import BatchNorm, Conv2d, Dropout, norm_conv, relu_dropout, relu_dropout_norm
 from normlab.models import NotebookNet
 from normlab.random import stream
 
@@ -46,6 +48,20 @@ def test_relu_dropout_norm_is_the_composition(shape: tuple[int, ...], rate: floa
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
     assert torch.equal(results[0][1] == 0, results[1][1] == 0)  # the same values were cut
+
+
+@pytest.mark.parametrize("shape", [(6, 32, 9, 9), (5, 3, 4, 4), (33, 130), (1, 1)])
+def test_relu_dropout_is_the_composition(shape: tuple[int, ...]) -> None:
+    results: list[tuple[Tensor, ...]] = []
+    for fused in (True, False):
+        z, dropout, rng = images(*shape).requires_grad_(), Dropout(0.3), stream(0, "drop")
+        with nullcontext() if fused else kernels.disabled():
+            h = relu_dropout(z, dropout, rng) if fused else dropout(relu(z), rng)
+        g = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        grads = torch.autograd.grad(h, [z], g)
+        results.append((h.detach(), *grads, torch.tensor(int(rng.integers(1 << 60)))))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.skipif(not kernels.available(), reason="installed without a compiler")

@@ -42,6 +42,8 @@ _SIGNATURES = {
         *[_POINTER, _POINTER, _DOUBLE, _DOUBLE, _POINTER],  # running statistics, see `Running`
         *[_POINTER, _POINTER, _POINTER, _INT],  # mean, variance, y
     ],
+    "normlab_relu_dropout": [*[_POINTER] * 2, ctypes.c_int32, _FLOAT, _LONG, _POINTER, _INT],
+    "normlab_relu_dropout_gradient": [*[_POINTER] * 2, _FLOAT, _LONG, _POINTER, _INT],
     "normlab_normalize": [*[_POINTER] * 5, _FLOAT, *_SHAPE, _POINTER, _INT],
     "normlab_gradient": [*[_POINTER] * 5, _FLOAT, _FLOAT, *_SHAPE, *[_POINTER] * 3, _INT],
     "normlab_conv3x3": [*[_POINTER] * 3, *[_LONG] * 5, _INT, *[_POINTER] * 2, _INT],
@@ -189,6 +191,20 @@ def relu_dropout_batch_norm(
         *(h, *dropout, weight, bias, eps, *_shape(z), *(running or NO_RUNNING), mean, var, y),
     )
     return y, h, mean, var
+
+
+def relu_dropout(z: Tensor, draws: NDArray[np.uint16], threshold: int, scale: float) -> Tensor:
+    """max(z, 0)·(scale where draw ≥ threshold, else 0), for `z` of matrix layout."""
+    h = torch.empty_like(z)
+    _call("relu_dropout", z, draws.ctypes.data, threshold, scale, z.numel(), h)
+    return h
+
+
+def relu_dropout_gradient(h: Tensor, g: Tensor, scale: float) -> Tensor:
+    """The gradient of `relu_dropout`, whose output is `h`, with respect to its z."""
+    dz = torch.empty_like(h)
+    _call("relu_dropout_gradient", h, like(g, h), scale, h.numel(), dz)
+    return dz
 
 
 def normalize(

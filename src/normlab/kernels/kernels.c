@@ -17,6 +17,7 @@
 #define STRIP 128         /* channels of one work item */
 #define CHUNKS 32         /* at most so many work items along the rows */
 #define FOLD 512          /* elementwise passes run over at least so many values at a time */
+#define PIECE (1 << 12)   /* values of one work item of a pass without channels */
 #define LARGE (1 << 22)   /* values, 16 MiB: outputs from here on are streamed past the caches */
 
 #define EACH_REG _Pragma("GCC unroll 8") for (int k = 0; k < REGS; k++)
@@ -370,6 +371,24 @@ int normlab_forward(float *x, const float *z, const uint16_t *draws, int32_t thr
     if (!failed && batches) ++*batches;
     free(m);
     return failed ? -1 : normlab_normalize(x, mean, var, weight, bias, eps, N, C, S, y, threads);
+}
+
+/* h = relu_dropout(z), with nothing behind it. */
+int normlab_relu_dropout(const float *z, const uint16_t *draws, int32_t threshold, float scale,
+                         i64 size, float *h, int threads) {
+    PARALLEL_FOR
+    for (i64 at = 0; at < size; at += PIECE)
+        relu_dropout(z + at, draws + at, threshold, scale, h + at, min64(PIECE, size - at));
+    return 0;
+}
+
+/* Its gradient, dz = scale*g where h is not 0, from g = dL/dh. */
+int normlab_relu_dropout_gradient(const float *h, const float *g, float scale, i64 size, float *dz,
+                                  int threads) {
+    PARALLEL_FOR
+    for (i64 at = 0; at < size; at += PIECE)
+        for (i64 i = at; i < min64(at + PIECE, size); i++) dz[i] = h[i] != 0.0f ? g[i] * scale : 0.0f;
+    return 0;
 }
 
 /* The gradient of normlab_forward, from g = dL/dy:

@@ -24,8 +24,7 @@ def relu_dropout_norm(
 ) -> Tensor:
     """norm(dropout(relu(z), rng)) for `z` (N, C) or channels-last (N, C, H, W)."""
     if not _batch_normalizes(norm) or _hooked(dropout) or not _is_matrix(z, norm):
-        h = relu(z)
-        return norm(h if dropout is None else dropout(h, rng))  # type: ignore[no-any-return]
+        return norm(relu_dropout(z, dropout, rng))  # type: ignore[no-any-return]
     norm.check(z)
     source = None if dropout is None else dropout.source(rng)
     y: Tensor = _ReluDropoutBatchNorm.apply(  # type: ignore[no-untyped-call]
@@ -66,6 +65,34 @@ class _ReluDropoutBatchNorm(torch.autograd.Function):
         return needed(ctx, *grads, None, None, None)
 
 
+def relu_dropout(
+    z: Tensor, dropout: Dropout | None, rng: np.random.Generator | None = None
+) -> Tensor:
+    """dropout(relu(z), rng) for `z` (N, C) or channels-last (N, C, H, W)."""
+    source = None if dropout is None or _hooked(dropout) else dropout.source(rng)
+    shape = kernels.layout(z)
+    if dropout is None or source is None or shape is None or shape[2] > 1:
+        h = relu(z)
+        return h if dropout is None else dropout(h, rng)
+    y: Tensor = _ReluDropout.apply(z, dropout, source)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _ReluDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, dropout: Dropout, source: np.random.Generator) -> Tensor:
+        words, ctx.scale = draws(z.numel(), source), dropout.scale
+        h = kernels.relu_dropout(z, words, dropout.threshold, dropout.scale)
+        ctx.save_for_backward(h)
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (h,) = ctx.saved_tensors
+        return kernels.relu_dropout_gradient(h, g, ctx.scale), None, None
+
+
 def norm_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d) -> Tensor:
     """conv(norm(x)) for pixels `x` (N, C, H, W), which need no gradient.
 
@@ -76,27 +103,36 @@ def norm_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d) -> Tensor:
     so that their gradients follow from that of the kernel, and the gradient with respect to the
     image, as costly as the convolution itself, is never computed.
     """
-    if (
-        not _batch_normalizes(norm)
-        or x.requires_grad
-        or _hooked(conv)
-        or conv.padding != (0, 0)
-        or conv.groups != 1
-        or conv.bias is None
-        or x.dtype != conv.weight.dtype
-    ):
+    if conv.bias is None or not _convolves_input(conv, x):
         return conv(norm(x))  # type: ignore[no-any-return]
-    norm.check(x)
-    x_hat = norm.standardize(x)
     weight, bias = conv.weight, conv.bias  # (O, C, h, w), (O,)
-    if norm.bias is not None:
-        bias = bias + torch.einsum("oihw,i->o", weight, norm.bias)
-    if norm.weight is not None:
-        weight = weight * norm.weight.view(1, -1, 1, 1)
+    if _batch_normalizes(norm):
+        norm.check(x)
+        x = norm.standardize(x)
+        if norm.bias is not None:
+            bias = bias + torch.einsum("oihw,i->o", weight, norm.bias)
+        if norm.weight is not None:
+            weight = weight * norm.weight.view(1, -1, 1, 1)
+    else:
+        x = norm(x)
+        if x.requires_grad:  # by way of γ and β
+            return conv(x)  # type: ignore[no-any-return]
     y: Tensor = _ConvOfInput.apply(  # type: ignore[no-untyped-call]
-        x_hat, weight, bias, conv.stride, conv.dilation
+        x, weight, bias, conv.stride, conv.dilation
     )
     return y
+
+
+def _convolves_input(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether `_ConvOfInput` does what `conv` would do of `x`, which a tracer may have replaced."""
+    return (
+        isinstance(x, Tensor)
+        and not x.requires_grad
+        and not _hooked(conv)
+        and conv.padding == (0, 0)
+        and conv.groups == 1
+        and x.dtype == conv.weight.dtype
+    )
 
 
 class _ConvOfInput(torch.autograd.Function):

@@ -14,6 +14,7 @@ from normlab.layers import (
     conv_pool,
     norm_conv,
     normalizer,
+    relu_dropout,
     relu_dropout_norm,
 )
 from normlab.random import stream
@@ -93,6 +94,5 @@ class NotebookNet(nn.Module):
     ) -> Tensor:
         """ReLU, dropout and normaliser in the order that `norm_position` asks for."""
         if self.norm_first:
-            h = torch.relu(norm(h))
-            return h if dropout is None else dropout(h, rng)
+            return relu_dropout(norm(h), dropout, rng)
         return relu_dropout_norm(h, dropout, norm, rng)
