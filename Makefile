@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 INSTALL := -m pip install --disable-pip-version-check --quiet --constraint
 PIP := $(BIN)/python $(INSTALL) constraints.txt
 BENCH_PIP := $(BENCH)/bin/python $(INSTALL) $(BENCH)/constraints.txt
-INPUTS := pyproject.toml constraints.txt setup.py $(wildcard src/normlab/kernels/*.c)
+INPUTS := pyproject.toml constraints.txt setup.py $(wildcard src/normlab/kernels/*.[ch])
 
 .PHONY: run compare bench test check soak torture fuzz clean
 .DELETE_ON_ERROR:
