@@ -12,6 +12,7 @@ import argparse
 import resource
 import statistics
 import tempfile
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,17 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results" / "headline"
 def record(run: Run, others: float | None) -> dict[str, Any]:
     """What is kept of a run."""
     result, flip = run.result or {}, run.evaluate(views="flip")
+    started = time.perf_counter()
+    shift = run.evaluate(views="shift")
+    shift_seconds = time.perf_counter() - started
     return {
         "recipe": run.task.recipe.as_dict(),
         "seed": run.task.seed,
         "test_accuracy": result["test_accuracy"],
         "test_loss": result["test_loss"],
         "test_accuracy_flip": flip.accuracy,
+        "test_accuracy_shift": shift.accuracy,
+        "shift_seconds": shift_seconds,
         "train_seconds": result["train_seconds"],
         "data_seconds": result["data_seconds"],
         "evaluation_seconds": result["evaluation_seconds"],

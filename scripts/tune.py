@@ -21,7 +21,7 @@ from normlab import recipes
 from normlab.data import load
 from normlab.data.batches import split_validation
 from normlab.environment import describe, settings
-from normlab.fit import Plan, State, fit, score
+from normlab.fit import Plan, State, fit, predict_logits, score
 from normlab.models import MODELS
 from normlab.optim import make_optimizer
 
@@ -69,10 +69,12 @@ def main() -> None:
         fit(plan, state, device)
         seconds, processor = time.perf_counter() - started, time.process_time() - processor
         loss, accuracy = score(model, validation, device)
+        seen = predict_logits(model, validation.images, device, views="shift").argmax(1).numpy()
     line = {
         "recipe": recipe.as_dict() | network,
         "seed": arguments.seed,
         "val_accuracy": accuracy,
+        "val_accuracy_shift": float((seen == validation.labels).mean()),
         "val_loss": loss,
         "seconds": round(seconds, 1),
         "processor_seconds": round(processor, 1),
