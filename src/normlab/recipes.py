@@ -140,7 +140,7 @@ def fast79() -> Recipe:
     of each picture, 0.8079 with the mirrored view as well; 17.1 s (15.7 to 18.0) with two threads;
     at most 1.2 GiB. All 50,000 images, the first 30 % of the steps at 16 × 16 pixels. AMD EPYC
     (Zen 4), 2 cores, AVX-512, compiled kernels, PyTorch 2.13.0, Python 3.11.7. Without compiled
-    kernels 1.2 times as long. The untuned twin, `--norm none`: 0.6062 ± 0.0196, n = 10.
+    kernels 1.3 times as long. The untuned twin, `--norm none`: 0.6062 ± 0.0196, n = 10.
 
         python -m benchmarks.headline fast79 --seeds 10 --threads 2
     """

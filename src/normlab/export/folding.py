@@ -19,8 +19,11 @@ With y = a·x + b for each channel, a = γ/σ and b = β − a·μ (σ = √(σ�
 
     A runtime computes that with the convolution, as it does ReLU.
 
-    Where some s·b ≥ 0, or no ReLU is before: what b adds to a zero-padded convolution depends on
-    the place. It is the same convolution of the image of ones, 1, with another kernel:
+    Where some s·b ≥ 0 the normalisation stays, as a 1 × 1 convolution of each channel: the pass
+    over the output that the way below takes is dearer than that.
+
+    Where no ReLU is before: what b adds to a zero-padded convolution depends on the place. It is
+    the same convolution of the image of ones, 1, with another kernel:
 
         W ∗₀ (a·x + b) + c = (a·W) ∗₀ x + c + (Σ W·b) ∗₀ 1,    Σ over input channels
 
@@ -44,6 +47,7 @@ from dataclasses import replace
 import numpy as np
 
 from normlab.export.steps import (
+    Affine,
     Array,
     Chain,
     Clip,
@@ -53,7 +57,6 @@ from normlab.export.steps import (
     MaxPool,
     Norm,
     Relu,
-    Shift,
     Step,
 )
 
@@ -80,10 +83,10 @@ def fold(chain: Chain) -> Chain:
                 f"more than {PRECISION_LIMIT:g}, and float32 would lose the difference"
             )
             continue
-        if _fold_around_relu(steps, i):
-            continue
         before, after = _conv_before(steps, i), steps[i + 1]
-        if i == 0 and isinstance(after, Conv) and after.padding and not norm.beta.any():
+        if isinstance(after, Conv) and after.padding and _conv_of_relu(steps, i) is not None:
+            _fold_around_relu(steps, i, kept)
+        elif i == 0 and isinstance(after, Conv) and after.padding and not norm.beta.any():
             steps[:2] = _fold_scale(norm, after)
         elif isinstance(after, Conv | Dense):
             steps[i : i + 2] = [fold_before(norm, after)]
@@ -146,21 +149,28 @@ def _conv_of_relu(steps: list[Step], i: int) -> int | None:
     return _conv_before(steps, j) if j >= 0 and isinstance(steps[j], Relu) else None
 
 
-def _fold_around_relu(steps: list[Step], i: int) -> bool:
-    """Fold the normalisation at `i` into the bound of the ReLU before it, if that can be done.
+def _fold_around_relu(steps: list[Step], i: int, kept: list[str]) -> None:
+    """Fold the normalisation at `i` into the bound of the ReLU before it, or make it an `Affine`.
 
     Around the ReLU may be poolings; before these is a convolution, and behind `i` a padded one.
     """
     norm, after, j = steps[i], steps[i + 1], _conv_of_relu(steps, i)
     assert isinstance(norm, Norm)
-    if j is None or not (isinstance(after, Conv) and after.padding):
-        return False
+    assert isinstance(after, Conv)
+    assert j is not None
     a, b = norm.scale, norm.shift
     zero = a == 0  # then y is b: whatever the convolution before computes is multiplied by 0
     sign = np.where(zero, np.where(b < 0, -1, 1), np.sign(a))
     bound = sign * b
-    if (~zero & (bound > -SMALLEST_BOUND * np.abs(norm.gamma))).any():
-        return False
+    hopeless = ~zero & (bound > -SMALLEST_BOUND * np.abs(norm.gamma))
+    if hopeless.any():
+        steps[i] = Affine(norm.name, a, b)
+        kept.append(
+            f"{norm.name} stays, as a 1 × 1 convolution of each channel: in {hopeless.sum()} of "
+            f"{len(a)} channels what it makes of 0 has the sign of γ, and with {after.name}'s "
+            "padding of zeros a dearer pass would have to replace it"
+        )
+        return
     size = np.where(zero, 1, np.abs(b))
     before = steps[j]
     assert isinstance(before, Conv)
@@ -168,15 +178,12 @@ def _fold_around_relu(steps: list[Step], i: int) -> bool:
     between: list[Step] = [Clip(-1.0) if isinstance(s, Relu) else s for s in steps[j + 1 : i]]
     scaled = replace(after, kernel=after.kernel * (sign * size)[:, None, None])
     steps[j + 1 : i + 2] = [*between, scaled]
-    return True
 
 
 def _fold_scale(norm: Norm, conv: Conv) -> list[Step]:
     """Leave only the subtraction of the mean before `conv`; β is 0, so 0 stays what is padded."""
-    return [
-        Shift(norm.name, -norm.mean),
-        replace(conv, kernel=conv.kernel * norm.scale[:, None, None]),
-    ]
+    centring = Affine(norm.name, np.ones_like(norm.mean), -norm.mean)
+    return [centring, replace(conv, kernel=conv.kernel * norm.scale[:, None, None])]
 
 
 def _fold_behind(steps: list[Step], norm: Norm, kept: list[str]) -> list[Step]:

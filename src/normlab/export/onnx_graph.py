@@ -14,6 +14,7 @@ from torch import nn
 from normlab.export.certificate import Certificate, Check
 from normlab.export.folding import fold, map_size
 from normlab.export.steps import (
+    Affine,
     Array,
     Chain,
     Clip,
@@ -24,7 +25,6 @@ from normlab.export.steps import (
     MaxPool,
     Norm,
     Relu,
-    Shift,
     Step,
     chain_of,
 )
@@ -96,8 +96,8 @@ def _add(nodes: _Nodes, step: Step, name: str) -> None:
     match step:
         case Norm():
             _add_norm(nodes, step)
-        case Shift():
-            nodes.add("Add", step.name, [step.shift[:, None, None]])
+        case Affine():
+            _add_affine(nodes, step)
         case Dense():
             nodes.add("Gemm", step.name, [step.kernel, step.bias], transB=1)
         case Relu():
@@ -145,6 +145,15 @@ def _add_norm(nodes: _Nodes, norm: Norm) -> None:
     nodes.add("Sub", f"{norm.name}.centred", [norm.mean.reshape(shape)])
     nodes.add("Mul", f"{norm.name}.scaled", [norm.scale.reshape(shape)])
     nodes.add("Add", norm.name, [norm.beta.reshape(shape)])
+
+
+def _add_affine(nodes: _Nodes, step: Affine) -> None:
+    """A convolution of each channel by itself keeps ONNX Runtime in its blocked layout."""
+    if (step.scale == 1).all():  # of pixels, which are in no such layout
+        nodes.add("Add", step.name, [step.shift[:, None, None]])
+        return
+    kernel, channels = step.scale[:, None, None, None], len(step.scale)
+    nodes.add("Conv", step.name, [kernel, step.shift], group=channels, kernel_shape=[1, 1])
 
 
 def described(run: Run, model: nn.Module) -> tuple[onnx.ModelProto, tuple[str, ...]]:

@@ -83,10 +83,11 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Shift:
-    """x + shift for each channel, (C,): what folding leaves of a normalisation of pixels."""
+class Affine:
+    """y = scale·x + shift for each channel, each (C,): what folding leaves of a normalisation."""
 
     name: str
+    scale: Array
     shift: Array
 
 
@@ -105,7 +106,7 @@ class Flatten:
     """(N, C, H, W) → (N, C·H·W)."""
 
 
-Step = Norm | Shift | Conv | Dense | Relu | Clip | MaxPool | GlobalMax | Flatten
+Step = Norm | Affine | Conv | Dense | Relu | Clip | MaxPool | GlobalMax | Flatten
 
 
 @dataclass(frozen=True)
