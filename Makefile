@@ -24,6 +24,7 @@ INPUTS := pyproject.toml constraints.txt setup.py $(wildcard src/normlab/kernels
 
 run: $(VENV)/.installed
 	@NORMLAB_INSTALL_SECONDS=$$(cat $(VENV)/.installed) $(BIN)/normlab train $(ARGS)
+	@echo "(. $(BIN)/activate makes normlab a command of this shell)"
 
 compare: $(VENV)/.installed
 	$(BIN)/normlab compare --arms batch,none --seeds 6 $(ARGS)
