@@ -1,7 +1,5 @@
 """The fused stages equal the layers that they stand for."""
 
-from contextlib import nullcontext
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 from normlab import kernels
-from normlab.layers import BatchNorm, Conv2d, Dropout, norm_conv, relu_dropout, relu_dropout_norm
+from normlab.layers import (
+    BatchNorm,
+    Conv2d,
+    Dropout,
+    LayerNorm,
+    NoNorm,
+    norm_conv,
+    relu_dropout,
+    relu_dropout_norm,
+)
 from normlab.models import NotebookNet
 from normlab.random import stream
 
@@ -55,8 +62,8 @@ def test_relu_dropout_is_the_composition(shape: tuple[int, ...]) -> None:
     results: list[tuple[Tensor, ...]] = []
     for fused in (True, False):
         z, dropout, rng = images(*shape).requires_grad_(), Dropout(0.3), stream(0, "drop")
-        with nullcontext() if fused else kernels.disabled():
-            h = relu_dropout(z, dropout, rng) if fused else dropout(relu(z), rng)
+        h = relu_dropout(z, dropout, rng) if fused else dropout(relu(z), rng)
+        assert ("_ReluDropout" in type(h.grad_fn).__name__) == (fused and kernels.available())
         g = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         grads = torch.autograd.grad(h, [z], g)
         results.append((h.detach(), *grads, torch.tensor(int(rng.integers(1 << 60)))))
@@ -86,6 +93,20 @@ def test_norm_conv_is_the_composition(gamma: float) -> None:
         results.append((y.detach(), *grads, norm.running_mean, norm.running_var))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("norm", [NoNorm(), LayerNorm(3), BatchNorm(3).eval()])
+def test_norm_conv_is_the_composition_with_any_normaliser(norm: nn.Module) -> None:
+    conv, x = Conv2d(3, 32, padding=0, rng=stream(0, "conv")), images(5, 3, 12, 12)
+    nn.init.normal_(conv.bias, generator=torch.Generator().manual_seed(3))
+    parameters = [*norm.parameters(), *conv.parameters()]
+    ours, theirs = norm_conv(x, norm, conv), conv(norm(x))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(norm_conv(x, norm, conv), theirs, rtol=1e-5, atol=1e-5)
+    g = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(*(torch.autograd.grad(y, parameters, g) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-4)
 
 
 def test_an_image_that_wants_its_gradient_gets_it() -> None:
