@@ -20,6 +20,7 @@ from typing import Any
 import normlab
 from benchmarks.others import Others, is_quiet
 from normlab import kernels, recipes
+from normlab.errors import UserError
 from normlab.files import write_json
 from normlab.runs import Run, read_json
 
@@ -61,7 +62,10 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="seed to begin with")
     parser.add_argument("--no-kernels", action="store_true", help="as without a compiler")
     arguments = parser.parse_args()
-    recipe = recipes.get(arguments.recipe).override(norm=arguments.norm)
+    try:
+        recipe = recipes.get(arguments.recipe).override(norm=arguments.norm)
+    except UserError as e:
+        parser.error(str(e))
     name = recipe.name if recipe.norm == "batch" else f"{recipe.name}-{recipe.norm}"
     folder = RESULTS / (f"{name}-no-kernels" if arguments.no_kernels else name)
     folder.mkdir(parents=True, exist_ok=True)

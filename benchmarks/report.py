@@ -97,7 +97,11 @@ def machine(result: Result) -> str:
     entries = [e for group in result["groups"].values() for e in group["entries"].values()]
     seen = dict.fromkeys(entry["version"] for entry in entries)
     share = result["others_share"]
-    took = "what others took is not known" if share is None else f"others took {share:.1%} of it"
+    took = (
+        "what others took is not known"
+        if share is None
+        else f"others took {share:.1%} of the processor time"
+    )
     quiet = took if result["quiet"] else f"**a busy machine ({took}): these figures mean little**"
     return (
         f"{m['cpu']}, {m['cores']} cores, {m['cpu_capability']}; {m['threads']} threads; "

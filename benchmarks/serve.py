@@ -13,6 +13,7 @@ import io
 import json
 import multiprocessing
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -132,7 +133,10 @@ def main() -> None:
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
-        found = next(filter(None, (re.match(r"Serving at .*:(\d+) ", s) for s in server.stdout)))
+        lines = (re.match(r"Serving at .*:(\d+) ", line) for line in server.stdout)
+        found = next(filter(None, lines), None)
+        if found is None:  # it has said why
+            raise SystemExit(f"{shlex.join(command)} does not serve")
         port = int(found[1])
         rows = []
         for kind, clients in (

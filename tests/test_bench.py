@@ -1,6 +1,7 @@
 """The benchmark: peers compute the same function, take turns in processes, and are reported."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from benchmarks import groups, report, summary
 from benchmarks.contestant import Options
 from benchmarks.headlines import timed
+from benchmarks.others import Others
 from benchmarks.peers import onnx_runtime
 from benchmarks.peers.plain_pytorch import plain
 from benchmarks.peers.stock_layers import stock
@@ -223,3 +225,21 @@ def test_no_words_overlap_in_the_pictures(result: dict[str, Any], tmp_path: Path
 def test_help_needs_no_framework() -> None:
     code = "import sys, benchmarks.run; sys.exit('torch' in sys.modules or 'keras' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_time_of_children_is_ones_own() -> None:
+    before, program = Others()._now(), "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    after = Others()._now()
+    if before is not None and after is not None:  # where there is /proc/stat
+        assert after[2] - before[2] >= 0.5
+
+
+@pytest.mark.parametrize(("busy", "share"), [(1.0, 0.0), (1.2, 0.05), (3.0, 0.5), (0.5, 0.0)])
+def test_what_others_took_is_what_is_not_ones_own(
+    busy: float, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([(10.0, 100.0, 5.0), (12.0, 100.0 + busy, 6.0)])  # the clock, all, own
+    monkeypatch.setattr(Others, "_now", staticmethod(lambda: next(times)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert Others().share() == pytest.approx(share)
