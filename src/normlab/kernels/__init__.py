@@ -10,91 +10,37 @@ A function here takes tensors for which `layout` is not None; callers ask that f
 formula in PyTorch beside it.
 """
 
-import ctypes
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-INTERFACE = 3  # as in kernels.c: raised there and here whenever a signature changes
+from normlab.kernels.library import available, call, disabled
 
-_off = threading.local()
-
-_POINTER, _INT, _LONG, _FLOAT, _DOUBLE = (
-    ctypes.c_void_p,
-    ctypes.c_int,
-    ctypes.c_int64,
-    ctypes.c_float,
-    ctypes.c_double,
-)
-_SHAPE = [_LONG, _LONG, _LONG]
-_SIGNATURES = {
-    "normlab_forward": [
-        *[*[_POINTER] * 3, ctypes.c_int32, _FLOAT],  # x, z, draws, threshold, scale
-        *[_POINTER, _POINTER, _FLOAT, *_SHAPE],  # weight, bias, eps
-        *[_POINTER, _POINTER, _DOUBLE, _DOUBLE, _POINTER],  # running statistics, see `Running`
-        *[_POINTER, _POINTER, _POINTER, _INT],  # mean, variance, y
-    ],
-    "normlab_relu_dropout": [*[_POINTER] * 2, ctypes.c_int32, _FLOAT, _LONG, _POINTER, _INT],
-    "normlab_relu_dropout_gradient": [*[_POINTER] * 2, _FLOAT, _LONG, _POINTER, _INT],
-    "normlab_normalize": [*[_POINTER] * 5, _FLOAT, *_SHAPE, _POINTER, _INT],
-    "normlab_gradient": [*[_POINTER] * 5, _FLOAT, _FLOAT, *_SHAPE, *[_POINTER] * 3, _INT],
-    "normlab_conv3x3": [*[_POINTER] * 3, *[_LONG] * 5, _INT, *[_POINTER] * 2, _INT],
-    "normlab_conv3x3_gradient": [*[_POINTER] * 3, *[_LONG] * 5, *[_POINTER] * 2, _INT],
-    "normlab_conv_pixels": [*[_POINTER] * 3, *[_LONG] * 4, _POINTER, _INT],
-    "normlab_conv_pixels_gradient": [*[_POINTER] * 2, *[_LONG] * 4, *[_POINTER] * 2, _INT],
-    "normlab_pool": [_POINTER, *[_LONG] * 4, *[_POINTER] * 2, _INT],
-    "normlab_pool_gradient": [*[_POINTER] * 2, *[_LONG] * 4, _POINTER, _INT],
-}
-
-
-@cache
-def _kernel(name: str) -> Any:
-    library = _library()
-    if library is None:
-        raise ValueError(f"no kernels here for {name}: ask `layout` first")
-    return getattr(library, f"normlab_{name}")
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    """Load the variant for this processor, or None where none was built or it does not load."""
-    variant = torch.backends.cpu.get_cpu_capability().lower()
-    if variant not in ("avx512", "avx2"):
-        variant = "default"
-    for path in sorted(Path(__file__).parent.glob(f"_{variant}.*")):
-        try:
-            library = ctypes.CDLL(str(path))
-            if library.normlab_interface() != INTERFACE:
-                continue
-            for name, argtypes in _SIGNATURES.items():
-                getattr(library, name).argtypes = argtypes
-        except (OSError, AttributeError):  # another platform's file, or an older build's
-            continue
-        return library
-    return None
-
-
-def available() -> bool:
-    """Whether compiled kernels were built, load here, and are not disabled."""
-    return not getattr(_off, "depth", 0) and _library() is not None
-
-
-@contextmanager
-def disabled() -> Iterator[None]:
-    """Use PyTorch alone inside the block, in this thread."""
-    _off.depth = getattr(_off, "depth", 0) + 1
-    try:
-        yield
-    finally:
-        _off.depth -= 1
+__all__ = [
+    "Running",
+    "available",
+    "batch_norm",
+    "conv3x3",
+    "conv3x3_gradients",
+    "conv3x3_max_pool",
+    "conv_pixels",
+    "conv_pixels_gradients",
+    "convolves",
+    "convolves_pixels",
+    "disabled",
+    "gradient",
+    "layout",
+    "like",
+    "max_pool",
+    "max_pool_gradient",
+    "normalize",
+    "relu_dropout",
+    "relu_dropout_batch_norm",
+    "relu_dropout_gradient",
+]
 
 
 def layout(x: Tensor) -> tuple[int, int, int] | None:
@@ -157,7 +103,7 @@ def batch_norm(
     """
     y, mean, var = torch.empty_like(x), x.new_empty(shape[1]), x.new_empty(shape[1])
     nothing = (None, None, 0, 1.0)  # no z, no draws: x is read as it is
-    _call(
+    call(
         "forward",
         *(x, *nothing, weight, bias, eps, *shape, *(running or NO_RUNNING), mean, var, y),
     )
@@ -186,7 +132,7 @@ def relu_dropout_batch_norm(
     h, y = torch.empty_like(z), torch.empty_like(z)
     mean, var = z.new_empty(z.shape[1]), z.new_empty(z.shape[1])
     dropout = (z, None if draws is None else draws.ctypes.data, threshold, scale)
-    _call(
+    call(
         "forward",
         *(h, *dropout, weight, bias, eps, *_shape(z), *(running or NO_RUNNING), mean, var, y),
     )
@@ -196,14 +142,14 @@ def relu_dropout_batch_norm(
 def relu_dropout(z: Tensor, draws: NDArray[np.uint16], threshold: int, scale: float) -> Tensor:
     """max(z, 0)·(scale where draw ≥ threshold, else 0), for `z` of matrix layout."""
     h = torch.empty_like(z)
-    _call("relu_dropout", z, draws.ctypes.data, threshold, scale, z.numel(), h)
+    call("relu_dropout", z, draws.ctypes.data, threshold, scale, z.numel(), h)
     return h
 
 
 def relu_dropout_gradient(h: Tensor, g: Tensor, scale: float) -> Tensor:
     """The gradient of `relu_dropout`, whose output is `h`, with respect to its z."""
     dz = torch.empty_like(h)
-    _call("relu_dropout_gradient", h, like(g, h), scale, h.numel(), dz)
+    call("relu_dropout_gradient", h, like(g, h), scale, h.numel(), dz)
     return dz
 
 
@@ -212,7 +158,7 @@ def normalize(
 ) -> Tensor:
     """γ·(x − μ)/√(σ² + ε) + β."""
     y = torch.empty_like(x)
-    _call("normalize", x, mean, var, weight, bias, eps, *_shape(x), y)
+    call("normalize", x, mean, var, weight, bias, eps, *_shape(x), y)
     return y
 
 
@@ -239,7 +185,7 @@ def gradient(
     g = like(g, x)
     dx = torch.empty_like(x) if x_grad else None
     weight_grad, bias_grad = torch.empty_like(mean), torch.empty_like(mean)
-    _call(
+    call(
         "gradient",
         *(x, g, mean, var, weight, eps, keep_scale, *shape, dx, weight_grad, bias_grad),
     )
@@ -250,7 +196,7 @@ def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
     """2 × 2 maxima of `x` (N, C, H, W), channels-last, and which of the four values each is."""
     n, c, h, w = x.shape
     y, which = _windows(n, c, h, w)
-    _call("pool", x, n, h, w, c, y, which)
+    call("pool", x, n, h, w, c, y, which)
     return y, which
 
 
@@ -266,7 +212,7 @@ def max_pool_gradient(g: Tensor, which: Tensor, x_shape: torch.Size) -> Tensor:
     n, c, h, w = x_shape
     dx = torch.empty(x_shape, memory_format=torch.channels_last)
     g = g.contiguous(memory_format=torch.channels_last)
-    _call("pool_gradient", g, which, n, h, w, c, dx)
+    call("pool_gradient", g, which, n, h, w, c, dx)
     return dx
 
 
@@ -284,7 +230,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """3 × 3 convolution of `x` (N, I, H, W), zero-padded by 1, stride 1: (N, O, H, W)."""
     (n, c_in, h, w), c_out = x.shape, weight.shape[0]
     y = torch.empty((n, c_out, h, w), memory_format=torch.channels_last)
-    _call("conv3x3", x, weight.contiguous(), bias, n, h, w, c_in, c_out, 0, y, None)
+    call("conv3x3", x, weight.contiguous(), bias, n, h, w, c_in, c_out, 0, y, None)
     return y
 
 
@@ -292,7 +238,7 @@ def conv3x3_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Te
     """`max_pool` of `conv3x3`, which itself is never written."""
     (n, c_in, h, w), c_out = x.shape, weight.shape[0]
     y, which = _windows(n, c_out, h, w)
-    _call("conv3x3", x, weight.contiguous(), bias, n, h, w, c_in, c_out, 0, y, which)
+    call("conv3x3", x, weight.contiguous(), bias, n, h, w, c_in, c_out, 0, y, which)
     return y, which
 
 
@@ -308,11 +254,11 @@ def conv3x3_gradients(
     g = g.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous()
     weight_grad, bias_grad = torch.empty_like(weight), g.new_empty(c_out)
-    _call("conv3x3_gradient", x, g, which, n, h, w, c_in, c_out, weight_grad, bias_grad)
+    call("conv3x3_gradient", x, g, which, n, h, w, c_in, c_out, weight_grad, bias_grad)
     if not x_grad:
         return None, weight_grad, bias_grad
     dx = torch.empty(x.shape, memory_format=torch.channels_last)
-    _call("conv3x3", g, weight, None, n, h, w, c_in, c_out, 1, dx, which)
+    call("conv3x3", g, weight, None, n, h, w, c_in, c_out, 1, dx, which)
     return dx, weight_grad, bias_grad
 
 
@@ -330,7 +276,7 @@ def conv_pixels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """3 × 3 convolution of `x` (N, 3, H, W), not padded, stride 1: (N, O, H − 2, W − 2)."""
     (n, _, h, w), c_out = x.shape, len(weight)
     y = torch.empty((n, c_out, h - 2, w - 2), memory_format=torch.channels_last)
-    _call("conv_pixels", x, weight.contiguous(), bias, n, h, w, c_out, y)
+    call("conv_pixels", x, weight.contiguous(), bias, n, h, w, c_out, y)
     return y
 
 
@@ -339,7 +285,7 @@ def conv_pixels_gradients(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     (n, _, h, w), c_out = x.shape, g.shape[1]
     g = g.contiguous(memory_format=torch.channels_last)
     weight_grad, bias_grad = g.new_empty((c_out, 3, 3, 3)), g.new_empty(c_out)
-    _call("conv_pixels_gradient", x, g, n, h, w, c_out, weight_grad, bias_grad)
+    call("conv_pixels_gradient", x, g, n, h, w, c_out, weight_grad, bias_grad)
     return weight_grad, bias_grad
 
 
@@ -348,9 +294,3 @@ def _shape(x: Tensor) -> tuple[int, int, int]:
     if shape is None:
         raise ValueError(f"no kernel for {x.dtype} of shape {tuple(x.shape)}, as it lies")
     return shape
-
-
-def _call(name: str, *arguments: object) -> None:
-    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    if _kernel(name)(*values, torch.get_num_threads()):
-        raise MemoryError(f"normlab_{name}")
