@@ -26,9 +26,10 @@
  */
 #include "vectors.h"
 
-#define TILES 30 /* tiles transformed together: what they need stays in cache */
+#define TILES 42 /* tiles transformed together: what they need stays in cache, in sets of its own */
 #define POINTS 16
 #define ROWS 6 /* of a register block of the matrix products; divides TILES */
+#define OVER (VEC == 16 ? 8 : 4) /* of one of the products over tiles */
 
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -149,24 +150,22 @@ static inline void load_output(const float *in, i64 step, vec bias, vec y[4]) {
     y[3] = bottom[1] - bottom[2] - bottom[3] + bias;
 }
 
-/* y = A' M A + bias of `count` tiles from `first`; with `which`, the maxima and where they are. */
-static void transform_output(const float *M, const grid_t *s, i64 C, i64 first, int count,
-                             const float *bias, float *outside, float *y, uint8_t *which) {
-    for (int t = 0; t < count; t++) {
-        float *p[4];
-        i64 window = (first + t) * C;
-        if (!which) output_pixels(y, s, C, first + t, outside, p);
-        for (i64 c = 0; c < C; c += VEC) {
-            vec out[4];
-            load_output(M + at(t, c, TILES), TILES * C, bias ? load(bias + c) : (vec){0}, out);
+/* y = A' M A + bias of `count` tiles from `first`, 32 channels from `o` on; with `which`, the maxima
+ * and where they are. */
+static void transform_output(const float *M, i64 C, i64 o, i64 first, int count, const float *bias,
+                             float *const pixels[][4], float *y, uint8_t *which) {
+    for (int t = 0; t < count; t++)
+        for (i64 c = 0; c < LANES; c += VEC) {
+            vec out[4], add = bias ? load(bias + o + c) : (vec){0};
+            load_output(M + t * LANES + c, TILES * LANES, add, out);
             if (which) {
                 ivec place;
-                store(y + window + c, maximum(out, &place));
-                store_places(which + window + c, place);
+                i64 to = (first + t) * C + o + c;
+                store(y + to, maximum(out, &place));
+                store_places(which + to, place);
             } else
-                UNROLL for (int k = 0; k < 4; k++) store(p[k] + c, out[k]);
+                UNROLL for (int k = 0; k < 4; k++) store(pixels[t][k] + o + c, out[k]);
         }
-    }
 }
 
 /* U = A g A' of `count` tiles from `first`, in strips; sums (C) grows by the tiles' sums. With
@@ -204,26 +203,30 @@ static void transform_gradient(const float *g, const uint8_t *which, const grid_
  * gradient back, O rows for I columns. Here the 32 columns from `first`. */
 static void transform_kernel(const float *w, i64 O, i64 I, int turned, i64 first, float *U) {
     i64 rows = turned ? O : I;
-    for (i64 row = 0; row < rows; row++)
-        for (i64 column = first; column < first + LANES; column++) {
-            const float *k = w + 9 * (turned ? row * I + column : column * I + row);
-            float at_rows[4][3], *out = U + at(row, column, rows);
-            for (int c = 0; c < 3; c++) {
-                float a = k[turned ? 8 - c : c], b = k[turned ? 5 - c : 3 + c],
-                      d = k[turned ? 2 - c : 6 + c];
-                at_rows[0][c] = a;
-                at_rows[1][c] = 0.5f * (a + b + d);
-                at_rows[2][c] = 0.5f * (a - b + d);
-                at_rows[3][c] = d;
+    for (i64 row = 0; row < rows; row++) {
+        float k[9][LANES], *out = U + at(row, first, rows);
+        for (int c = 0; c < LANES; c++) {
+            const float *from = w + 9 * (turned ? row * I + first + c : (first + c) * I + row);
+            UNROLL for (int j = 0; j < 9; j++) k[j][c] = from[turned ? 8 - j : j];
+        }
+        for (int c = 0; c < LANES; c += VEC) {
+            vec at_rows[4][3];
+            UNROLL for (int j = 0; j < 3; j++) {
+                vec a = load(k[j] + c), b = load(k[3 + j] + c), d = load(k[6 + j] + c);
+                at_rows[0][j] = a;
+                at_rows[1][j] = 0.5f * (a + b + d);
+                at_rows[2][j] = 0.5f * (a - b + d);
+                at_rows[3][j] = d;
             }
-            for (int r = 0; r < 4; r++) {
-                float a = at_rows[r][0], b = at_rows[r][1], d = at_rows[r][2];
-                out[(4 * r + 0) * I * O] = a;
-                out[(4 * r + 1) * I * O] = 0.5f * (a + b + d);
-                out[(4 * r + 2) * I * O] = 0.5f * (a - b + d);
-                out[(4 * r + 3) * I * O] = d;
+            UNROLL for (int r = 0; r < 4; r++) {
+                vec a = at_rows[r][0], b = at_rows[r][1], d = at_rows[r][2];
+                store(out + (4 * r + 0) * I * O + c, a);
+                store(out + (4 * r + 1) * I * O + c, 0.5f * (a + b + d));
+                store(out + (4 * r + 2) * I * O + c, 0.5f * (a - b + d));
+                store(out + (4 * r + 3) * I * O + c, d);
             }
         }
+    }
 }
 
 /* dw = G' D G for the 32 output channels from `first`. */
@@ -248,13 +251,13 @@ static void transform_back(const float *D, i64 O, i64 I, i64 first, float *dw) {
         }
 }
 
-/* M (rows x O) = V (rows x I) U (I x O), rows rounded up to whole register blocks; all in strips,
- * V and M of TILES rows. */
-static void product(const float *V, const float *U, int rows, i64 I, i64 O, float *M) {
-    for (i64 o = 0; o < O; o += 2 * VEC)
+/* M (rows x 32) = V (rows x I) U (I x 32), rows rounded up to whole register blocks; V in strips of
+ * TILES rows. */
+static void product(const float *V, const float *U, int rows, i64 I, float *M) {
+    for (i64 o = 0; o < LANES; o += 2 * VEC)
         for (int r = 0; r < rows; r += ROWS) {
             vec sum[ROWS][2] = {{{0}}};
-            const float *u = U + at(0, o, I);
+            const float *u = U + o;
             for (i64 strip = 0; strip < I; strip += LANES) {
                 const float *v = V + at(r, strip, TILES);
                 for (int i = 0; i < LANES; i++, u += LANES) {
@@ -267,7 +270,7 @@ static void product(const float *V, const float *U, int rows, i64 I, i64 O, floa
                 }
             }
             UNROLL for (int k = 0; k < ROWS; k++) {
-                float *m = M + at(r + k, o, TILES);
+                float *m = M + (r + k) * LANES + o;
                 store(m, sum[k][0]);
                 store(m + VEC, sum[k][1]);
             }
@@ -278,23 +281,23 @@ static void product(const float *V, const float *U, int rows, i64 I, i64 O, floa
 static void product_over_tiles(const float *V, const float *U, int rows, i64 room, i64 I, i64 O,
                                float *D) {
     for (i64 o = 0; o < O; o += 2 * VEC)
-        for (i64 i = 0; i < I; i += 4) {
-            vec sum[4][2];
+        for (i64 i = 0; i < I; i += OVER) {
+            vec sum[OVER][2];
             float *d = D + at(i, o, I);
-            UNROLL for (int k = 0; k < 4; k++) {
+            UNROLL for (int k = 0; k < OVER; k++) {
                 sum[k][0] = load(d + k * LANES);
                 sum[k][1] = load(d + k * LANES + VEC);
             }
             const float *v = V + at(0, i, room), *u = U + at(0, o, room);
             for (int r = 0; r < rows; r++, v += LANES, u += LANES) {
                 vec u0 = load(u), u1 = load(u + VEC);
-                UNROLL for (int k = 0; k < 4; k++) {
+                UNROLL for (int k = 0; k < OVER; k++) {
                     vec a = splat(v[k]);
                     sum[k][0] += a * u0;
                     sum[k][1] += a * u1;
                 }
             }
-            UNROLL for (int k = 0; k < 4; k++) {
+            UNROLL for (int k = 0; k < OVER; k++) {
                 store(d + k * LANES, sum[k][0]);
                 store(d + k * LANES + VEC, sum[k][1]);
             }
@@ -319,8 +322,8 @@ int normlab_conv3x3(const float *x, const float *w, const float *bias, i64 N, i6
 #pragma omp for schedule(static)
         for (i64 first = 0; first < to; first += LANES)
             transform_kernel(w, O, I, turned, first, U);
-        i64 space = POINTS * TILES * (from + to);
-        float *V = aligned_alloc(64, (space + from + to) * sizeof(float));
+        i64 space = POINTS * TILES * (from + LANES);
+        float *V = aligned_alloc(64, (space + from + to) * sizeof(float)), *pixels[TILES][4];
         float *M = V + POINTS * TILES * from, *zeros = V + space, *outside = zeros + from;
         if (V) memset(V, 0, (space + from) * sizeof(float));
         else {
@@ -334,10 +337,16 @@ int normlab_conv3x3(const float *x, const float *w, const float *bias, i64 N, i6
             if (which && turned)
                 transform_windows(x, which, &s, from, b * TILES, count, TILES, zeros, V);
             else transform_input(x, &s, from, b * TILES, count, TILES, zeros, V);
-            for (int p = 0; p < POINTS; p++)
-                product(V + p * TILES * from, U + p * from * to, count, from, to,
-                        M + p * TILES * to);
-            transform_output(M, &s, to, b * TILES, count, bias, outside, y, turned ? NULL : which);
+            int pooled = which && !turned;
+            for (int t = 0; t < count && !pooled; t++)
+                output_pixels(y, &s, to, b * TILES + t, outside, pixels[t]);
+            for (i64 o = 0; o < to; o += LANES) {
+                for (int p = 0; p < POINTS; p++)
+                    product(V + p * TILES * from, U + (p * to + o) * from, count, from,
+                            M + p * TILES * LANES);
+                transform_output(M, to, o, b * TILES, count, bias, pixels, y,
+                                 pooled ? which : NULL);
+            }
         }
         free(V);
     }
@@ -345,10 +354,11 @@ int normlab_conv3x3(const float *x, const float *w, const float *bias, i64 N, i6
     return failed ? -1 : 0;
 }
 
-/* Tiles whose transforms are kept for one product over them: the more, the fewer passes over D. */
+/* Tiles whose transforms are kept for one product over them: the more, the fewer passes over D. Odd,
+ * since the 16 points of a tile lie so many rows apart, and must not meet in one set of the cache. */
 static i64 room_for(i64 channels) {
-    i64 blocks = (1 << 20) / (POINTS * TILES * channels); /* 4 MiB */
-    return TILES * (blocks < 1 ? 1 : min64(blocks, 8));
+    i64 tiles = 3 * (1 << 18) / (POINTS * channels); /* 3 MiB */
+    return max64(TILES, min64(tiles, 128)) | 1;
 }
 
 /* Gradients of the kernel, dw (O x I x 3 x 3), and of the bias, db (O), from x and g = dL/dy, of the
@@ -358,8 +368,9 @@ int normlab_conv3x3_gradient(const float *x, const float *g, const uint8_t *whic
                              i64 W, i64 I, i64 O, float *dw, float *db, int threads) {
     grid_t s = grid(N, H, W, which != NULL);
     i64 tiles = tiles_of(&s), room = room_for(I + O);
-    int count_of_parts = (int)min64(16, 1 + tiles / (4 * room));
     i64 size = POINTS * I * O + O; /* of a part: D, POINTS x I x O, and the sums of g */
+    i64 most = min64(16, max64(4, (1 << 21) / size)); /* 8 MiB of them, or four */
+    int count_of_parts = (int)min64(most, 1 + tiles / (4 * room));
     float *parts = calloc(count_of_parts * size, sizeof(float));
     if (!parts) return -1;
     int failed = 0;
