@@ -14,6 +14,7 @@ from normlab.layers import (
     LayerNorm,
     NoNorm,
     norm_conv,
+    norm_relu,
     relu_dropout,
     relu_dropout_norm,
 )
@@ -69,6 +70,55 @@ def test_relu_dropout_is_the_composition(shape: tuple[int, ...]) -> None:
         results.append((h.detach(), *grads, torch.tensor(int(rng.integers(1 << 60)))))
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(6, 32, 9, 9), (5, 3, 4, 4), (33, 130), (9, 2101), (70_000, 64), (93_207, 45)]
+)
+def test_norm_relu_is_the_composition(shape: tuple[int, ...], affine: bool) -> None:
+    results: list[tuple[Tensor, ...]] = []
+    for fused in (True, False):
+        x = images(*shape).requires_grad_()
+        norm = random_norm(shape[1]) if affine else BatchNorm(shape[1], scale=False, center=False)
+        y = norm_relu(x, norm) if fused else relu(norm(x))
+        assert ("_BatchNormRelu" in type(y.grad_fn).__name__) == (fused and kernels.available())
+        g = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        grads = torch.autograd.grad(y, [x, *norm.parameters()], g)
+        results.append((y.detach(), norm.running_mean, norm.running_var, *grads))
+    assert (results[0][0] == 0).any()
+    for ours, theirs in zip(results[0][:3], results[1][:3], strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(results[0][3:], results[1][3:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("norm", [BatchNorm(32), LayerNorm(32), NoNorm()])
+def test_norm_relu_of_an_evaluated_or_other_normaliser(norm: nn.Module) -> None:
+    x = images(6, 32, 9, 9)
+    if isinstance(norm, BatchNorm):
+        nn.init.uniform_(norm.running_mean, -1, 1)
+    norm.eval()
+    for graph in (torch.no_grad, torch.enable_grad):
+        with graph():
+            assert torch.equal(norm_relu(x, norm), relu(norm(x)))
+
+
+def test_norm_relu_lets_hooks_see_the_normalised_values() -> None:
+    norm, seen = BatchNorm(32), []
+    norm.register_forward_hook(lambda *found: seen.append(found[2]))
+    y = norm_relu(images(6, 32, 9, 9), norm)
+    assert (seen[0] < 0).any()
+    assert torch.equal(relu(seen[0]), y)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="installed without a compiler")
+def test_what_is_not_finite_stays_visible_behind_norm_relu() -> None:
+    x = images(8, 32, 6, 6)
+    x[3, 7] = float("nan")
+    y = norm_relu(x, BatchNorm(32))
+    assert y[:, 7].isnan().all()
+    assert y[:, :7].isfinite().all()
 
 
 @pytest.mark.skipif(not kernels.available(), reason="installed without a compiler")

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not kernels.available(), reason="installed witho
 
 LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 SHAPES = [(9, 3, 7, 5), (4, 32, 15, 15), (3, 70, 6, 7), (2, 1, 3, 1), (70, 33, 1, 1), (2, 10, 9, 9)]
-MATRICES = [(2, 1), (2, 5), (33, 130), (300, 32), (65, 512)]
+MATRICES = [(2, 1), (2, 5), (33, 130), (300, 32), (65, 512), (32, 3136), (30, 2101)]
 
 
 def laid(x: Tensor, layout: str) -> Tensor:

@@ -64,6 +64,8 @@ def _arrangement(x: Tensor) -> tuple[int, int, int] | None:
     size, channels = x.numel(), x.shape[1]
     if not size:
         return None
+    if x.ndim == 2:
+        return (size // channels, channels, 1) if x.is_contiguous() else None
     pixels = size // (len(x) * channels)
     if (pixels == 1 and x.is_contiguous()) or x.movedim(1, -1).is_contiguous():
         return size // channels, channels, 1
@@ -95,17 +97,20 @@ def batch_norm(
     bias: Tensor | None,
     eps: float,
     running: Running | None,
+    *,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = γ·(x − μ)/√(σ² + ε) + β, μ and σ², and the running statistics moved.
 
     Args:
         shape: what `layout` says of x.
+        relu: return max(y, 0) in place of y; `x` is of matrix layout.
     """
     y, mean, var = torch.empty_like(x), x.new_empty(shape[1]), x.new_empty(shape[1])
     nothing = (None, None, 0, 1.0)  # no z, no draws: x is read as it is
     call(
         "forward",
-        *(x, *nothing, weight, bias, eps, *shape, *(running or NO_RUNNING), mean, var, y),
+        *(x, *nothing, weight, bias, eps, *shape, +relu, *(running or NO_RUNNING), mean, var, y),
     )
     return y, mean, var
 
@@ -134,7 +139,7 @@ def relu_dropout_batch_norm(
     dropout = (z, None if draws is None else draws.ctypes.data, threshold, scale)
     call(
         "forward",
-        *(h, *dropout, weight, bias, eps, *_shape(z), *(running or NO_RUNNING), mean, var, y),
+        *(h, *dropout, weight, bias, eps, *_shape(z), 0, *(running or NO_RUNNING), mean, var, y),
     )
     return y, h, mean, var
 
@@ -154,11 +159,18 @@ def relu_dropout_gradient(h: Tensor, g: Tensor, scale: float) -> Tensor:
 
 
 def normalize(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    relu: bool = False,
 ) -> Tensor:
-    """γ·(x − μ)/√(σ² + ε) + β."""
+    """γ·(x − μ)/√(σ² + ε) + β; with `relu` its positive part, of `x` of matrix layout."""
     y = torch.empty_like(x)
-    call("normalize", x, mean, var, weight, bias, eps, *_shape(x), y)
+    call("normalize", x, mean, var, weight, bias, eps, *_shape(x), +relu, y)
     return y
 
 
@@ -172,12 +184,15 @@ def gradient(
     eps: float,
     *,
     keep_scale: float = 0.0,
+    bias: Tensor | None = None,
+    relu: bool = False,
     x_grad: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients with respect to x, γ and β, from `g` = dL/dy.
 
     With `keep_scale`, `x` is the h that `relu_dropout_batch_norm` returned, and the first gradient
-    is the one with respect to its z. Without `x_grad` the first is None.
+    is the one with respect to its z. With `relu`, y is what `batch_norm` returned with it, from the
+    same `bias`. Without `x_grad` the first is None.
 
     Args:
         shape: what `layout` says of x.
@@ -187,7 +202,21 @@ def gradient(
     weight_grad, bias_grad = torch.empty_like(mean), torch.empty_like(mean)
     call(
         "gradient",
-        *(x, g, mean, var, weight, eps, keep_scale, *shape, dx, weight_grad, bias_grad),
+        *(
+            x,
+            g,
+            mean,
+            var,
+            weight,
+            bias,
+            eps,
+            +relu,
+            keep_scale,
+            *shape,
+            dx,
+            weight_grad,
+            bias_grad,
+        ),
     )
     return dx, weight_grad, bias_grad
 

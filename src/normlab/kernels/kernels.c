@@ -16,10 +16,14 @@
 #define BLOCK 64          /* rows summed in float, in cache, before they join the double sums */
 #define STRIP 128         /* channels of one work item */
 #define CHUNKS 32         /* at most so many work items along the rows */
-#define FOLD 512          /* elementwise passes run over at least so many values at a time */
+#define FOLD 512          /* elementwise passes run over rows of at least so many values */
+#define WIDE 1024         /* of a longer row they take a part at a time, for all rows, */
+#define NEAR (1 << 18)    /* where there are at most so many values, 1 MiB, and memory is no limit */
 #define PIECE (1 << 12)   /* values of one work item of a pass without channels */
+#define SMALL (1 << 15)   /* values: up to here a second thread costs more time than it saves */
 #define LARGE (1 << 22)   /* values, 16 MiB: outputs from here on are streamed past the caches */
 
+#define SIMD _Pragma("omp simd") /* GCC need not ask whether the vectors overlap */
 #define EACH_REG _Pragma("GCC unroll 8") for (int k = 0; k < REGS; k++)
 
 /* ReLU, then dropout with 16-bit draws: h = max(z, 0) * (draw >= threshold ? scale : 0).
@@ -42,6 +46,9 @@ static void relu_dropout(const float *z, const uint16_t *draws, int32_t threshol
         h[i] = draws ? v * (draws[i] >= threshold ? scale : 0.0f) : v;
     }
 }
+
+/* g where ReLU of y let pass, else 0: where its gradient goes. */
+static inline vec passed(vec g, vec y) { return (vec)((ivec)g & ~(y <= 0.0f)); }
 
 /* Mean and sum of squared deviations of `count` values, mergeable (Chan, Golub, LeVeque 1979). */
 typedef struct {
@@ -78,16 +85,23 @@ static void block_moments(const float *x, i64 stride, int rows, double count, la
     }
 }
 
-/* Sums of g and of g*(x - mean) of LANES columns over at most BLOCK rows. */
+/* Sums of g and of g*(x - mean) of LANES columns over at most BLOCK rows. With `slope`, g counts
+ * where ReLU let pass. */
 static void block_sums(const float *x, const float *g, i64 stride, int rows, const float *mean,
-                       lanes_t *acc) {
-    vec center[REGS], sum[REGS], product[REGS];
-    EACH_REG { center[k] = load(mean + k * VEC); sum[k] = product[k] = (vec){0}; }
+                       const float *slope, const float *shift, lanes_t *acc) {
+    vec center[REGS], a[REGS], b[REGS], sum[REGS], product[REGS];
+    EACH_REG {
+        center[k] = load(mean + k * VEC);
+        if (slope) { a[k] = load(slope + k * VEC); b[k] = load(shift + k * VEC); }
+        sum[k] = product[k] = (vec){0};
+    }
     for (int r = 0; r < rows; r++)
         EACH_REG {
             vec gr = load(g + r * stride + k * VEC);
+            vec d = load(x + r * stride + k * VEC) - center[k];
+            if (slope) gr = passed(gr, d * a[k] + b[k]);
             sum[k] += gr;
-            product[k] += gr * (load(x + r * stride + k * VEC) - center[k]);
+            product[k] += gr * d;
         }
     const float *s = (const float *)sum, *p = (const float *)product;
     for (int j = 0; j < LANES; j++) { acc->mean[j] += s[j]; acc->m2[j] += p[j]; }
@@ -103,10 +117,10 @@ static const float *packed(const float *x, i64 stride, int rows, int width, floa
 }
 
 /* What a reduction reads. With `z`, `x` is written first: x = relu_dropout(z). With `g`, sums are
- * taken instead of moments. */
+ * taken instead of moments; with `slope` (S = 1), g went through the ReLU of (x - mean)*slope + shift. */
 typedef struct {
     float *x;
-    const float *z, *g, *mean;
+    const float *z, *g, *mean, *slope, *shift;
     const uint16_t *draws;
     int32_t threshold;
     float scale;
@@ -116,7 +130,7 @@ typedef struct {
 static void reduce_item(const source_t *s, i64 columns, i64 row, i64 end, i64 left, i64 right,
                         double *out0, double *out1) {
     lanes_t acc[STRIP / LANES];
-    float pack_x[BLOCK * LANES], pack_g[BLOCK * LANES], pack_mean[LANES] = {0};
+    float pack_x[BLOCK * LANES], pack_g[BLOCK * LANES], pack_vectors[3][LANES] = {{0}};
     memset(acc, 0, sizeof acc);
     for (i64 r = row; r < end; r += BLOCK) {
         int rows = (int)min64(BLOCK, end - r);
@@ -132,18 +146,22 @@ static void reduce_item(const source_t *s, i64 columns, i64 row, i64 end, i64 le
             lanes_t *a = &acc[(c - left) / LANES];
             const float *x = s->x + r * columns + c, *g = s->g ? s->g + r * columns + c : NULL;
             const float *mean = s->mean ? s->mean + c : NULL;
+            const float *slope = s->slope ? s->slope + c : NULL, *shift = slope ? s->shift + c : NULL;
             int width = (int)min64(LANES, right - c);
             i64 stride = columns;
             if (width < LANES) {
                 x = packed(x, stride, rows, width, pack_x);
                 if (g) {
                     g = packed(g, stride, rows, width, pack_g);
-                    memcpy(pack_mean, mean, width * sizeof(float));
-                    mean = pack_mean;
+                    mean = memcpy(pack_vectors[0], mean, width * sizeof(float));
+                    if (slope) {
+                        slope = memcpy(pack_vectors[1], slope, width * sizeof(float));
+                        shift = memcpy(pack_vectors[2], shift, width * sizeof(float));
+                    }
                 }
                 stride = LANES;
             }
-            if (g) block_sums(x, g, stride, rows, mean, a);
+            if (g) block_sums(x, g, stride, rows, mean, slope, shift, a);
             else block_moments(x, stride, rows, (double)(r - row), a);
         }
     }
@@ -165,6 +183,12 @@ static void join(double *a, double *b, const i64 *counts, i64 parts, i64 C, int 
     }
 }
 
+/* The C values of `v`, `fold` times side by side, in `wide`. */
+static const float *repeated(const float *v, i64 C, i64 fold, float *wide) {
+    for (i64 f = 0; f < fold; f++) memcpy(wide + f * C, v, C * sizeof(float));
+    return wide;
+}
+
 /* The matrix case. Few channels are folded: `fold` rows are read as one long row, whose parts are
  * joined at the end. Returns 0, or -1 when memory is short. */
 static int reduce_matrix(const source_t *s, i64 N, i64 C, double *out0, double *out1, int threads) {
@@ -177,13 +201,16 @@ static int reduce_matrix(const source_t *s, i64 N, i64 C, double *out0, double *
     double *a = malloc(2 * parts * C * sizeof(double) + parts * sizeof(i64)), *b = a + parts * C;
     if (!a) return -1;
     i64 *counts = (i64 *)(b + parts * C);
-    float *wide_mean = NULL;
-    if (s->g) {
-        if (!(wide_mean = malloc(columns * sizeof(float)))) { free(a); return -1; }
-        for (i64 j = 0; j < columns; j++) wide_mean[j] = s->mean[j % C];
-    }
     source_t wide = *s;
-    wide.mean = wide_mean;
+    float *vectors = NULL;
+    if (s->g) {
+        if (!(vectors = malloc(3 * columns * sizeof(float)))) { free(a); return -1; }
+        wide.mean = repeated(s->mean, C, fold, vectors);
+        if (s->slope) {
+            wide.slope = repeated(s->slope, C, fold, vectors + columns);
+            wide.shift = repeated(s->shift, C, fold, vectors + 2 * columns);
+        }
+    }
     PARALLEL_FOR
     for (i64 item = 0; item < chunks * strips; item++) {
         i64 chunk = item / strips, left = item % strips * STRIP;
@@ -199,7 +226,7 @@ static int reduce_matrix(const source_t *s, i64 N, i64 C, double *out0, double *
     join(a, b, counts, parts, C, s->g != NULL);
     memcpy(out0, a, C * sizeof(double));
     memcpy(out1, b, C * sizeof(double));
-    free(wide_mean);
+    free(vectors);
     free(a);
     return 0;
 }
@@ -214,7 +241,7 @@ static void reduce_plane(const float *x, const float *g, float mean, i64 S, doub
     i64 rows = S / LANES;
     for (i64 r = 0; r < rows; r += BLOCK) {
         int n = (int)min64(BLOCK, rows - r);
-        if (g) block_sums(x + r * LANES, g + r * LANES, LANES, n, means, &acc);
+        if (g) block_sums(x + r * LANES, g + r * LANES, LANES, n, means, NULL, NULL, &acc);
         else block_moments(x + r * LANES, LANES, n, (double)r, &acc);
     }
     double a = 0, b = 0;
@@ -260,41 +287,56 @@ static int streams(const float *y, i64 columns, i64 size) {
            (uintptr_t)y % sizeof(vec) == 0;
 }
 
-/* y = (x - mean)*a + b, value by value. */
-static void affine_row(const float *x, const float *mean, const float *a, const float *b, float *y,
-                       i64 size, int past) {
-    if (past) {
-        for (i64 i = 0; i < size; i += VEC)
-            stream(y + i, (load(x + i) - load(mean + i)) * load(a + i) + load(b + i));
-        fence();
-    } else
-        for (i64 i = 0; i < size; i++) y[i] = (x[i] - mean[i]) * a[i] + b[i];
+/* y = (x - mean)*a + b, value by value, or ReLU of it. */
+static void affine_row(const float *x, const float *mean, const float *a, const float *b, int relu,
+                       float *y, i64 size, int past) {
+    i64 i = 0;
+    for (; i + VEC <= size; i += VEC) {
+        vec v = (load(x + i) - load(mean + i)) * load(a + i) + load(b + i);
+        if (relu) v = passed(v, v);
+        if (past) stream(y + i, v);
+        else store(y + i, v);
+    }
+    if (past) fence();
+    for (; i < size; i++) {
+        float v = (x[i] - mean[i]) * a[i] + b[i];
+        y[i] = relu && v <= 0.0f ? 0.0f : v;
+    }
 }
 
 static void affine_plane(const float *x, float mean, float a, float b, float *y, i64 size) {
     for (i64 i = 0; i < size; i++) y[i] = (x[i] - mean) * a + b;
 }
 
-/* dx = a*g - b*(x - mean) - c; with keep_scale > 0 also through dropout and ReLU, which let pass
- * exactly where x, their output, is not 0. */
-static void gradient_row(const float *x, const float *g, const float *mean, const float *a,
-                         const float *b, const float *c, float keep_scale, float *dx, i64 size,
-                         int past) {
-    if (past) {
-        for (i64 i = 0; i < size; i += VEC) {
-            vec xi = load(x + i);
-            vec d = load(a + i) * load(g + i) - load(b + i) * (xi - load(mean + i)) - load(c + i);
-            if (keep_scale > 0) d = (vec)((ivec)(d * keep_scale) & (xi != 0.0f));
-            stream(dx + i, d);
-        }
-        fence();
-    } else if (keep_scale > 0)
-        for (i64 i = 0; i < size; i++) {
-            float d = a[i] * g[i] - b[i] * (x[i] - mean[i]) - c[i];
-            dx[i] = x[i] != 0.0f ? d * keep_scale : 0.0f;
-        }
-    else
-        for (i64 i = 0; i < size; i++) dx[i] = a[i] * g[i] - b[i] * (x[i] - mean[i]) - c[i];
+/* What the gradient of a value depends on beside x and g:
+ *     dx = a*g - b*(x - mean) - c
+ * With keep_scale > 0 it goes on through dropout and ReLU, which let pass exactly where x, their
+ * output, is not 0. With `slope`, g comes through the ReLU of (x - mean)*slope + shift. */
+typedef struct {
+    float *mean, *a, *b, *c, *slope, *shift;
+    float keep_scale;
+} gradient_t;
+
+static void gradient_row(const gradient_t *v, i64 left, const float *x, const float *g, float *dx,
+                         i64 size, int past) {
+    const float *mean = v->mean + left, *a = v->a + left, *b = v->b + left, *c = v->c + left;
+    const float *slope = v->slope ? v->slope + left : NULL, *shift = slope ? v->shift + left : NULL;
+    float keep = v->keep_scale;
+    i64 i = 0;
+    for (; i + VEC <= size; i += VEC) {
+        vec xi = load(x + i), gi = load(g + i), d = xi - load(mean + i);
+        if (slope) gi = passed(gi, d * load(slope + i) + load(shift + i));
+        d = load(a + i) * gi - load(b + i) * d - load(c + i);
+        if (keep > 0) d = (vec)((ivec)(d * keep) & (xi != 0.0f));
+        if (past) stream(dx + i, d);
+        else store(dx + i, d);
+    }
+    if (past) fence();
+    for (; i < size; i++) {
+        float d = x[i] - mean[i], gi = slope && d * slope[i] + shift[i] <= 0.0f ? 0.0f : g[i];
+        d = a[i] * gi - b[i] * d - c[i];
+        dx[i] = keep <= 0 ? d : x[i] != 0.0f ? d * keep : 0.0f;
+    }
 }
 
 static void gradient_plane(const float *x, const float *g, float mean, float a, float b, float c,
@@ -302,64 +344,78 @@ static void gradient_plane(const float *x, const float *g, float mean, float a, 
     for (i64 i = 0; i < size; i++) dx[i] = a * g[i] - b * (x[i] - mean) - c;
 }
 
-/* Repeat the C values of each of `count` vectors `fold` times, so that rows can be read together. */
-static float *repeated(const float *const *vectors, int count, i64 C, i64 fold) {
-    float *wide = malloc(count * fold * C * sizeof(float));
-    for (int v = 0; wide && v < count; v++)
-        for (i64 f = 0; f < fold; f++)
-            memcpy(wide + (v * fold + f) * C, vectors[v], C * sizeof(float));
-    return wide;
+/* How often the C values of a vector stand side by side, so that rows can be read together. */
+static i64 folds(i64 C, i64 S) { return S > 1 ? 1 : max64(1, FOLD / C); }
+
+/* Repeat the first C values of each of `count` vectors of fold*C values. */
+static void repeat(float *vectors, int count, i64 C, i64 fold) {
+    for (int v = 0; v < count; v++)
+        for (i64 f = 1; f < fold; f++)
+            memcpy(vectors + (v * fold + f) * C, vectors + v * fold * C, C * sizeof(float));
+}
+
+/* Rows of `columns` values are cut into equal parts of this width, so that the vectors that every
+ * row needs stay in the nearest cache. */
+static i64 part(i64 columns, i64 size) {
+    i64 parts = size > NEAR ? 1 : (columns + WIDE - 1) / WIDE;
+    return ((columns + parts - 1) / parts + VEC - 1) / VEC * VEC;
 }
 
 /* ---- What Python calls. Every function returns 0, or -1 when memory is short. ---- */
 
-/* y = weight*(x - mean)/sqrt(var + eps) + bias; weight and bias may be NULL. */
+/* y = weight*(x - mean)/sqrt(var + eps) + bias, or with `relu` (S = 1) ReLU of it; weight and bias
+ * may be NULL. */
 int normlab_normalize(const float *x, const float *mean, const float *var, const float *weight,
-                      const float *bias, float eps, i64 N, i64 C, i64 S, float *y, int threads) {
-    float *a = malloc(2 * C * sizeof(float)), *b = a + C;
-    if (!a) return -1;
+                      const float *bias, float eps, i64 N, i64 C, i64 S, int relu, float *y,
+                      int threads) {
+    i64 fold = folds(C, S), columns = fold * C, rows = (N + fold - 1) / fold;
+    float *center = malloc(3 * columns * sizeof(float)), *a = center + columns, *b = a + columns;
+    if (!center) return -1;
+    if (N * C * S <= SMALL) threads = 1;
+    SIMD
     for (i64 c = 0; c < C; c++) {
+        center[c] = mean[c];
         a[c] = (weight ? weight[c] : 1.0f) / sqrtf(var[c] + eps);
         b[c] = bias ? bias[c] : 0.0f;
     }
     if (S > 1) {
         PARALLEL_FOR
-        for (i64 p = 0; p < N * C; p++)
-            affine_plane(x + p * S, mean[p % C], a[p % C], b[p % C], y + p * S, S);
-        free(a);
-        return 0;
+        for (i64 p = 0; p < N * C; p++) {
+            i64 c = p % C;
+            affine_plane(x + p * S, center[c], a[c], b[c], y + p * S, S);
+        }
+    } else {
+        repeat(center, 3, C, fold);
+        i64 width = part(columns, N * C), parts = (columns + width - 1) / width;
+        int past = streams(y, columns, N * C);
+        PARALLEL_FOR
+        for (i64 item = 0; item < parts * rows; item++) {
+            i64 left = item / rows * width, at = item % rows * columns + left;
+            i64 size = min64(min64(width, columns - left), N * C - at);
+            affine_row(x + at, center + left, a + left, b + left, relu, y + at, size, past);
+        }
     }
-    i64 fold = max64(1, FOLD / C), columns = fold * C, rows = (N + fold - 1) / fold;
-    float *wide = repeated((const float *const[]){mean, a, b}, 3, C, fold);
-    free(a);
-    if (!wide) return -1;
-    int past = streams(y, columns, N * C);
-    PARALLEL_FOR
-    for (i64 r = 0; r < rows; r++) {
-        i64 at = r * columns;
-        affine_row(x + at, wide, wide + columns, wide + 2 * columns, y + at,
-                   min64(columns, N * C - at), past);
-    }
-    free(wide);
+    free(center);
     return 0;
 }
 
 /* Which signatures these are: a library of another number, from an older build, is not used. */
-int normlab_interface(void) { return 3; }
+int normlab_interface(void) { return 4; }
 
 /* Batch normalisation in training, of x, N x C x S, into y:
  *     mean, var = moments of x, var biased
- *     y = weight*(x - mean)/sqrt(var + eps) + bias
+ *     y = weight*(x - mean)/sqrt(var + eps) + bias, or with `relu` (S = 1) ReLU of it
  *     running = keep*running + (1 - keep)*batch, the batch's variance times correction
  * With z (S = 1), x = relu_dropout(z) is written first. draws, weight, bias and running_* may be
  * NULL. */
 int normlab_forward(float *x, const float *z, const uint16_t *draws, int32_t threshold, float scale,
-                    const float *weight, const float *bias, float eps, i64 N, i64 C, i64 S,
+                    const float *weight, const float *bias, float eps, i64 N, i64 C, i64 S, int relu,
                     float *running_mean, float *running_var, double keep, double correction,
                     i64 *batches, float *mean, float *var, float *y, int threads) {
     source_t s = {.x = x, .z = z, .draws = draws, .threshold = threshold, .scale = scale};
     double *m = malloc(2 * C * sizeof(double));
     if (!m) return -1;
+    if (N * C * S <= SMALL) threads = 1;
     int failed = reduce(&s, N, C, S, m, m + C, threads);
     for (i64 c = 0; !failed && c < C; c++) {
         mean[c] = (float)m[c];
@@ -370,7 +426,8 @@ int normlab_forward(float *x, const float *z, const uint16_t *draws, int32_t thr
     }
     if (!failed && batches) ++*batches;
     free(m);
-    return failed ? -1 : normlab_normalize(x, mean, var, weight, bias, eps, N, C, S, y, threads);
+    if (failed) return -1;
+    return normlab_normalize(x, mean, var, weight, bias, eps, N, C, S, relu, y, threads);
 }
 
 /* h = relu_dropout(z), with nothing behind it. */
@@ -396,43 +453,52 @@ int normlab_relu_dropout_gradient(const float *h, const float *g, float scale, i
  *     weight_grad = sum g*x_hat
  *     dx = weight/(M*sigma) * (M*g - sum g - x_hat * sum g*x_hat)
  * dx may be NULL. With keep_scale > 0 (S = 1) dx goes on through dropout and ReLU, whose output
- * x is. */
+ * x is. With `relu` (S = 1) g = dL/dy comes through the ReLU of y. */
 int normlab_gradient(const float *x, const float *g, const float *mean, const float *var,
-                     const float *weight, float eps, float keep_scale, i64 N, i64 C, i64 S,
-                     float *dx, float *weight_grad, float *bias_grad, int threads) {
-    source_t s = {.x = (float *)x, .g = g, .mean = mean};
-    double *sums = malloc(2 * C * sizeof(double)), M = (double)N * S;
-    float *a = malloc(3 * C * sizeof(float)), *b = a + C, *c0 = b + C, *wide = NULL;
-    int failed = !sums || !a || reduce(&s, N, C, S, sums, sums + C, threads);
-    for (i64 c = 0; !failed && c < C; c++) {
+                     const float *weight, const float *bias, float eps, int relu, float keep_scale,
+                     i64 N, i64 C, i64 S, float *dx, float *weight_grad, float *bias_grad,
+                     int threads) {
+    i64 fold = folds(C, S), columns = fold * C, rows = (N + fold - 1) / fold;
+    double *sums = malloc(2 * C * sizeof(double)), per_value = 1.0 / ((double)N * S);
+    float *vectors = malloc(6 * columns * sizeof(float));
+    if (!sums || !vectors) { free(sums); free(vectors); return -1; }
+    gradient_t v = {vectors, vectors + columns, vectors + 2 * columns, vectors + 3 * columns,
+                    relu ? vectors + 4 * columns : NULL, vectors + 5 * columns, keep_scale};
+    for (i64 c = 0; relu && c < C; c++) { /* as in normlab_normalize */
+        v.slope[c] = (weight ? weight[c] : 1.0f) / sqrtf(var[c] + eps);
+        v.shift[c] = bias ? bias[c] : 0.0f;
+    }
+    if (N * C * S <= SMALL) threads = 1;
+    source_t s = {.x = (float *)x, .g = g, .mean = mean, .slope = v.slope, .shift = v.shift};
+    int failed = reduce(&s, N, C, S, sums, sums + C, threads);
+    SIMD
+    for (i64 c = 0; c < (failed ? 0 : C); c++) {
         double r = 1.0 / sqrt((double)var[c] + eps), gamma = weight ? weight[c] : 1.0;
         bias_grad[c] = (float)sums[c];
         weight_grad[c] = (float)(sums[C + c] * r);
-        a[c] = (float)(gamma * r);
-        b[c] = (float)(gamma * r * r * r * sums[C + c] / M);
-        c0[c] = (float)(gamma * r * sums[c] / M);
+        v.mean[c] = mean[c];
+        v.a[c] = (float)(gamma * r);
+        v.b[c] = (float)(gamma * r * r * r * sums[C + c] * per_value);
+        v.c[c] = (float)(gamma * r * sums[c] * per_value);
     }
     if (!failed && dx && S > 1) {
         PARALLEL_FOR
         for (i64 p = 0; p < N * C; p++) {
             i64 c = p % C;
-            gradient_plane(x + p * S, g + p * S, mean[c], a[c], b[c], c0[c], dx + p * S, S);
+            gradient_plane(x + p * S, g + p * S, v.mean[c], v.a[c], v.b[c], v.c[c], dx + p * S, S);
         }
     } else if (!failed && dx) {
-        i64 fold = max64(1, FOLD / C), columns = fold * C, rows = (N + fold - 1) / fold;
-        wide = repeated((const float *const[]){mean, a, b, c0}, 4, C, fold);
-        failed = !wide;
+        repeat(vectors, relu ? 6 : 4, C, fold);
+        i64 width = part(columns, N * C), parts = (columns + width - 1) / width;
         int past = streams(dx, columns, N * C);
         PARALLEL_FOR
-        for (i64 r = 0; r < (failed ? 0 : rows); r++) {
-            i64 at = r * columns;
-            gradient_row(x + at, g + at, wide, wide + columns, wide + 2 * columns,
-                         wide + 3 * columns, keep_scale, dx + at, min64(columns, N * C - at),
-                         past);
+        for (i64 item = 0; item < parts * rows; item++) {
+            i64 left = item / rows * width, at = item % rows * columns + left;
+            i64 size = min64(min64(width, columns - left), N * C - at);
+            gradient_row(&v, left, x + at, g + at, dx + at, size, past);
         }
     }
-    free(wide);
-    free(a);
+    free(vectors);
     free(sums);
     return failed ? -1 : 0;
 }

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-INTERFACE = 3  # as in kernels.c: raised there and here whenever a signature changes
+INTERFACE = 4  # as in kernels.c: raised there and here whenever a signature changes
 
 _off = threading.local()
+_VALUES = {int, float, type(None)}  # what C gets as it is; a set is asked faster than isinstance
 
 _POINTER, _INT, _LONG, _FLOAT, _DOUBLE = (
     ctypes.c_void_p,
@@ -26,14 +26,17 @@ _SHAPE = [_LONG, _LONG, _LONG]
 _SIGNATURES = {
     "normlab_forward": [
         *[*[_POINTER] * 3, ctypes.c_int32, _FLOAT],  # x, z, draws, threshold, scale
-        *[_POINTER, _POINTER, _FLOAT, *_SHAPE],  # weight, bias, eps
+        *[_POINTER, _POINTER, _FLOAT, *_SHAPE, _INT],  # weight, bias, eps, relu
         *[_POINTER, _POINTER, _DOUBLE, _DOUBLE, _POINTER],  # running statistics, see `Running`
         *[_POINTER, _POINTER, _POINTER, _INT],  # mean, variance, y
     ],
     "normlab_relu_dropout": [*[_POINTER] * 2, ctypes.c_int32, _FLOAT, _LONG, _POINTER, _INT],
     "normlab_relu_dropout_gradient": [*[_POINTER] * 2, _FLOAT, _LONG, _POINTER, _INT],
-    "normlab_normalize": [*[_POINTER] * 5, _FLOAT, *_SHAPE, _POINTER, _INT],
-    "normlab_gradient": [*[_POINTER] * 5, _FLOAT, _FLOAT, *_SHAPE, *[_POINTER] * 3, _INT],
+    "normlab_normalize": [*[_POINTER] * 5, _FLOAT, *_SHAPE, _INT, _POINTER, _INT],
+    "normlab_gradient": [
+        *[*[_POINTER] * 6, _FLOAT],  # x, g, mean, var, weight, bias, eps
+        *[_INT, _FLOAT, *_SHAPE, *[_POINTER] * 3, _INT],  # relu, keep_scale
+    ],
     "normlab_conv3x3": [*[_POINTER] * 3, *[_LONG] * 5, _INT, *[_POINTER] * 2, _INT],
     "normlab_conv3x3_gradient": [*[_POINTER] * 3, *[_LONG] * 5, *[_POINTER] * 2, _INT],
     "normlab_conv_pixels": [*[_POINTER] * 3, *[_LONG] * 4, _POINTER, _INT],
@@ -85,12 +88,12 @@ def disabled() -> Iterator[None]:
         _off.depth -= 1
 
 
-def call(name: str, *arguments: object) -> None:
+def call(name: str, *arguments: Any) -> None:
     """Call the kernel `name`; a tensor stands for the address of its values.
 
     Raises:
         MemoryError: it could not get the memory it works in.
     """
-    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    values = [a if type(a) in _VALUES else a.data_ptr() for a in arguments]
     if _kernel(name)(*values, torch.get_num_threads()):
         raise MemoryError(f"normlab_{name}")

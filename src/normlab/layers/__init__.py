@@ -7,7 +7,14 @@ from torch import nn
 from normlab.errors import UserError
 from normlab.layers.batchnorm import CONVENTIONS, BatchNorm, Convention, moments, normalize
 from normlab.layers.dropout import Dropout
-from normlab.layers.fused import MaxPool2d, conv_pool, norm_conv, relu_dropout, relu_dropout_norm
+from normlab.layers.fused import (
+    MaxPool2d,
+    conv_pool,
+    norm_conv,
+    norm_relu,
+    relu_dropout,
+    relu_dropout_norm,
+)
 from normlab.layers.norms import GroupNorm, InstanceNorm, LayerNorm
 from normlab.layers.weights import Conv2d, Dense, Flatten, conv3x3
 
@@ -54,6 +61,7 @@ __all__ = [
     "conv_pool",
     "moments",
     "norm_conv",
+    "norm_relu",
     "normalize",
     "normalizer",
     "relu_dropout",

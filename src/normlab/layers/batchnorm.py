@@ -131,10 +131,9 @@ class _BatchNormalize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: "BatchNorm"
     ) -> Tensor:
-        shape = kernels.layout(x) if norm.running_mean.dtype is torch.float32 else None
-        count = x.numel() // x.shape[1]
-        if shape is not None:
-            running = norm.running(count)
+        shape, count = kernels.layout(x), x.numel() // x.shape[1]
+        running = norm.running(count)
+        if shape is not None and running.mean.dtype is torch.float32:
             y, mean, var = kernels.batch_norm(x, shape, weight, bias, norm.eps, running)
         else:
             mean, var = moments(x)
@@ -268,8 +267,9 @@ class BatchNorm(nn.Module):
     def running(self, count: int) -> kernels.Running:
         """How a batch of `count` values a channel moves the running statistics."""
         correction = count / (count - 1) if self.convention.unbiased_running_var else 1.0
-        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
-        return kernels.Running(mean, var, self.old_weight, correction, batches)
+        named = vars(self)["_buffers"]  # found faster here than as attributes
+        mean, var = named["running_mean"], named["running_var"]
+        return kernels.Running(mean, var, self.old_weight, correction, named["num_batches_tracked"])
 
     @torch.no_grad()
     def track(self, mean: Tensor, var: Tensor, count: int) -> None:

@@ -93,6 +93,44 @@ class _ReluDropout(torch.autograd.Function):
         return kernels.relu_dropout_gradient(h, g, ctx.scale), None, None
 
 
+def norm_relu(x: Tensor, norm: nn.Module) -> Tensor:
+    """relu(norm(x)) for `x` (N, C) or channels-last (N, C, H, W)."""
+    if type(norm) is not BatchNorm or _hooked(norm) or not _is_matrix(x, norm):
+        return relu(norm(x))
+    norm.check(x)
+    if norm.uses_batch():
+        y: Tensor = _BatchNormRelu.apply(x, norm.weight, norm.bias, norm)  # type: ignore[no-untyped-call]
+        return y
+    if torch.is_grad_enabled():
+        return relu(norm(x))
+    running = norm.running_mean, norm.running_var
+    return kernels.normalize(x, *running, norm.weight, norm.bias, norm.eps, relu=True)
+
+
+class _BatchNormRelu(torch.autograd.Function):
+    """What ReLU cut is computed anew from x, which takes less time than reading it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: BatchNorm
+    ) -> Tensor:
+        shape = kernels.layout(x)
+        assert shape is not None
+        running = norm.running(shape[0])
+        y, mean, var = kernels.batch_norm(x, shape, weight, bias, norm.eps, running, relu=True)
+        ctx.save_for_backward(x, weight, bias, mean, var)
+        ctx.shape, ctx.eps = shape, norm.eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, var = ctx.saved_tensors
+        batch, x_grad = (mean, var, weight, ctx.eps), ctx.needs_input_grad[0]
+        grads = kernels.gradient(x, ctx.shape, g, *batch, bias=bias, relu=True, x_grad=x_grad)
+        return needed(ctx, *grads, None)
+
+
 def norm_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d) -> Tensor:
     """conv(norm(x)) for pixels `x` (N, C, H, W), which need no gradient.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, relu
 
 from normlab.errors import UserError
-from normlab.layers import BatchNorm, Conv2d, MaxPool2d, conv_pool, normalizer
+from normlab.layers import BatchNorm, Conv2d, MaxPool2d, conv_pool, norm_relu, normalizer
 from normlab.random import stream
 
 PATCH = 3  # pixels, high and wide
@@ -97,7 +97,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) → (N, C_out, H, W), or half of H and W when pooled."""
         h = conv_pool(x, self.conv, self.pool)
-        y: Tensor = self.norm(relu(h)) if self.norm_last else relu(self.norm(h))
+        y: Tensor = self.norm(relu(h)) if self.norm_last else norm_relu(h, self.norm)
         return y
 
 
