@@ -203,9 +203,17 @@ def test_pooling_equals_pytorch_bit_for_bit(shape: tuple[int, ...]) -> None:
     assert torch.equal(dx, expected)
 
 
-@pytest.mark.parametrize(
-    ("shape", "c_out"), [((2, 32, 8, 8), 64), ((3, 64, 15, 15), 32), ((1, 32, 1, 5), 32)]
-)
+CONVOLVED = [
+    ((2, 32, 8, 8), 64),
+    ((3, 64, 15, 15), 32),
+    ((1, 32, 1, 5), 32),
+    ((3, 16, 15, 9), 48),
+    ((2, 80, 8, 8), 16),
+    ((1, 256, 6, 6), 256),
+]
+
+
+@pytest.mark.parametrize(("shape", "c_out"), CONVOLVED)
 def test_convolution_matches_float64(shape: tuple[int, ...], c_out: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
@@ -223,8 +231,31 @@ def test_convolution_matches_float64(shape: tuple[int, ...], c_out: int) -> None
         assert (a - b).abs().max() <= 2e-6 * b.abs().max()
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize(("c_in", "c_out"), [(24, 16), (8, 48), (40, 32)])
+def test_an_input_of_half_a_strip_needs_no_gradient(c_in: int, c_out: int, pooled: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, c_in, 10, 6, generator=generator)
+    x = x.contiguous(memory_format=torch.channels_last)
+    conv, pool = Conv2d(c_in, c_out, padding=1, rng=stream(0, "conv")), MaxPool2d(2)
+    y = conv_pool(x, conv, pool) if pooled else conv(x)
+    assert ("_ConvPool" if pooled else "_Conv3x3") in type(y.grad_fn).__name__
+    wide = [t.detach().double().requires_grad_() for t in conv.parameters()]
+    expected = conv2d(x.double(), *wide, padding=1)
+    expected = max_pool2d(expected, 2) if pooled else expected
+    g = torch.randn(y.shape, generator=generator)
+    ours = torch.autograd.grad(y, list(conv.parameters()), g)
+    theirs = torch.autograd.grad(expected, wide, g.double())
+    for a, b in zip((y, *ours), (expected, *theirs), strict=True):
+        assert (a - b).abs().max() <= 2e-6 * b.abs().max()
+    asking = conv_pool(x.requires_grad_(), conv, pool) if pooled else conv(x.requires_grad_())
+    assert "_Conv" not in str(asking.grad_fn.next_functions if pooled else asking.grad_fn)
+
+
 WINDOWED = [
     ((2, 32, 8, 8), 64),
+    ((4, 16, 8, 6), 16),
+    ((3, 48, 9, 8), 80),
     ((3, 64, 15, 15), 32),
     ((40, 32, 15, 16), 64),  # several partial sums, over other tiles than without pooling
     ((5, 32, 7, 9), 32),

@@ -2,6 +2,9 @@
 #ifndef NORMLAB_VECTORS_H
 #define NORMLAB_VECTORS_H
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,6 +36,12 @@ static inline ivec load_places(const uint8_t *p) {
 static inline void store_places(uint8_t *p, ivec at) {
     *(bvec *)p = __builtin_convertvector(at, bvec);
 }
+/* Eight values, and zeros where a register holds more. */
+#if defined(__AVX512F__)
+static inline vec load8(const float *p) { return (vec)_mm512_zextps256_ps512(_mm256_loadu_ps(p)); }
+#else
+static inline vec load8(const float *p) { return load(p); }
+#endif
 /* x - 0 is x, -0 too, so this is nothing but a broadcast. */
 static inline vec splat(float x) { return x - (vec){0}; }
 
@@ -51,11 +60,9 @@ static inline vec maximum(const vec v[4], ivec *at) {
 /* Past the caches to memory: for outputs that no cache would hold until they are read, this saves
  * reading what is overwritten. `p` is aligned to a register. Ends with `fence`. */
 #if defined(__AVX512F__)
-#include <immintrin.h>
 static inline void stream(float *p, vec v) { _mm512_stream_ps(p, (__m512)v); }
 #define fence() _mm_sfence()
 #elif defined(__AVX__)
-#include <immintrin.h>
 static inline void stream(float *p, vec v) { _mm256_stream_ps(p, (__m256)v); }
 #define fence() _mm_sfence()
 #else

@@ -16,20 +16,25 @@
  *     dw = G'[sum over tiles of (A g A') * (B' x B)]G
  *
  * All matrices hold 0, 1, -1 and 1/2, so rounding stays that of the direct sum, times a small factor.
- * Images are N x H x W x C; C is a multiple of 32 on both sides.
+ * Images are N x H x W x C; O is a multiple of 16, I of 8, and of 16 where its gradient is wanted.
  *
  * A tile of the output is a window of 2 x 2 pooling, too. Where the maxima are all that is wanted, the
  * output itself is never written, nor is its gradient: `which` says where in each window g belongs.
  *
- * Transformed tiles lie in strips of 32 channels, POINTS x C/32 x room x 32, transformed kernels too,
- * POINTS x O/32 x I x 32: what a product reads is contiguous and small, whatever C is.
+ * Transformed tiles lie in strips of 16 channels, POINTS x C/16 x room x 16, transformed kernels too,
+ * POINTS x O/16 x I x 16: what a product reads is contiguous and small, whatever C is.
  */
 #include "vectors.h"
 
 #define TILES 42 /* tiles transformed together: what they need stays in cache, in sets of its own */
 #define POINTS 16
-#define ROWS 6 /* of a register block of the matrix products; divides TILES */
-#define OVER (VEC == 16 ? 8 : 4) /* of one of the products over tiles */
+#define STRIP 16
+#define PAIR (2 * VEC) /* columns of a register block of the matrix products */
+#define WIDTH (PAIR > STRIP ? PAIR : STRIP) /* the strips that hold them */
+#define ROWS 6         /* its rows; divides TILES, as do those of a block of one vector */
+#define ROWS_ALONE 14
+#define OVER (VEC == 16 ? 8 : 4) /* rows of a block of the products over tiles */
+#define INLINE static inline __attribute__((always_inline))
 
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -44,8 +49,16 @@ static grid_t grid(i64 N, i64 H, i64 W, int whole) {
 
 static i64 tiles_of(const grid_t *s) { return s->N * s->down * s->across; }
 
+/* Channels of whole strips. */
+static inline i64 padded(i64 C) { return (C + STRIP - 1) / STRIP * STRIP; }
+
 /* Where column `c` of row `r` is in strips of `rows` rows. */
-static inline i64 at(i64 r, i64 c, i64 rows) { return (c / LANES * rows + r) * LANES + c % LANES; }
+static inline i64 at(i64 r, i64 c, i64 rows) { return (c / STRIP * rows + r) * STRIP + c % STRIP; }
+
+/* Column `c` of C, a multiple of 8, and those behind it; zeros behind the last. */
+static inline vec load_within(const float *p, i64 c, i64 C) {
+    return c + VEC <= C ? load(p + c) : load8(p + c);
+}
 
 /* Addresses of the 4 x 4 pixels from which tile `t` is computed; `zeros` outside of the image. */
 static void input_pixels(const float *x, const grid_t *s, i64 C, i64 t, const float *zeros,
@@ -96,8 +109,8 @@ static void transform_input(const float *x, const grid_t *s, i64 C, i64 first, i
         input_pixels(x, s, C, first + t, zeros, p);
         for (i64 c = 0; c < C; c += VEC) {
             vec d[16];
-            UNROLL for (int k = 0; k < 16; k++) d[k] = load(p[k] + c);
-            store_input(d, V + at(t, c, room), room * C);
+            UNROLL for (int k = 0; k < 16; k++) d[k] = load_within(p[k], c, C);
+            store_input(d, V + at(t, c, room), room * padded(C));
         }
     }
 }
@@ -150,14 +163,15 @@ static inline void load_output(const float *in, i64 step, vec bias, vec y[4]) {
     y[3] = bottom[1] - bottom[2] - bottom[3] + bias;
 }
 
-/* y = A' M A + bias of `count` tiles from `first`, 32 channels from `o` on; with `which`, the maxima
- * and where they are. */
-static void transform_output(const float *M, i64 C, i64 o, i64 first, int count, const float *bias,
-                             float *const pixels[][4], float *y, uint8_t *which) {
+/* y = A' M A + bias of `count` tiles from `first`, `width` channels from `o` on; with `which`, the
+ * maxima and where they are. */
+static void transform_output(const float *M, i64 C, i64 o, i64 width, i64 first, int count,
+                             const float *bias, float *const pixels[][4], float *y,
+                             uint8_t *which) {
     for (int t = 0; t < count; t++)
-        for (i64 c = 0; c < LANES; c += VEC) {
+        for (i64 c = 0; c < width; c += VEC) {
             vec out[4], add = bias ? load(bias + o + c) : (vec){0};
-            load_output(M + t * LANES + c, TILES * LANES, add, out);
+            load_output(M + at(t, c, TILES), TILES * WIDTH, add, out);
             if (which) {
                 ivec place;
                 i64 to = (first + t) * C + o + c;
@@ -200,16 +214,16 @@ static void transform_gradient(const float *g, const uint8_t *which, const grid_
 }
 
 /* G w G' of w, O x I x 3 x 3, as I rows for O columns; or, turned, of the kernel that takes the
- * gradient back, O rows for I columns. Here the 32 columns from `first`. */
+ * gradient back, O rows for I columns. Here the 16 columns from `first`. */
 static void transform_kernel(const float *w, i64 O, i64 I, int turned, i64 first, float *U) {
     i64 rows = turned ? O : I;
     for (i64 row = 0; row < rows; row++) {
-        float k[9][LANES], *out = U + at(row, first, rows);
-        for (int c = 0; c < LANES; c++) {
+        float k[9][STRIP], *out = U + at(row, first, rows);
+        for (int c = 0; c < STRIP; c++) {
             const float *from = w + 9 * (turned ? row * I + first + c : (first + c) * I + row);
             UNROLL for (int j = 0; j < 9; j++) k[j][c] = from[turned ? 8 - j : j];
         }
-        for (int c = 0; c < LANES; c += VEC) {
+        for (int c = 0; c < STRIP; c += VEC) {
             vec at_rows[4][3];
             UNROLL for (int j = 0; j < 3; j++) {
                 vec a = load(k[j] + c), b = load(k[3 + j] + c), d = load(k[6 + j] + c);
@@ -229,10 +243,10 @@ static void transform_kernel(const float *w, i64 O, i64 I, int turned, i64 first
     }
 }
 
-/* dw = G' D G for the 32 output channels from `first`. */
+/* dw = G' D G for the 16 output channels from `first`. */
 static void transform_back(const float *D, i64 O, i64 I, i64 first, float *dw) {
     for (i64 i = 0; i < I; i++)
-        for (i64 o = first; o < first + LANES; o++) {
+        for (i64 o = first; o < first + STRIP; o++) {
             const float *d = D + at(i, o, I);
             float rows[3][4];
             for (int c = 0; c < 4; c++) {
@@ -251,57 +265,72 @@ static void transform_back(const float *D, i64 O, i64 I, i64 first, float *dw) {
         }
 }
 
-/* M (rows x 32) = V (rows x I) U (I x 32), rows rounded up to whole register blocks; V in strips of
- * TILES rows. */
-static void product(const float *V, const float *U, int rows, i64 I, float *M) {
-    for (i64 o = 0; o < LANES; o += 2 * VEC)
-        for (int r = 0; r < rows; r += ROWS) {
-            vec sum[ROWS][2] = {{{0}}};
-            const float *u = U + o;
-            for (i64 strip = 0; strip < I; strip += LANES) {
-                const float *v = V + at(r, strip, TILES);
-                for (int i = 0; i < LANES; i++, u += LANES) {
-                    vec u0 = load(u), u1 = load(u + VEC);
-                    UNROLL for (int k = 0; k < ROWS; k++) {
-                        vec a = splat(v[k * LANES + i]);
-                        sum[k][0] += a * u0;
-                        sum[k][1] += a * u1;
-                    }
+/* M (rows x one vector of columns, or `two`) = V (rows x I) U (I x columns), `height` rows at a time,
+ * the last ones rounded up; V in strips of TILES rows. */
+INLINE void product_of(const float *V, const float *u0, const float *u1, int rows, i64 I, float *m0,
+                       float *m1, int height, int two) {
+    for (int r = 0; r < rows; r += height) {
+        vec sum[ROWS_ALONE][2] = {{{0}}};
+        const float *a0 = u0, *a1 = u1;
+        for (i64 first = 0; first < I; first += 8) {
+            const float *v = V + at(r, first, TILES);
+            for (int i = 0; i < 8; i++, a0 += STRIP, a1 += STRIP) {
+                vec b0 = load(a0), b1 = two ? load(a1) : b0;
+                UNROLL for (int k = 0; k < height; k++) {
+                    vec a = splat(v[k * STRIP + i]);
+                    sum[k][0] += a * b0;
+                    if (two) sum[k][1] += a * b1;
                 }
             }
-            UNROLL for (int k = 0; k < ROWS; k++) {
-                float *m = M + (r + k) * LANES + o;
-                store(m, sum[k][0]);
-                store(m + VEC, sum[k][1]);
-            }
         }
+        UNROLL for (int k = 0; k < height; k++) {
+            store(m0 + (r + k) * STRIP, sum[k][0]);
+            if (two) store(m1 + (r + k) * STRIP, sum[k][1]);
+        }
+    }
 }
 
-/* D (I x O) += V' (I x rows) U (rows x O), all in strips, V and U of `room` rows. */
-static void product_over_tiles(const float *V, const float *U, int rows, i64 room, i64 I, i64 O,
-                               float *D) {
-    for (i64 o = 0; o < O; o += 2 * VEC)
-        for (i64 i = 0; i < I; i += OVER) {
-            vec sum[OVER][2];
-            float *d = D + at(i, o, I);
+/* The same for the PAIR of columns from `o` of U (I x O). */
+static void product(const float *V, const float *U, int rows, i64 I, i64 O, i64 o, float *M) {
+    const float *u0 = U + at(0, o, I), *u1 = U + at(0, o + VEC, I);
+    if (o + VEC < O) product_of(V, u0, u1, rows, I, M, M + at(0, VEC, TILES), ROWS, 1);
+    else product_of(V, u0, u0, rows, I, M, M, ROWS_ALONE, 0);
+}
+
+/* D (I x one vector of columns, or `two`) += V' (I x rows) U (rows x columns), all in strips, V and U
+ * of `room` rows. */
+INLINE void product_over_tiles_of(const float *V, const float *u0, const float *u1, int rows,
+                                  i64 room, i64 I, float *d0, float *d1, int two) {
+    for (i64 i = 0; i < I; i += OVER, d0 += OVER * STRIP, d1 += OVER * STRIP) {
+        vec sum[OVER][2];
+        UNROLL for (int k = 0; k < OVER; k++) {
+            sum[k][0] = load(d0 + k * STRIP);
+            if (two) sum[k][1] = load(d1 + k * STRIP);
+        }
+        const float *v = V + at(0, i, room), *b0 = u0, *b1 = u1;
+        for (int r = 0; r < rows; r++, v += STRIP, b0 += STRIP, b1 += STRIP) {
+            vec c0 = load(b0), c1 = two ? load(b1) : c0;
             UNROLL for (int k = 0; k < OVER; k++) {
-                sum[k][0] = load(d + k * LANES);
-                sum[k][1] = load(d + k * LANES + VEC);
-            }
-            const float *v = V + at(0, i, room), *u = U + at(0, o, room);
-            for (int r = 0; r < rows; r++, v += LANES, u += LANES) {
-                vec u0 = load(u), u1 = load(u + VEC);
-                UNROLL for (int k = 0; k < OVER; k++) {
-                    vec a = splat(v[k]);
-                    sum[k][0] += a * u0;
-                    sum[k][1] += a * u1;
-                }
-            }
-            UNROLL for (int k = 0; k < OVER; k++) {
-                store(d + k * LANES, sum[k][0]);
-                store(d + k * LANES + VEC, sum[k][1]);
+                vec a = splat(v[k]);
+                sum[k][0] += a * c0;
+                if (two) sum[k][1] += a * c1;
             }
         }
+        UNROLL for (int k = 0; k < OVER; k++) {
+            store(d0 + k * STRIP, sum[k][0]);
+            if (two) store(d1 + k * STRIP, sum[k][1]);
+        }
+    }
+}
+
+static void product_over_tiles(const float *V, const float *U, int rows, i64 room, i64 I, i64 O,
+                               float *D) {
+    for (i64 o = 0; o < O; o += PAIR) {
+        const float *u0 = U + at(0, o, room), *u1 = U + at(0, o + VEC, room);
+        float *d0 = D + at(0, o, I), *d1 = D + at(0, o + VEC, I);
+        if (o + VEC < O) product_over_tiles_of(V, u0, u1, rows, room, I, d0, d1, 1);
+        else product_over_tiles_of(V, u0, u0, rows, room, I, d0, d0, 0);
+    }
 }
 
 /* y (N x H x W x O) = convolution of x (N x H x W x I) with w (O x I x 3 x 3), plus bias (may be
@@ -320,12 +349,13 @@ int normlab_conv3x3(const float *x, const float *w, const float *bias, i64 N, i6
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (i64 first = 0; first < to; first += LANES)
+        for (i64 first = 0; first < to; first += STRIP)
             transform_kernel(w, O, I, turned, first, U);
-        i64 space = POINTS * TILES * (from + LANES);
-        float *V = aligned_alloc(64, (space + from + to) * sizeof(float)), *pixels[TILES][4];
-        float *M = V + POINTS * TILES * from, *zeros = V + space, *outside = zeros + from;
-        if (V) memset(V, 0, (space + from) * sizeof(float));
+        i64 space = POINTS * TILES * (padded(from) + WIDTH);
+        float *V = aligned_alloc(64, (space + padded(from) + padded(to)) * sizeof(float));
+        float *pixels[TILES][4];
+        float *M = V + POINTS * TILES * padded(from), *zeros = V + space, *outside = zeros + padded(from);
+        if (V) memset(V, 0, (space + padded(from)) * sizeof(float));
         else {
 #pragma omp atomic write
             failed = 1;
@@ -340,11 +370,11 @@ int normlab_conv3x3(const float *x, const float *w, const float *bias, i64 N, i6
             int pooled = which && !turned;
             for (int t = 0; t < count && !pooled; t++)
                 output_pixels(y, &s, to, b * TILES + t, outside, pixels[t]);
-            for (i64 o = 0; o < to; o += LANES) {
+            for (i64 o = 0; o < to; o += PAIR) {
                 for (int p = 0; p < POINTS; p++)
-                    product(V + p * TILES * from, U + (p * to + o) * from, count, from,
-                            M + p * TILES * LANES);
-                transform_output(M, to, o, b * TILES, count, bias, pixels, y,
+                    product(V + p * TILES * padded(from), U + p * from * to, count, from, to, o,
+                            M + p * TILES * WIDTH);
+                transform_output(M, to, o, min64(PAIR, to - o), b * TILES, count, bias, pixels, y,
                                  pooled ? which : NULL);
             }
         }
@@ -367,7 +397,7 @@ static i64 room_for(i64 channels) {
 int normlab_conv3x3_gradient(const float *x, const float *g, const uint8_t *which, i64 N, i64 H,
                              i64 W, i64 I, i64 O, float *dw, float *db, int threads) {
     grid_t s = grid(N, H, W, which != NULL);
-    i64 tiles = tiles_of(&s), room = room_for(I + O);
+    i64 tiles = tiles_of(&s), room = room_for(padded(I) + O);
     i64 size = POINTS * I * O + O; /* of a part: D, POINTS x I x O, and the sums of g */
     i64 most = min64(16, max64(4, (1 << 21) / size)); /* 8 MiB of them, or four */
     int count_of_parts = (int)min64(most, 1 + tiles / (4 * room));
@@ -376,10 +406,10 @@ int normlab_conv3x3_gradient(const float *x, const float *g, const uint8_t *whic
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        i64 space = POINTS * room * (I + O);
-        float *V = aligned_alloc(64, (space + I + O) * sizeof(float));
-        float *U = V + POINTS * room * I, *zeros = V + space;
-        if (V) memset(zeros, 0, (I + O) * sizeof(float));
+        i64 space = POINTS * room * (padded(I) + O);
+        float *V = aligned_alloc(64, (space + padded(I) + O) * sizeof(float));
+        float *U = V + POINTS * room * padded(I), *zeros = V + space;
+        if (V) memset(zeros, 0, (padded(I) + O) * sizeof(float));
         else {
 #pragma omp atomic write
             failed = 1;
@@ -393,7 +423,7 @@ int normlab_conv3x3_gradient(const float *x, const float *g, const uint8_t *whic
                 transform_input(x, &s, I, t, count, room, zeros, V);
                 transform_gradient(g, which, &s, O, t, count, room, zeros, U, D + POINTS * I * O);
                 for (int p = 0; p < POINTS; p++)
-                    product_over_tiles(V + p * room * I, U + p * room * O, count, room, I, O,
+                    product_over_tiles(V + p * room * padded(I), U + p * room * O, count, room, I, O,
                                        D + p * I * O);
             }
         }
@@ -402,7 +432,7 @@ int normlab_conv3x3_gradient(const float *x, const float *g, const uint8_t *whic
         for (i64 j = 0; j < size; j++)
             for (int part = 1; part < count_of_parts; part++) parts[j] += parts[part * size + j];
 #pragma omp for schedule(static)
-        for (i64 first = 0; first < O; first += LANES) transform_back(parts, O, I, first, dw);
+        for (i64 first = 0; first < O; first += STRIP) transform_back(parts, O, I, first, dw);
     }
     memcpy(db, parts + POINTS * I * O, O * sizeof(float));
     free(parts);
