@@ -361,7 +361,8 @@ static i64 part(i64 columns, i64 size) {
     return ((columns + parts - 1) / parts + VEC - 1) / VEC * VEC;
 }
 
-/* ---- What Python calls. Every function returns 0, or -1 when memory is short. ---- */
+/* ---- What Python calls. Every function returns 0, or -1 when memory is short. Those of twenty
+ * arguments get them as one struct, which costs Python much less. ---- */
 
 /* y = weight*(x - mean)/sqrt(var + eps) + bias, or with `relu` (S = 1) ReLU of it; weight and bias
  * may be NULL. */
@@ -408,15 +409,32 @@ int normlab_interface(void) { return 4; }
  *     running = keep*running + (1 - keep)*batch, the batch's variance times correction
  * With z (S = 1), x = relu_dropout(z) is written first. draws, weight, bias and running_* may be
  * NULL. */
-int normlab_forward(float *x, const float *z, const uint16_t *draws, int32_t threshold, float scale,
-                    const float *weight, const float *bias, float eps, i64 N, i64 C, i64 S, int relu,
-                    float *running_mean, float *running_var, double keep, double correction,
-                    i64 *batches, float *mean, float *var, float *y, int threads) {
-    source_t s = {.x = x, .z = z, .draws = draws, .threshold = threshold, .scale = scale};
-    double *m = malloc(2 * C * sizeof(double));
+typedef struct {
+    float *x;
+    const float *z;
+    const uint16_t *draws;
+    int32_t threshold;
+    float scale;
+    const float *weight, *bias;
+    float eps;
+    i64 N, C, S;
+    int relu;
+    float *running_mean, *running_var;
+    double keep, correction;
+    i64 *batches;
+    float *mean, *var, *y;
+    int threads;
+} forward_t;
+
+int normlab_forward(const forward_t *f) {
+    float *mean = f->mean, *var = f->var, *running_mean = f->running_mean;
+    float *running_var = f->running_var;
+    i64 N = f->N, C = f->C, S = f->S;
+    source_t s = {.x = f->x, .z = f->z, .draws = f->draws, .threshold = f->threshold,
+                  .scale = f->scale};
+    double *m = malloc(2 * C * sizeof(double)), keep = f->keep, correction = f->correction;
     if (!m) return -1;
-    if (N * C * S <= SMALL) threads = 1;
-    int failed = reduce(&s, N, C, S, m, m + C, threads);
+    int failed = reduce(&s, N, C, S, m, m + C, N * C * S <= SMALL ? 1 : f->threads);
     for (i64 c = 0; !failed && c < C; c++) {
         mean[c] = (float)m[c];
         var[c] = (float)(m[C + c] / ((double)N * S));
@@ -424,10 +442,11 @@ int normlab_forward(float *x, const float *z, const uint16_t *draws, int32_t thr
         running_mean[c] += (float)((1 - keep) * ((double)mean[c] - running_mean[c]));
         running_var[c] += (float)((1 - keep) * (var[c] * correction - running_var[c]));
     }
-    if (!failed && batches) ++*batches;
+    if (!failed && f->batches) ++*f->batches;
     free(m);
     if (failed) return -1;
-    return normlab_normalize(x, mean, var, weight, bias, eps, N, C, S, relu, y, threads);
+    return normlab_normalize(f->x, mean, var, f->weight, f->bias, f->eps, N, C, S, f->relu, f->y,
+                             f->threads);
 }
 
 /* h = relu_dropout(z), with nothing behind it. */
@@ -454,21 +473,31 @@ int normlab_relu_dropout_gradient(const float *h, const float *g, float scale, i
  *     dx = weight/(M*sigma) * (M*g - sum g - x_hat * sum g*x_hat)
  * dx may be NULL. With keep_scale > 0 (S = 1) dx goes on through dropout and ReLU, whose output
  * x is. With `relu` (S = 1) g = dL/dy comes through the ReLU of y. */
-int normlab_gradient(const float *x, const float *g, const float *mean, const float *var,
-                     const float *weight, const float *bias, float eps, int relu, float keep_scale,
-                     i64 N, i64 C, i64 S, float *dx, float *weight_grad, float *bias_grad,
-                     int threads) {
+typedef struct {
+    const float *x, *g, *mean, *var, *weight, *bias;
+    float eps;
+    int relu;
+    float keep_scale;
+    i64 N, C, S;
+    float *dx, *weight_grad, *bias_grad;
+    int threads;
+} backward_t;
+
+int normlab_gradient(const backward_t *f) {
+    const float *x = f->x, *g = f->g, *mean = f->mean, *var = f->var, *weight = f->weight;
+    float *dx = f->dx, *weight_grad = f->weight_grad, *bias_grad = f->bias_grad, eps = f->eps;
+    i64 N = f->N, C = f->C, S = f->S;
+    int relu = f->relu, threads = N * C * S <= SMALL ? 1 : f->threads;
     i64 fold = folds(C, S), columns = fold * C, rows = (N + fold - 1) / fold;
     double *sums = malloc(2 * C * sizeof(double)), per_value = 1.0 / ((double)N * S);
     float *vectors = malloc(6 * columns * sizeof(float));
     if (!sums || !vectors) { free(sums); free(vectors); return -1; }
     gradient_t v = {vectors, vectors + columns, vectors + 2 * columns, vectors + 3 * columns,
-                    relu ? vectors + 4 * columns : NULL, vectors + 5 * columns, keep_scale};
+                    relu ? vectors + 4 * columns : NULL, vectors + 5 * columns, f->keep_scale};
     for (i64 c = 0; relu && c < C; c++) { /* as in normlab_normalize */
         v.slope[c] = (weight ? weight[c] : 1.0f) / sqrtf(var[c] + eps);
-        v.shift[c] = bias ? bias[c] : 0.0f;
+        v.shift[c] = f->bias ? f->bias[c] : 0.0f;
     }
-    if (N * C * S <= SMALL) threads = 1;
     source_t s = {.x = (float *)x, .g = g, .mean = mean, .slope = v.slope, .shift = v.shift};
     int failed = reduce(&s, N, C, S, sums, sums + C, threads);
     SIMD

@@ -2,18 +2,24 @@
 
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from struct import Struct
 from typing import Any
 
 import torch
 
 INTERFACE = 4  # as in kernels.c: raised there and here whenever a signature changes
 
-_off = threading.local()
-_VALUES = {int, float, type(None)}  # what C gets as it is; a set is asked faster than isinstance
+
+class _Off(threading.local):
+    depth = 0  # how many blocks of `disabled` this thread is in
+
+
+_off = _Off()
+_NUMBERS = {int, float}  # a set is asked faster than isinstance
 
 _POINTER, _INT, _LONG, _FLOAT, _DOUBLE = (
     ctypes.c_void_p,
@@ -23,35 +29,31 @@ _POINTER, _INT, _LONG, _FLOAT, _DOUBLE = (
     ctypes.c_double,
 )
 _SHAPE = [_LONG, _LONG, _LONG]
+_STRUCTS = {  # the arguments of those that get them as one struct, as `struct` writes it
+    "forward": "PPPif PPf qqqi PPddP PPP i",
+    "gradient": "PPPPPPf if qqq PPP i",
+}
 _SIGNATURES = {
-    "normlab_forward": [
-        *[*[_POINTER] * 3, ctypes.c_int32, _FLOAT],  # x, z, draws, threshold, scale
-        *[_POINTER, _POINTER, _FLOAT, *_SHAPE, _INT],  # weight, bias, eps, relu
-        *[_POINTER, _POINTER, _DOUBLE, _DOUBLE, _POINTER],  # running statistics, see `Running`
-        *[_POINTER, _POINTER, _POINTER, _INT],  # mean, variance, y
-    ],
-    "normlab_relu_dropout": [*[_POINTER] * 2, ctypes.c_int32, _FLOAT, _LONG, _POINTER, _INT],
-    "normlab_relu_dropout_gradient": [*[_POINTER] * 2, _FLOAT, _LONG, _POINTER, _INT],
-    "normlab_normalize": [*[_POINTER] * 5, _FLOAT, *_SHAPE, _INT, _POINTER, _INT],
-    "normlab_gradient": [
-        *[*[_POINTER] * 6, _FLOAT],  # x, g, mean, var, weight, bias, eps
-        *[_INT, _FLOAT, *_SHAPE, *[_POINTER] * 3, _INT],  # relu, keep_scale
-    ],
-    "normlab_conv3x3": [*[_POINTER] * 3, *[_LONG] * 5, _INT, *[_POINTER] * 2, _INT],
-    "normlab_conv3x3_gradient": [*[_POINTER] * 3, *[_LONG] * 5, *[_POINTER] * 2, _INT],
-    "normlab_conv_pixels": [*[_POINTER] * 3, *[_LONG] * 4, _POINTER, _INT],
-    "normlab_conv_pixels_gradient": [*[_POINTER] * 2, *[_LONG] * 4, *[_POINTER] * 2, _INT],
-    "normlab_pool": [_POINTER, *[_LONG] * 4, *[_POINTER] * 2, _INT],
-    "normlab_pool_gradient": [*[_POINTER] * 2, *[_LONG] * 4, _POINTER, _INT],
+    "relu_dropout": [*[_POINTER] * 2, ctypes.c_int32, _FLOAT, _LONG, _POINTER, _INT],
+    "relu_dropout_gradient": [*[_POINTER] * 2, _FLOAT, _LONG, _POINTER, _INT],
+    "normalize": [*[_POINTER] * 5, _FLOAT, *_SHAPE, _INT, _POINTER, _INT],
+    "conv3x3": [*[_POINTER] * 3, *[_LONG] * 5, _INT, *[_POINTER] * 2, _INT],
+    "conv3x3_gradient": [*[_POINTER] * 3, *[_LONG] * 5, *[_POINTER] * 2, _INT],
+    "conv_pixels": [*[_POINTER] * 3, *[_LONG] * 4, _POINTER, _INT],
+    "conv_pixels_gradient": [*[_POINTER] * 2, *[_LONG] * 4, *[_POINTER] * 2, _INT],
+    "pool": [_POINTER, *[_LONG] * 4, *[_POINTER] * 2, _INT],
+    "pool_gradient": [*[_POINTER] * 2, *[_LONG] * 4, _POINTER, _INT],
 }
 
 
 @cache
-def _kernel(name: str) -> Any:
+def _kernel(name: str) -> tuple[Callable[..., int], Callable[..., bytes] | None]:
+    """The kernel, and what makes one struct of its arguments if it wants that."""
     library = _library()
     if library is None:
         raise ValueError(f"no kernels here for {name}: ask `layout` first")
-    return getattr(library, f"normlab_{name}")
+    struct = _STRUCTS.get(name)
+    return getattr(library, f"normlab_{name}"), Struct(f"@{struct}").pack if struct else None
 
 
 @cache
@@ -66,7 +68,9 @@ def _library() -> ctypes.CDLL | None:
             if library.normlab_interface() != INTERFACE:
                 continue
             for name, argtypes in _SIGNATURES.items():
-                getattr(library, name).argtypes = argtypes
+                getattr(library, f"normlab_{name}").argtypes = argtypes
+            for name in _STRUCTS:
+                getattr(library, f"normlab_{name}").argtypes = [ctypes.c_char_p]
         except (OSError, AttributeError):  # another platform's file, or an older build's
             continue
         return library
@@ -75,13 +79,13 @@ def _library() -> ctypes.CDLL | None:
 
 def available() -> bool:
     """Whether compiled kernels were built, load here, and are not disabled."""
-    return not getattr(_off, "depth", 0) and _library() is not None
+    return not _off.depth and _library() is not None
 
 
 @contextmanager
 def disabled() -> Iterator[None]:
     """Use PyTorch alone inside the block, in this thread."""
-    _off.depth = getattr(_off, "depth", 0) + 1
+    _off.depth += 1
     try:
         yield
     finally:
@@ -89,11 +93,13 @@ def disabled() -> Iterator[None]:
 
 
 def call(name: str, *arguments: Any) -> None:
-    """Call the kernel `name`; a tensor stands for the address of its values.
+    """Call the kernel `name`; a tensor stands for the address of its values, None for no address.
 
     Raises:
         MemoryError: it could not get the memory it works in.
     """
-    values = [a if type(a) in _VALUES else a.data_ptr() for a in arguments]
-    if _kernel(name)(*values, torch.get_num_threads()):
+    kernel, pack = _kernel(name)
+    values = [a if type(a) in _NUMBERS else 0 if a is None else a.data_ptr() for a in arguments]
+    values.append(torch.get_num_threads())
+    if kernel(*values) if pack is None else kernel(pack(*values)):
         raise MemoryError(f"normlab_{name}")

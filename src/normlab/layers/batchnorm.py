@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from normlab import kernels
 from normlab.errors import UserError
 
+HALF = {torch.float16, torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Convention:
@@ -235,11 +237,8 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` (N, C) or (N, C, *); same shape, type and memory layout out."""
         self.check(x)
-        if x.dtype in (torch.float16, torch.bfloat16):
-            return self._forward(x.float()).to(x.dtype)
-        return self._forward(x)
-
-    def _forward(self, x: Tensor) -> Tensor:
+        if x.dtype in HALF:
+            return self.forward(x.float()).to(x.dtype)
         if not self.uses_batch():
             return self._normalize_running(x)
         y: Tensor = _BatchNormalize.apply(x, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
@@ -288,7 +287,7 @@ class BatchNorm(nn.Module):
                 f"this layer takes 2 to 5 dimensions, the second of size {self.num_features}"
             )
         count = x.numel() // self.num_features
-        if self.uses_batch() and count < 2:
+        if count < 2 and self.uses_batch():
             raise UserError(
                 f"a training batch of shape {tuple(x.shape)} holds {count} value(s) a channel, too "
                 "few for a variance: use a batch of two or more, or .eval() or .freeze()"
