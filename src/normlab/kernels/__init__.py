@@ -246,7 +246,10 @@ def max_pool_gradient(g: Tensor, which: Tensor, x_shape: torch.Size) -> Tensor:
 
 
 def convolves(x: Tensor, weight: Tensor) -> bool:
-    """Whether `conv3x3` takes channels-last `x` (N, I, H, W) and `weight` (O, I, 3, 3)."""
+    """Whether `conv3x3` takes channels-last `x` (N, I, H, W) and `weight` (O, I, 3, 3).
+
+    O is a multiple of 16, and I of 8, or of 16 where `x` wants its gradient.
+    """
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.shape[2:] != (3, 3):
         return False
     shape, (c_out, c_in) = layout(x), weight.shape[:2]
