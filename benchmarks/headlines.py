@@ -27,6 +27,12 @@ def timed(runs: list[Run]) -> list[float]:
     ]
 
 
+def processor(run: Run) -> str:
+    """The processor's name without the signs and words that all names have."""
+    name: str = run["environment"]["cpu"]
+    return " ".join(name.replace("(R)", "").replace("Processor", "").split())
+
+
 def headlines(results: Path) -> str:
     """A row for each recipe, with every seed that was run."""
     rows = []
@@ -48,7 +54,8 @@ def headlines(results: Path) -> str:
                 f"{min(scores):.4f} to {max(scores):.4f}",
                 f"{mirrored:.4f}",
                 seconds,
+                ", ".join(sorted({processor(run) for run in runs})),
             ]
         )
-    head = ["", "seeds", "test accuracy", "range", "mirrored view too", "training, seconds"]
+    head = ["", "seeds", "test accuracy", "range", "mirrored view too", "training, seconds", "on"]
     return table(head, rows)

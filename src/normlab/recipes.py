@@ -136,11 +136,11 @@ def notebook_plain() -> Recipe:
 def fast79() -> Recipe:
     """The notebook's accuracy from one look at each picture, well under a minute on two cores.
 
-    Test accuracy 0.7954 ± 0.0041 (standard deviation over seeds; lowest 0.7899), n = 10, one view
-    of each picture, 0.8079 with the mirrored view as well; 17.1 s (15.7 to 18.0) with two threads;
-    at most 1.2 GiB. All 50,000 images, the first 30 % of the steps at 16 × 16 pixels. AMD EPYC
-    (Zen 4), 2 cores, AVX-512, compiled kernels, PyTorch 2.13.0, Python 3.11.7. Without compiled
-    kernels 1.3 times as long. The untuned twin, `--norm none`: 0.6062 ± 0.0196, n = 10.
+    Test accuracy 0.7973 ± 0.0026 (standard deviation over seeds; lowest 0.7940), n = 10, one view
+    of each picture, 0.8077 with the mirrored view as well; 10.4 s (10.0 to 10.6) with two threads;
+    at most 1.2 GiB. All 50,000 images, the first 30 % of the steps at 16 × 16 pixels. Intel Xeon, 2
+    cores, AVX-512, compiled kernels, PyTorch 2.13.0, Python 3.11.7. Without compiled kernels 1.46
+    times as long. The untuned twin, `--norm none`: 0.6062 ± 0.0196, n = 10 (on an AMD EPYC).
 
         python -m benchmarks.headline fast79 --seeds 10 --threads 2
     """
@@ -163,11 +163,11 @@ def fast79() -> Recipe:
 def fast84() -> Recipe:
     """The same network with four looks at each picture, the first half of them at half size.
 
-    Test accuracy 0.8484 ± 0.0016 (standard deviation over seeds; lowest 0.8466), n = 10, one view
-    of each picture; 52.6 s (49.8 to 54.3; the seven seeds that were timed) with two threads; AMD
-    EPYC (Zen 4), 2 cores, AVX-512, compiled kernels, PyTorch 2.13.0, Python 3.11.7. Without
-    compiled kernels 60.2 s and 0.8476, one seed. The untuned twin, `--norm none`: 0.7918 ± 0.0097,
-    n = 10.
+    Test accuracy 0.8471 ± 0.0025 (standard deviation over seeds; lowest 0.8432), n = 10, one view
+    of each picture, 0.8575 with the mirrored view as well; 31.9 s (31.2 to 32.6) with two threads;
+    Intel Xeon, 2 cores, AVX-512, compiled kernels, PyTorch 2.13.0, Python 3.11.7. On an AMD EPYC
+    60.2 s and 0.8476 without compiled kernels, one seed, and for the untuned twin, `--norm none`,
+    0.7918 ± 0.0097, n = 10.
 
         python -m benchmarks.headline fast84 --seeds 10 --threads 2
     """
@@ -181,7 +181,7 @@ def fast90() -> Recipe:
 
     Test accuracy 0.9010 ± 0.0022 (standard deviation over seeds; lowest 0.8981), n = 5, one view
     of each picture, 0.9093 with the mirrored view as well; 270.8 s (261.7 to 275.9) with two
-    threads; AMD EPYC (Zen 4), 2 cores, AVX-512, compiled kernels, PyTorch 2.13.0, Python 3.11.7.
+    threads; AMD EPYC (Zen 4), 2 cores, AVX-512, slower kernels than now, PyTorch 2.13.0.
 
         python -m benchmarks.headline fast90 --seeds 5 --threads 2
     """
