@@ -504,8 +504,8 @@ def test_requests_under_way_are_answered_before_the_end(
         time.sleep(0.4)
         found, errors = server.stop(signum)
     assert answer.result().status_code == 200
-    assert found == code
-    assert errors.lstrip("\n") == ("normlab: interrupted\n" if signum == signal.SIGINT else "")
+    said = "normlab: interrupted\n" if signum == signal.SIGINT else ""
+    assert (found, errors.lstrip("\n")) == (code, said)  # together: each tells of the other
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
 
 
