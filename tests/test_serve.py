@@ -467,8 +467,8 @@ def test_a_hostile_picture_costs_little_and_the_server_stays_healthy(exported: P
 
 
 def test_a_decoder_that_takes_too_long_is_replaced(exported: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (3000, 1000, 3), np.uint8)
-    slow = png(noise, compress_level=1)
+    noise = np.random.default_rng(0).integers(0, 2, (3000, 3000, 3), np.uint8)
+    slow = png(noise, compress_level=1)  # 7 MB that take 0.15 s, seven times the limit
     with running(str(exported), limits={"decode_cpu": 0.02}) as server:
         before = server.children()
         for _ in range(3):
@@ -493,11 +493,19 @@ def test_a_decoder_that_is_killed_is_replaced(exported: Path) -> None:
         assert not set(server.children()) & set(children)
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_requests_under_way_are_answered_before_the_end(
-    exported: Path, signum: signal.Signals, code: int
+    exported: Path, signum: signal.Signals, code: int, background: bool
 ) -> None:
-    server = start(str(exported), limits={"model_seconds": 1.0})
+    # A shell's background command inherits that SIGINT is ignored.
+    before = signal.signal(
+        signal.SIGINT, signal.SIG_IGN if background else signal.default_int_handler
+    )
+    try:
+        server = start(str(exported), limits={"model_seconds": 1.0})
+    finally:
+        signal.signal(signal.SIGINT, before)
     children = server.children()
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(server.post, PICTURE)

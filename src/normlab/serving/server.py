@@ -46,7 +46,9 @@ def serve(
 
     limits = limits or Limits()
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # who sent a bad body is told
-    signal.signal(signal.SIGTERM, _leave)  # uvicorn raises the signal again when it has ended
+    # uvicorn raises the signal again when it has ended. In a shell's background SIGINT came ignored.
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with closing(_listen(host, port)) as listener:
         model = open_served(path)
         say(f"Model {model.name}: {model.checked}.")
