@@ -199,26 +199,9 @@ def gradient(
     """
     g = like(g, x)
     dx = torch.empty_like(x) if x_grad else None
-    weight_grad, bias_grad = torch.empty_like(mean), torch.empty_like(mean)
-    call(
-        "gradient",
-        *(
-            x,
-            g,
-            mean,
-            var,
-            weight,
-            bias,
-            eps,
-            +relu,
-            keep_scale,
-            *shape,
-            dx,
-            weight_grad,
-            bias_grad,
-        ),
-    )
-    return dx, weight_grad, bias_grad
+    grads = dx, torch.empty_like(mean), torch.empty_like(mean)
+    call("gradient", x, g, mean, var, weight, bias, eps, +relu, keep_scale, *shape, *grads)
+    return grads
 
 
 def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:

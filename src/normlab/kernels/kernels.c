@@ -183,10 +183,11 @@ static void join(double *a, double *b, const i64 *counts, i64 parts, i64 C, int 
     }
 }
 
-/* The C values of `v`, `fold` times side by side, in `wide`. */
-static const float *repeated(const float *v, i64 C, i64 fold, float *wide) {
-    for (i64 f = 0; f < fold; f++) memcpy(wide + f * C, v, C * sizeof(float));
-    return wide;
+/* Repeat the first C values of each of `count` vectors of fold*C values. */
+static void repeat(float *vectors, int count, i64 C, i64 fold) {
+    for (int v = 0; v < count; v++)
+        for (i64 f = 1; f < fold; f++)
+            memcpy(vectors + (v * fold + f) * C, vectors + v * fold * C, C * sizeof(float));
 }
 
 /* The matrix case. Few channels are folded: `fold` rows are read as one long row, whose parts are
@@ -205,11 +206,12 @@ static int reduce_matrix(const source_t *s, i64 N, i64 C, double *out0, double *
     float *vectors = NULL;
     if (s->g) {
         if (!(vectors = malloc(3 * columns * sizeof(float)))) { free(a); return -1; }
-        wide.mean = repeated(s->mean, C, fold, vectors);
-        if (s->slope) {
-            wide.slope = repeated(s->slope, C, fold, vectors + columns);
-            wide.shift = repeated(s->shift, C, fold, vectors + 2 * columns);
-        }
+        const float *from[] = {s->mean, s->slope, s->shift};
+        int count = s->slope ? 3 : 1;
+        for (int v = 0; v < count; v++) memcpy(vectors + v * columns, from[v], C * sizeof(float));
+        repeat(vectors, count, C, fold);
+        wide.mean = vectors;
+        if (s->slope) { wide.slope = vectors + columns; wide.shift = vectors + 2 * columns; }
     }
     PARALLEL_FOR
     for (i64 item = 0; item < chunks * strips; item++) {
@@ -344,21 +346,35 @@ static void gradient_plane(const float *x, const float *g, float mean, float a, 
     for (i64 i = 0; i < size; i++) dx[i] = a * g[i] - b * (x[i] - mean) - c;
 }
 
-/* How often the C values of a vector stand side by side, so that rows can be read together. */
-static i64 folds(i64 C, i64 S) { return S > 1 ? 1 : max64(1, FOLD / C); }
+/* How an elementwise pass goes over N x C values: in rows of so many columns that a register and more
+ * are full, C values `fold` times side by side; wide rows in equal parts, so that the vectors that
+ * every row needs stay in the nearest cache. */
+typedef struct {
+    i64 fold, columns, rows, width, items, size;
+} rows_t;
 
-/* Repeat the first C values of each of `count` vectors of fold*C values. */
-static void repeat(float *vectors, int count, i64 C, i64 fold) {
-    for (int v = 0; v < count; v++)
-        for (i64 f = 1; f < fold; f++)
-            memcpy(vectors + (v * fold + f) * C, vectors + v * fold * C, C * sizeof(float));
+static rows_t rows_of(i64 N, i64 C, i64 S) {
+    i64 fold = S > 1 ? 1 : max64(1, FOLD / C), columns = fold * C, rows = (N + fold - 1) / fold;
+    i64 parts = N * C > NEAR ? 1 : (columns + WIDE - 1) / WIDE;
+    i64 width = ((columns + parts - 1) / parts + VEC - 1) / VEC * VEC;
+    return (rows_t){fold, columns, rows, width, (columns + width - 1) / width * rows, N * C};
 }
 
-/* Rows of `columns` values are cut into equal parts of this width, so that the vectors that every
- * row needs stay in the nearest cache. */
-static i64 part(i64 columns, i64 size) {
-    i64 parts = size > NEAR ? 1 : (columns + WIDE - 1) / WIDE;
-    return ((columns + parts - 1) / parts + VEC - 1) / VEC * VEC;
+/* Where `item` begins, in its row and among all values; returns how many it has. */
+static inline i64 item_of(const rows_t *s, i64 item, i64 *left, i64 *at) {
+    *left = item / s->rows * s->width;
+    *at = item % s->rows * s->columns + *left;
+    return min64(min64(s->width, s->columns - *left), s->size - *at);
+}
+
+/* a and b of y = (x - mean)*a + b; weight and bias may be NULL. */
+static void affine_of(const float *var, const float *weight, const float *bias, float eps, i64 C,
+                      float *a, float *b) {
+    SIMD
+    for (i64 c = 0; c < C; c++) {
+        a[c] = (weight ? weight[c] : 1.0f) / sqrtf(var[c] + eps);
+        b[c] = bias ? bias[c] : 0.0f;
+    }
 }
 
 /* ---- What Python calls. Every function returns 0, or -1 when memory is short. Those of twenty
@@ -369,16 +385,13 @@ static i64 part(i64 columns, i64 size) {
 int normlab_normalize(const float *x, const float *mean, const float *var, const float *weight,
                       const float *bias, float eps, i64 N, i64 C, i64 S, int relu, float *y,
                       int threads) {
-    i64 fold = folds(C, S), columns = fold * C, rows = (N + fold - 1) / fold;
-    float *center = malloc(3 * columns * sizeof(float)), *a = center + columns, *b = a + columns;
+    rows_t rows = rows_of(N, C, S);
+    float *center = malloc(3 * rows.columns * sizeof(float));
+    float *a = center + rows.columns, *b = a + rows.columns;
     if (!center) return -1;
     if (N * C * S <= SMALL) threads = 1;
-    SIMD
-    for (i64 c = 0; c < C; c++) {
-        center[c] = mean[c];
-        a[c] = (weight ? weight[c] : 1.0f) / sqrtf(var[c] + eps);
-        b[c] = bias ? bias[c] : 0.0f;
-    }
+    memcpy(center, mean, C * sizeof(float));
+    affine_of(var, weight, bias, eps, C, a, b);
     if (S > 1) {
         PARALLEL_FOR
         for (i64 p = 0; p < N * C; p++) {
@@ -386,13 +399,11 @@ int normlab_normalize(const float *x, const float *mean, const float *var, const
             affine_plane(x + p * S, center[c], a[c], b[c], y + p * S, S);
         }
     } else {
-        repeat(center, 3, C, fold);
-        i64 width = part(columns, N * C), parts = (columns + width - 1) / width;
-        int past = streams(y, columns, N * C);
+        repeat(center, 3, C, rows.fold);
+        int past = streams(y, rows.columns, N * C);
         PARALLEL_FOR
-        for (i64 item = 0; item < parts * rows; item++) {
-            i64 left = item / rows * width, at = item % rows * columns + left;
-            i64 size = min64(min64(width, columns - left), N * C - at);
+        for (i64 item = 0; item < rows.items; item++) {
+            i64 left, at, size = item_of(&rows, item, &left, &at);
             affine_row(x + at, center + left, a + left, b + left, relu, y + at, size, past);
         }
     }
@@ -488,16 +499,14 @@ int normlab_gradient(const backward_t *f) {
     float *dx = f->dx, *weight_grad = f->weight_grad, *bias_grad = f->bias_grad, eps = f->eps;
     i64 N = f->N, C = f->C, S = f->S;
     int relu = f->relu, threads = N * C * S <= SMALL ? 1 : f->threads;
-    i64 fold = folds(C, S), columns = fold * C, rows = (N + fold - 1) / fold;
+    rows_t rows = rows_of(N, C, S);
+    i64 columns = rows.columns;
     double *sums = malloc(2 * C * sizeof(double)), per_value = 1.0 / ((double)N * S);
     float *vectors = malloc(6 * columns * sizeof(float));
     if (!sums || !vectors) { free(sums); free(vectors); return -1; }
     gradient_t v = {vectors, vectors + columns, vectors + 2 * columns, vectors + 3 * columns,
                     relu ? vectors + 4 * columns : NULL, vectors + 5 * columns, f->keep_scale};
-    for (i64 c = 0; relu && c < C; c++) { /* as in normlab_normalize */
-        v.slope[c] = (weight ? weight[c] : 1.0f) / sqrtf(var[c] + eps);
-        v.shift[c] = f->bias ? f->bias[c] : 0.0f;
-    }
+    if (relu) affine_of(var, weight, f->bias, eps, C, v.slope, v.shift);
     source_t s = {.x = (float *)x, .g = g, .mean = mean, .slope = v.slope, .shift = v.shift};
     int failed = reduce(&s, N, C, S, sums, sums + C, threads);
     SIMD
@@ -517,13 +526,11 @@ int normlab_gradient(const backward_t *f) {
             gradient_plane(x + p * S, g + p * S, v.mean[c], v.a[c], v.b[c], v.c[c], dx + p * S, S);
         }
     } else if (!failed && dx) {
-        repeat(vectors, relu ? 6 : 4, C, fold);
-        i64 width = part(columns, N * C), parts = (columns + width - 1) / width;
+        repeat(vectors, relu ? 6 : 4, C, rows.fold);
         int past = streams(dx, columns, N * C);
         PARALLEL_FOR
-        for (i64 item = 0; item < parts * rows; item++) {
-            i64 left = item / rows * width, at = item % rows * columns + left;
-            i64 size = min64(min64(width, columns - left), N * C - at);
+        for (i64 item = 0; item < rows.items; item++) {
+            i64 left, at, size = item_of(&rows, item, &left, &at);
             gradient_row(&v, left, x + at, g + at, dx + at, size, past);
         }
     }

@@ -23,7 +23,7 @@ def relu_dropout_norm(
     z: Tensor, dropout: Dropout | None, norm: nn.Module, rng: np.random.Generator | None = None
 ) -> Tensor:
     """norm(dropout(relu(z), rng)) for `z` (N, C) or channels-last (N, C, H, W)."""
-    if not _batch_normalizes(norm) or _hooked(dropout) or not _is_matrix(z, norm):
+    if not _batch_normalizes(norm) or _hooked(dropout) or _matrix(z, norm) is None:
         return norm(relu_dropout(z, dropout, rng))  # type: ignore[no-any-return]
     norm.check(z)
     source = None if dropout is None else dropout.source(rng)
@@ -95,11 +95,11 @@ class _ReluDropout(torch.autograd.Function):
 
 def norm_relu(x: Tensor, norm: nn.Module) -> Tensor:
     """relu(norm(x)) for `x` (N, C) or channels-last (N, C, H, W)."""
-    if type(norm) is not BatchNorm or _hooked(norm) or not _is_matrix(x, norm):
+    if type(norm) is not BatchNorm or _hooked(norm) or (shape := _matrix(x, norm)) is None:
         return relu(norm(x))
     norm.check(x)
     if norm.uses_batch():
-        y: Tensor = _BatchNormRelu.apply(x, norm.weight, norm.bias, norm)  # type: ignore[no-untyped-call]
+        y: Tensor = _BatchNormRelu.apply(x, norm.weight, norm.bias, norm, shape)  # type: ignore[no-untyped-call]
         return y
     if torch.is_grad_enabled():
         return relu(norm(x))
@@ -112,10 +112,13 @@ class _BatchNormRelu(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: BatchNorm
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: BatchNorm,
+        shape: tuple[int, int, int],
     ) -> Tensor:
-        shape = kernels.layout(x)
-        assert shape is not None
         running = norm.running(shape[0])
         y, mean, var = kernels.batch_norm(x, shape, weight, bias, norm.eps, running, relu=True)
         ctx.save_for_backward(x, weight, bias, mean, var)
@@ -128,7 +131,7 @@ class _BatchNormRelu(torch.autograd.Function):
         x, weight, bias, mean, var = ctx.saved_tensors
         batch, x_grad = (mean, var, weight, ctx.eps), ctx.needs_input_grad[0]
         grads = kernels.gradient(x, ctx.shape, g, *batch, bias=bias, relu=True, x_grad=x_grad)
-        return needed(ctx, *grads, None)
+        return needed(ctx, *grads, None, None)
 
 
 def norm_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d) -> Tensor:
@@ -278,9 +281,11 @@ def _batch_normalizes(norm: nn.Module) -> TypeGuard[BatchNorm]:
     return type(norm) is BatchNorm and norm.uses_batch() and not _hooked(norm)
 
 
-def _is_matrix(x: Tensor, norm: BatchNorm) -> bool:
+def _matrix(x: Tensor, norm: BatchNorm) -> tuple[int, int, int] | None:
+    """How `x` lies, where the compiled passes take it and `norm`, and it is a matrix."""
     shape = kernels.layout(x)
-    return shape is not None and shape[2] == 1 and norm.compiled(x)
+    fits = shape is not None and shape[2] == 1 and norm.running_mean.dtype is torch.float32
+    return shape if fits else None
 
 
 def _hooked(module: nn.Module | None) -> bool:
