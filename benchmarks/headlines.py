@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import table
+from benchmarks.summary import processor
 
 Run = dict[str, Any]
 
@@ -25,12 +26,6 @@ def timed(runs: list[Run]) -> list[float]:
         for run in runs
         if run["quiet"] and run["environment"]["threads"] == run["environment"]["cores"]
     ]
-
-
-def processor(run: Run) -> str:
-    """The processor's name without the signs and words that all names have."""
-    name: str = run["environment"]["cpu"]
-    return " ".join(name.replace("(R)", "").replace("Processor", "").split())
 
 
 def headlines(results: Path) -> str:
@@ -54,7 +49,7 @@ def headlines(results: Path) -> str:
                 f"{min(scores):.4f} to {max(scores):.4f}",
                 f"{mirrored:.4f}",
                 seconds,
-                ", ".join(sorted({processor(run) for run in runs})),
+                ", ".join(sorted({processor(run["environment"]) for run in runs})),
             ]
         )
     head = ["", "seeds", "test accuracy", "range", "mirrored view too", "training, seconds", "on"]

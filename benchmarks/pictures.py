@@ -10,8 +10,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator, PercentFormatter
 
 from benchmarks import groups
-from benchmarks.headlines import kept, timed
-from benchmarks.summary import EPOCHS, Result, Spread, names, notebook, rates, seconds, spread
+from benchmarks.headlines import Run, kept, timed
+from benchmarks.summary import (
+    EPOCHS,
+    Result,
+    Spread,
+    names,
+    notebook,
+    processor,
+    rates,
+    seconds,
+    spread,
+)
 from normlab.recipes import RECIPES
 
 # Apart in lightness, so that they stay apart in grey.
@@ -88,10 +98,10 @@ def _is_ours(name: str) -> bool:
     return name.startswith(groups.OURS) or name == groups.FOLDED
 
 
-def headline_runs(results: Path) -> dict[str, list[Point]]:
-    """By recipe: training seconds and test accuracy of each seed that had the whole machine."""
+def headline_runs(results: Path) -> dict[str, list[Run]]:
+    """By recipe, the seeds that had the whole machine."""
     return {
-        name: [(run["train_seconds"], run["test_accuracy"]) for run in whole]
+        name: whole
         for name, runs in kept(results).items()
         if name in RECIPES and (whole := [run for run in runs if timed([run])])
     }
@@ -105,9 +115,15 @@ def draw_accuracy_time(result: Result, results: Path) -> Figure:
     """
     fig = Figure(figsize=(9, 5.2), layout="constrained")
     ax = fig.subplots()
-    runs = headline_runs(results)
-    for recipe, points in runs.items():
-        plot_recipe(ax, recipe, points, below=_has_better_neighbour(points, list(runs.values())))
+    runs, here = headline_runs(results), processor(result["machine"])
+    points = {
+        recipe: [(run["train_seconds"], run["test_accuracy"]) for run in whole]
+        for recipe, whole in runs.items()
+    }
+    for recipe, whole in runs.items():
+        below = _has_better_neighbour(points[recipe], list(points.values()))
+        elsewhere = {processor(run["environment"]) for run in whole} - {here}
+        plot_recipe(ax, recipe, points[recipe], elsewhere, below=below)
     folder = results / "notebook" / "notebook"
     lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
     ours = {row["epoch"]: row["val_accuracy"] for row in map(json.loads, lines)}
@@ -152,12 +168,15 @@ def _has_better_neighbour(points: list[Point], recipes: list[list[Point]]) -> bo
     return any(s > score and time / 2 < t < time * 2 for t, s in others)
 
 
-def plot_recipe(ax: Axes, recipe: str, points: list[Point], *, below: bool) -> Axes:
-    """A dot for each seed, and what they come to."""
+def plot_recipe(
+    ax: Axes, recipe: str, points: list[Point], elsewhere: set[str], *, below: bool
+) -> Axes:
+    """A dot for each seed, and what they come to; and on which processors, if not the picture's."""
     times, scores = zip(*points, strict=True)
     time, mean = _middle(points)
     ax.plot(times, scores, "o", ms=5, color=OURS, alpha=0.55, mew=0, ls="")
-    text = f"{recipe}\n{mean:.1%} in {time:,.0f} s, n = {len(points)}"
+    name = f"{recipe}, on {', '.join(sorted(elsewhere))}" if elsewhere else recipe
+    text = f"{name}\n{mean:.1%} in {time:,.0f} s, n = {len(points)}"
     ax.annotate(
         text,
         (math.sqrt(min(times) * max(times)), min(scores) if below else max(scores)),

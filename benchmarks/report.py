@@ -17,6 +17,7 @@ from benchmarks.summary import (
     notebook,
     notebook_peers,
     over,
+    processor,
     rates,
     ratios,
     seconds,
@@ -104,7 +105,7 @@ def machine(result: Result) -> str:
     )
     quiet = took if result["quiet"] else f"**a busy machine ({took}): these figures mean little**"
     return (
-        f"{m['cpu']}, {m['cores']} cores, {m['cpu_capability']}; {m['threads']} threads; "
+        f"{processor(m)}, {m['cores']} cores, {m['cpu_capability']}; {m['threads']} threads; "
         f"{m['platform']}; Python {m['python']}; {'; '.join(seen)}; {quiet}; "
         f"`{result['command']}` at commit {result['commit']}, {result['began']}, "
         f"{result['seconds'] / 60:.1f} minutes.\n\n"
@@ -235,7 +236,7 @@ def headline(result: Result) -> str:
         f"mean test accuracy {statistics.mean(scores):.4f}): **{whole.median:.0f} times** faster "
         f"than the notebook's 25 epochs on Keras, **{reached.median:.0f} times** faster than its "
         f"first nine, after which its own validation accuracy reaches 79 %. Medians of one run on "
-        f"{m['cpu']}, {m['cores']} cores, {m['cpu_capability']}, {m['threads']} threads."
+        f"{processor(m)}, {m['cores']} cores, {m['cpu_capability']}, {m['threads']} threads."
     )
 
 

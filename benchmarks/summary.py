@@ -36,6 +36,15 @@ def spread(values: list[float]) -> Spread:
     return Spread(median, q1, q3, *ends)
 
 
+def processor(machine: dict[str, Any]) -> str:
+    """Its name without the signs and words that all names have.
+
+    >>> processor({"cpu": "Intel(R) Xeon(R) Processor"})
+    'Intel Xeon'
+    """
+    return " ".join(machine["cpu"].replace("(R)", "").replace("Processor", "").split())
+
+
 def names(result: Result, group: str) -> list[str]:
     """The entries of a group."""
     return list(result["groups"][group]["entries"])
