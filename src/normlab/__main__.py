@@ -14,7 +14,7 @@ from normlab.cli import cli
 from normlab.errors import NormlabError
 
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, or end other programs"
-GOES_ON = "an unfinished run goes on with `normlab train --resume RUN`, a study with its own command"
+GOES_ON = "an unfinished run goes on with `normlab train --resume RUN`, a study with its command"
 # How PyTorch, C++ and the loader of libraries say what Python calls a MemoryError.
 ALLOCATION_FAILED = (
     "can't allocate memory",

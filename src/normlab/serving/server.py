@@ -46,7 +46,7 @@ def serve(
 
     limits = limits or Limits()
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # who sent a bad body is told
-    # uvicorn raises the signal again when it has ended. In a shell's background SIGINT came ignored.
+    # uvicorn raises the signal again when it has ended; a shell's background has SIGINT ignored.
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with closing(_listen(host, port)) as listener:
