@@ -166,6 +166,30 @@ def test_a_double_ctrl_c_ends_at_once(in_tmp: Path) -> None:
     assert "Traceback" not in errors
 
 
+def test_a_training_whose_reader_has_gone_is_no_success_and_goes_on(in_tmp: Path) -> None:
+    """As in `normlab train | head -1`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "normlab", "train", "notebook", *TINY, "--epochs", "6"],
+        cwd=in_tmp,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 1
+    assert errors == ""
+    folder = in_tmp / "runs" / "0001-notebook"
+    assert not (folder / "result.json").exists()
+    resumed = normlab("train", "--resume", str(folder), cwd=in_tmp)
+    assert resumed.returncode == 0, resumed.stderr
+    assert (folder / "result.json").exists()
+
+
 def test_on_a_terminal_there_is_a_bar(in_tmp: Path) -> None:
     """Also on one of 20 columns, where lines may be cut but nothing may fail."""
     for columns in ("100", "20"):

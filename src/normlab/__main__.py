@@ -1,7 +1,7 @@
 """The `normlab` command: runs the verbs of `normlab.cli` and turns errors into one line.
 
-Exit codes: 0; 1 findings, or bad inputs among good ones; 2 a user's mistake; 3 a non-finite loss;
-130 and 143 for Ctrl-C and SIGTERM.
+Exit codes: 0; 1 findings, bad inputs among good ones, or the output's reader has gone (click's own
+doing, without a word); 2 a user's mistake; 3 a non-finite loss; 130 and 143 for Ctrl-C and SIGTERM.
 """
 
 import errno
@@ -47,9 +47,6 @@ def run(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one shall not end in a traceback
         return _fail("interrupted", 130)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone; nothing is left to say it to
-        return 0
     except OSError as e:
         return _fail(_explain(e), 2)
     except MemoryError:
