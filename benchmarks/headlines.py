@@ -19,10 +19,10 @@ def kept(results: Path) -> dict[str, list[Run]]:
     return found
 
 
-def timed(runs: list[Run]) -> list[float]:
-    """Training seconds of those that had every core of a quiet machine."""
+def timed(runs: list[Run], key: str = "train_seconds") -> list[float]:
+    """Seconds (of training, unless told) of those that had every core of a quiet machine."""
     return [
-        run["train_seconds"]
+        run[key]
         for run in runs
         if run["quiet"] and run["environment"]["threads"] == run["environment"]["cores"]
     ]
@@ -34,6 +34,7 @@ def headlines(results: Path) -> str:
     for name, runs in kept(results).items():
         scores = [run["test_accuracy"] for run in runs]
         mirrored = statistics.mean(run["test_accuracy_flip"] for run in runs)
+        six = f"{statistics.mean(run['test_accuracy_shift'] for run in runs):.4f}"
         took = timed(runs)
         spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
         seconds = (
@@ -48,9 +49,11 @@ def headlines(results: Path) -> str:
                 f"{statistics.mean(scores):.4f}{spread}",
                 f"{min(scores):.4f} to {max(scores):.4f}",
                 f"{mirrored:.4f}",
+                six + (f" in {statistics.median(timed(runs, 'shift_seconds')):.1f}" if took else ""),
                 seconds,
                 ", ".join(sorted({processor(run["environment"]) for run in runs})),
             ]
         )
-    head = ["", "seeds", "test accuracy", "range", "mirrored view too", "training, seconds", "on"]
+    head = ["", "seeds", "test accuracy", "range", "mirrored too", "six views, seconds"]
+    head += ["training, seconds", "on"]
     return table(head, rows)

@@ -14,6 +14,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "notebook": NotebookNet,
     "fast": FastNet,
     "fast-wide": partial(FastNet, components=16, stages=((32, 32), (128, 128), (128, 128))),
+    "fast-wider": partial(FastNet, components=16, stages=((64, 64), (256, 256), (256, 256))),
     "sigmoid": SigmoidNet,
 }
 
