@@ -35,6 +35,8 @@ def headlines(results: Path) -> str:
         scores = [run["test_accuracy"] for run in runs]
         mirrored = statistics.mean(run["test_accuracy_flip"] for run in runs)
         six = f"{statistics.mean(run['test_accuracy_shift'] for run in runs):.4f}"
+        if looked := timed(runs, "shift_seconds"):
+            six += f" in {statistics.median(looked):.1f}"
         took = timed(runs)
         spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
         seconds = (
@@ -49,7 +51,7 @@ def headlines(results: Path) -> str:
                 f"{statistics.mean(scores):.4f}{spread}",
                 f"{min(scores):.4f} to {max(scores):.4f}",
                 f"{mirrored:.4f}",
-                six + (f" in {statistics.median(timed(runs, 'shift_seconds')):.1f}" if took else ""),
+                six,
                 seconds,
                 ", ".join(sorted({processor(run["environment"]) for run in runs})),
             ]

@@ -148,7 +148,7 @@ def draw_accuracy_time(result: Result, results: Path) -> Figure:
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title(
-        "Dots: test accuracy at the end of a training. "
+        "Dots: test accuracy at the end of a training, one view a picture. "
         "Lines: validation accuracy after each epoch.",
         fontsize=10,
         loc="left",
