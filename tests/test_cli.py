@@ -124,16 +124,21 @@ def test_non_finite_loss_has_its_own_exit_code(in_tmp: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
-    """Begin a long training in a process of its own and wait for its first epoch."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "normlab", "train", "notebook", *SAMPLE, "--epochs", "500"],
-        cwd=folder,
+def launch(*words: str, cwd: Path) -> subprocess.Popen[str]:
+    """Begin a training in a process of its own, its output to be read while it is at work."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "normlab", "train", "notebook", *words],
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    """Begin a long training and wait for its first epoch."""
+    process = launch(*SAMPLE, "--epochs", "500", cwd=folder)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("12/12"):
@@ -168,14 +173,7 @@ def test_a_double_ctrl_c_ends_at_once(in_tmp: Path) -> None:
 
 def test_a_training_whose_reader_has_gone_is_no_success_and_goes_on(in_tmp: Path) -> None:
     """As in `normlab train | head -1`."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "normlab", "train", "notebook", *TINY, "--epochs", "6"],
-        cwd=in_tmp,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
+    with launch(*TINY, "--epochs", "6", cwd=in_tmp) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.readline()
