@@ -140,7 +140,7 @@ def fast79() -> Recipe:
     of each picture, 0.8077 with the mirrored view as well; 10.4 s (10.0 to 10.6) with two threads;
     at most 1.2 GiB. All 50,000 images, the first 30 % of the steps at 16 × 16 pixels. Intel Xeon, 2
     cores, AVX-512, compiled kernels, PyTorch 2.13.0, Python 3.11.7. Without compiled kernels 1.46
-    times as long. The untuned twin, `--norm none`: 0.6138 ± 0.0254, n = 10, 8.0 s.
+    times as long, and 0.7965 ± 0.0026, n = 10. The untuned twin, `--norm none`: 0.6138 ± 0.0254, n = 10, 8.0 s.
 
         python -m benchmarks.headline fast79 --seeds 10 --threads 2
     """
@@ -166,7 +166,7 @@ def fast84() -> Recipe:
     Test accuracy 0.8471 ± 0.0025 (standard deviation over seeds; lowest 0.8432), n = 10, one view
     of each picture, 0.8575 with the mirrored view as well; 31.9 s (31.2 to 32.6) with two threads;
     Intel Xeon, 2 cores, AVX-512, compiled kernels, PyTorch 2.13.0, Python 3.11.7. Without compiled
-    kernels 41.7 s and 0.8494, one seed; 60.2 s on an AMD EPYC. The untuned twin, `--norm none`:
+    kernels 46.9 s and 0.8466 ± 0.0024, n = 5. The untuned twin, `--norm none`:
     0.8033 ± 0.0101, n = 10, 25.2 s.
 
         python -m benchmarks.headline fast84 --seeds 10 --threads 2
