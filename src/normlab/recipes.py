@@ -140,7 +140,8 @@ def fast79() -> Recipe:
     of each picture, 0.8077 with the mirrored view as well; 10.4 s (10.0 to 10.6) with two threads;
     at most 1.2 GiB. All 50,000 images, the first 30 % of the steps at 16 × 16 pixels. Intel Xeon, 2
     cores, AVX-512, compiled kernels, PyTorch 2.13.0, Python 3.11.7. Without compiled kernels 1.46
-    times as long, and 0.7965 ± 0.0026, n = 10. The untuned twin, `--norm none`: 0.6138 ± 0.0254, n = 10, 8.0 s.
+    times as long, and 0.7965 ± 0.0026, n = 10. The untuned twin, `--norm none`: 0.6138 ±
+    0.0254, n = 10, 8.0 s.
 
         python -m benchmarks.headline fast79 --seeds 10 --threads 2
     """
