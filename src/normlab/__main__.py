@@ -4,6 +4,10 @@ Exit codes: 0; 1 findings, bad inputs among good ones, or the output's reader ha
 doing, without a word); 2 a user's mistake; 3 a non-finite loss; 130 and 143 for Ctrl-C and SIGTERM.
 """
 
+from normlab.core.children import leave_out_current_folder
+
+leave_out_current_folder()  # before anything else is imported: `python -m normlab` put it first
+
 import errno
 import signal
 import sys

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
+from normlab.core.children import child_environment, module_path
 from normlab.errors import DataError
 
 T = TypeVar("T")
@@ -106,14 +107,13 @@ def limited(function: Callable[..., T], *args: Any, memory: int, seconds: float)
 
 
 def _start() -> "subprocess.Popen[bytes]":
-    # -P and no '': a `numpy.py` beside a stranger's pictures shall not be imported.
-    code = _CHILD.format(path=[p for p in sys.path if p])
+    code = _CHILD.format(path=module_path())
     return subprocess.Popen(
         [sys.executable, "-P", "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, **_ONE_THREAD},
+        env=child_environment(**_ONE_THREAD),
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from normlab.core.children import child_environment
 from normlab.serving.decoder import ANSWER, REQUEST, Status
 from normlab.serving.limits import Limits
 
@@ -114,11 +115,11 @@ class Decoders:
     async def _spawn(self) -> Process:
         limits = self._limits
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "normlab.serving.decoder"),
+            *(sys.executable, "-P", "-m", "normlab.serving.decoder"),
             *map(str, (self._size, limits.decode_cpu, limits.decode_memory)),
             stdin=PIPE,
             stdout=PIPE,
-            env=_ENVIRONMENT | os.environ,
+            env=_ENVIRONMENT | child_environment(),
         )
         self._all.add(process)
         await _ask(process, b"", False)  # until it is ready

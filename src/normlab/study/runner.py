@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 from joblib import Parallel, delayed, effective_n_jobs, parallel_config
 
+from normlab.core.children import safe_children
 from normlab.data import ImageData
 from normlab.data import load as load_data
 from normlab.errors import DataError
@@ -103,28 +104,20 @@ class Pool:
             return
         width = 1 if alone else self.jobs
         with (
-            _quiet_tracker(),
+            safe_children(PYTHONWARNINGS=_tracker_without_warnings()),
             parallel_config(backend="loky", inner_max_num_threads=self.threads),
         ):
             yield Parallel(n_jobs=max(2, self.jobs), pre_dispatch=width, **how), width
 
 
-@contextmanager
-def _quiet_tracker() -> Iterator[None]:
-    """Let the process that tidies up after dead workers do so without a warning.
+def _tracker_without_warnings() -> str:
+    """`PYTHONWARNINGS` for the process that tidies up after dead workers.
 
     Python starts it once, with the environment of that moment, and it warns on the terminal, after
     everything else was said, of each semaphore that a killed worker left behind and it removed.
     """
-    before = os.environ.get("PYTHONWARNINGS")
-    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [before, "ignore:resource_tracker"]))
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONWARNINGS"]
-        else:
-            os.environ["PYTHONWARNINGS"] = before
+    given = os.environ.get("PYTHONWARNINGS")
+    return ",".join(filter(None, [given, "ignore:resource_tracker"]))
 
 
 def run_all(
