@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from benchmarks.networks import build
+from normlab.core.environment import describe, settings
+from normlab.core.streams import stream
 from normlab.data import load
-from normlab.environment import describe, settings
-from normlab.fit import predict_logits
 from normlab.layers import BatchNorm
 from normlab.models import FastNet
-from normlab.random import stream
+from normlab.training.loop import predict_logits
 
 CHECKED = 64  # images
 

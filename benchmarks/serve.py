@@ -28,8 +28,8 @@ import torch
 from PIL import Image
 
 from benchmarks.others import Others
+from normlab.core.environment import cores, describe
 from normlab.data import load
-from normlab.environment import cores, describe
 
 BOUNDARY = "picture"
 HEADERS = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.others import Others, is_quiet
-from normlab.environment import cores, describe
+from normlab.core.environment import cores, describe
 
 
 def train(recipe: str, seed: int, threads: int, folder: Path) -> subprocess.Popen[bytes]:

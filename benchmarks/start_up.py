@@ -15,8 +15,8 @@ class _FirstStep(Exception):
 def first_step(data: str, threads: int) -> dict[str, float]:
     """Seconds of the imports, and from there to the end of the first step."""
     started = time.perf_counter()
-    import normlab.training
-    from normlab.fit import Plan, State
+    import normlab.api.train
+    from normlab.training.loop import Plan, State
 
     imported = time.perf_counter()
 
@@ -29,7 +29,7 @@ def first_step(data: str, threads: int) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            normlab.training.train(
+            normlab.api.train.train(
                 "fast79",
                 data=data,
                 out=Path(scratch) / "run",

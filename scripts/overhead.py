@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from normlab import checkpoint, recipes
+from normlab import recipes
+from normlab.api.train import make_plan, new_state
+from normlab.core.environment import describe, settings
 from normlab.data import load
-from normlab.environment import describe, settings
-from normlab.fit import Observer, Plan, State, fit
-from normlab.recording import Recorder
-from normlab.runs import Task
-from normlab.training import make_plan, new_state
+from normlab.inspection.recording import Recorder
+from normlab.runs.run import Task
+from normlab.training import checkpoint
+from normlab.training.loop import Observer, Plan, State, fit
 
 SAVES = 5
 

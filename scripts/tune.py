@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from normlab import recipes
+from normlab.core.environment import describe, settings
 from normlab.data import load
 from normlab.data.batches import split_validation
-from normlab.environment import describe, settings
-from normlab.fit import Plan, State, fit, predict_logits, score
 from normlab.models import MODELS
-from normlab.optim import make_optimizer
+from normlab.training.loop import Plan, State, fit, predict_logits, score
+from normlab.training.optimisers import make_optimizer
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "tuning.jsonl"
 NETWORK = ("components", "stages")  # of FastNet, not of a recipe

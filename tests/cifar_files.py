@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from normlab.data.cifar10 import Reference
+from normlab.data.cifar10.layouts import Reference
 
 BATCH = 3  # images a batch file
 PARTS = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")

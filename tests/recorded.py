@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from normlab import activations, recipes
-from normlab.files import write_json
+from normlab import recipes
+from normlab.core.files import write_json
+from normlab.core.streams import stream
+from normlab.inspection import activations
+from normlab.inspection.recording import RECORDING, Recording
 from normlab.models import SigmoidNet
-from normlab.random import stream
-from normlab.recording import RECORDING, Recording
-from normlab.runs import Run, Task, open_run
+from normlab.runs.run import Run, Task, open_run
 
 STEPS = (1, 2, 5, 20, 60)
 

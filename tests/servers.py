@@ -18,7 +18,7 @@ _LAUNCH = """
 import json, sys, time
 from normlab.__main__ import run
 from normlab.serving import limits, server
-from normlab.onnx_model import OnnxModel
+from normlab.formats.onnx_model import OnnxModel
 settings = json.loads(sys.argv[1])
 delay = settings.pop("model_seconds", 0)
 if delay:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from normlab.environment import describe
+from normlab.core.environment import describe
 from normlab.recipes import get
 from normlab.study import Study, open_study
 from normlab.study import design as plans

@@ -60,11 +60,11 @@ def _session(
 ) -> None:
     """What a forked process does: the command, with its n-th event below `folder` failing."""
     assert "torture_preload" in sys.modules
-    import normlab.checkpoint
-    from normlab import plots
+    import normlab.training.checkpoint
     from normlab.__main__ import run
+    from normlab.reports import plots
 
-    normlab.checkpoint.SECONDS_BETWEEN = 0.0
+    normlab.training.checkpoint.SECONDS_BETWEEN = 0.0
     plots.png = lambda _: b"no picture"  # drawing would take two thirds of the time
     stream = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 2)
@@ -372,7 +372,7 @@ def main() -> None:
     if options.out:
         import torch
 
-        from normlab.environment import describe
+        from normlab.core.environment import describe
 
         done = {
             "seed": options.seed,

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 import normlab.__main__
-import normlab.cli
-import normlab.study.report
+import normlab.cli.main
+import normlab.reports.study_report
 import torture
 
 torch.set_num_threads(1)

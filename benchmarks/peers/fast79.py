@@ -15,11 +15,11 @@ from benchmarks.contestant import Case, Contestant, Notes, Options
 from benchmarks.peers.ours import CPU, allowed_kernels, answer_with, make_task, start
 from benchmarks.peers.stock_layers import stock
 from normlab import recipes
-from normlab.checkpoint import Keeper
-from normlab.fit import fit, predict_logits
-from normlab.optim import make_optimizer
+from normlab.api.train import make_plan, new_state
 from normlab.recipes import Recipe
-from normlab.training import make_plan, new_state
+from normlab.training.checkpoint import Keeper
+from normlab.training.loop import fit, predict_logits
+from normlab.training.optimisers import make_optimizer
 
 
 def training(options: Options) -> Contestant:

@@ -21,9 +21,9 @@ from benchmarks.contestant import (
     inference_cases,
 )
 from benchmarks.networks import CLASSES, SIZE, build_prepared
-from normlab.export.folding import fold
-from normlab.export.onnx_graph import build
-from normlab.export.steps import Chain, Norm, chain_of
+from normlab.interchange.folding import fold
+from normlab.interchange.onnx_graph import build
+from normlab.interchange.steps import Chain, Norm, chain_of
 
 
 def graph(options: Options, *, folded: bool) -> onnx.ModelProto:

@@ -24,15 +24,15 @@ from benchmarks.networks import build_prepared
 from benchmarks.peers.plain_pytorch import use_threads
 from benchmarks.peers.stock_layers import stock
 from normlab import kernels, recipes
+from normlab.api.train import make_plan
+from normlab.core.streams import stream
 from normlab.data import ImageData, load
 from normlab.data.batches import Batches, split_validation, to_input
-from normlab.fit import score, train_step
 from normlab.kernels.memory import keep_freed_memory
-from normlab.optim import make_optimizer
-from normlab.random import stream
 from normlab.recipes import Recipe
-from normlab.runs import Task
-from normlab.training import make_plan
+from normlab.runs.run import Task
+from normlab.training.loop import score, train_step
+from normlab.training.optimisers import make_optimizer
 
 CPU = torch.device("cpu")
 
@@ -69,7 +69,7 @@ def make_task(options: Options, recipe: Recipe, seed: int = 0) -> tuple[Task, Im
 
 
 def training(options: Options) -> Contestant:
-    """The body of `normlab.fit.fit`, step by step."""
+    """The body of `normlab.training.loop.fit`, step by step."""
     model, about = start(options, "notebook")
     recipe = recipes.notebook().override(batch_size=options.extra["batch"])
     task, images = make_task(options, recipe)

@@ -12,6 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normlab.api.train import resume as resume
+    from normlab.api.train import train as train
     from normlab.data import ImageData as ImageData
     from normlab.data import load as load
     from normlab.diagnosis import Diagnosis as Diagnosis
@@ -21,51 +23,49 @@ if TYPE_CHECKING:
     from normlab.errors import NonFiniteError as NonFiniteError
     from normlab.errors import NormlabError as NormlabError
     from normlab.errors import UserError as UserError
-    from normlab.evaluation import Evaluation as Evaluation
-    from normlab.evaluation import evaluate as evaluate
-    from normlab.inspect_report import Inspection as Inspection
-    from normlab.inspect_report import inspect as inspect
+    from normlab.evaluation.evaluation import Evaluation as Evaluation
+    from normlab.evaluation.evaluation import evaluate as evaluate
+    from normlab.evaluation.recalibration import ThreeWay as ThreeWay
+    from normlab.evaluation.recalibration import recalibrate as recalibrate
+    from normlab.evaluation.recalibration import three_way as three_way
     from normlab.layers import BatchNorm as BatchNorm
-    from normlab.recalibration import ThreeWay as ThreeWay
-    from normlab.recalibration import recalibrate as recalibrate
-    from normlab.recalibration import three_way as three_way
     from normlab.recipes import Recipe as Recipe
-    from normlab.runs import Run as Run
-    from normlab.runs import open_run as open_run
+    from normlab.reports.inspection_report import Inspection as Inspection
+    from normlab.reports.inspection_report import inspect as inspect
+    from normlab.runs.run import Run as Run
+    from normlab.runs.run import open_run as open_run
     from normlab.study import Arm as Arm
     from normlab.study import Study as Study
     from normlab.study import compare as compare
     from normlab.study import open_study as open_study
-    from normlab.training import resume as resume
-    from normlab.training import train as train
 
 _HOMES = {
     "Arm": "study",
     "BatchNorm": "layers",
     "DataError": "errors",
     "Diagnosis": "diagnosis",
-    "Evaluation": "evaluation",
+    "Evaluation": "evaluation.evaluation",
     "Finding": "diagnosis",
     "ImageData": "data",
-    "Inspection": "inspect_report",
+    "Inspection": "reports.inspection_report",
     "NonFiniteError": "errors",
     "NormlabError": "errors",
     "Recipe": "recipes",
-    "Run": "runs",
+    "Run": "runs.run",
     "Study": "study",
-    "ThreeWay": "recalibration",
+    "ThreeWay": "evaluation.recalibration",
     "UserError": "errors",
     "compare": "study",
     "doctor": "diagnosis",
-    "evaluate": "evaluation",
-    "inspect": "inspect_report",
+    "evaluate": "evaluation.evaluation",
+    "inspect": "reports.inspection_report",
     "load": "data",
-    "open_run": "runs",
+    "open_run": "runs.run",
     "open_study": "study",
-    "recalibrate": "recalibration",
-    "resume": "training",
-    "three_way": "recalibration",
-    "train": "training",
+    "recalibrate": "evaluation.recalibration",
+    "resume": "api.train",
+    "three_way": "evaluation.recalibration",
+    "train": "api.train",
 }
 
 __all__ = list(_HOMES)

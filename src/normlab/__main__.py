@@ -1,4 +1,4 @@
-"""The `normlab` command: runs the verbs of `normlab.cli` and turns errors into one line.
+"""The `normlab` command: runs the verbs of `normlab.cli.main` and turns errors into one line.
 
 Exit codes: 0; 1 findings, bad inputs among good ones, or the output's reader has gone (click's own
 doing, without a word); 2 a user's mistake; 3 a non-finite loss; 130 and 143 for Ctrl-C and SIGTERM.
@@ -6,7 +6,8 @@ doing, without a word); 2 a user's mistake; 3 a non-finite loss; 130 and 143 for
 
 from normlab.core.children import leave_out_current_folder
 
-leave_out_current_folder()  # before anything else is imported: `python -m normlab` put it first
+if __name__ == "__main__":  # `python -m` has put the folder first: before anything else is imported
+    leave_out_current_folder()
 
 import errno
 import signal
@@ -14,7 +15,7 @@ import sys
 
 import click
 
-from normlab.cli import cli
+from normlab.cli.main import cli
 from normlab.errors import NormlabError
 
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, or end other programs"
@@ -31,6 +32,7 @@ ALLOCATION_FAILED = (
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
+    leave_out_current_folder()
     code = run(arguments)
     if code == 128 + signal.SIGINT:  # a second one shall not end in a traceback of Python's end
         signal.signal(signal.SIGINT, signal.SIG_IGN)

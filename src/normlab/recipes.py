@@ -20,7 +20,8 @@ class Recipe:
         norm: which normaliser, a name in `normlab.layers.NORMS`.
         epochs: passes over the training images.
         batch_size: images a step.
-        optimizer: `adam`, `sgd`, or `muon`, which is for convolutions (see `normlab.optim`).
+        optimizer: `adam`, `sgd`, or `muon`, which is for convolutions (see
+            `normlab.training.optimisers`).
         learning_rate: of the optimiser; with `muon`, of the convolutions' kernels.
         sgd_rate: with `muon`, the learning rate of dense weights; biases have eight times that.
         schedule: of the learning rate, `constant`, `triangle` or `to_zero`; see `optim.SCHEDULES`.

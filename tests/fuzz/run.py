@@ -31,7 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from targets import CORPUS, TARGETS, Target, attempt
 
-from normlab.limits import _limit
+from normlab.core.sandbox import _limit
 
 HANG = 2.0  # seconds of processor time
 MAX_INPUT = 1 << 16

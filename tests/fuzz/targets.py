@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from normlab.data.archives import read_members
-from normlab.data.cifar10 import Reference, _decode_file
+from normlab.core.pickles import as_array, read_pickle
+from normlab.data.cifar10.archives import read_members
+from normlab.data.cifar10.layouts import Reference, _decode_file
 from normlab.data.npz import read_npz
-from normlab.data.pickles import as_array, read_pickle
 from normlab.errors import UserError
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -93,7 +93,7 @@ RECORDING = {"step.npy": npy(np.arange(2)), "layers.npy": npy(np.array(["a"]))}
 
 def _npz(data: bytes, path: Path) -> None:
     """Data of one's own and a recording, which are read by the same code."""
-    from normlab.recording import read_recording
+    from normlab.inspection.recording import read_recording
 
     if data[0] & 2:
         (path.parent / "recording.npz").write_bytes(zipped(data, "loss.npy", RECORDING))
@@ -105,7 +105,7 @@ def _npz(data: bytes, path: Path) -> None:
 
 def _torch(data: bytes, path: Path) -> None:
     from normlab.diagnosis.state_dicts import from_arrays
-    from normlab.diagnosis.torch_files import read_torch
+    from normlab.formats.torch_files import read_torch
 
     path.write_bytes(zipped(data, "a/data.pkl", {"a/data/0": bytes(64), "a/byteorder": b"little"}))
     from_arrays("x", "x", read_torch(path))
@@ -113,7 +113,7 @@ def _torch(data: bytes, path: Path) -> None:
 
 def _json(data: bytes, path: Path) -> None:
     """Every JSON document that is read back: of a run, of a study, of a study's run."""
-    from normlab.runs import open_run
+    from normlab.runs.run import open_run
     from normlab.study import design, outcomes
 
     folder = path.parent
@@ -134,15 +134,15 @@ def _json(data: bytes, path: Path) -> None:
 
 
 def _task() -> object:
-    from normlab.runs import Task
+    from normlab.runs.run import Task
 
     return Task.from_dict(json.loads((CORPUS / "json" / "recipe").read_bytes()[1:]))
 
 
 def _keras_config(data: bytes, path: Path) -> None:
     """What is made of the description of a model; the arrays are another target's."""
-    from normlab import keras_reader
     from normlab.diagnosis import keras_files
+    from normlab.formats import keras_files as keras_reader
 
     path = path.with_name("x.keras")
     path.write_bytes(zipped(b"\0" + data[1:], "config.json", {"model.weights.h5": b"no"}))
@@ -153,8 +153,8 @@ def _keras_config(data: bytes, path: Path) -> None:
 
 
 def _hdf5(data: bytes, path: Path) -> None:
-    from normlab import keras_reader
     from normlab.diagnosis import keras_files
+    from normlab.formats import keras_files as keras_reader
 
     if data[0] % 2:
         path = path.with_name("x.h5")
@@ -176,21 +176,21 @@ def _onnx(data: bytes, path: Path) -> None:
 
 
 def _parquet(data: bytes, path: Path) -> None:
-    from normlab.data.parquet import read_rows
+    from normlab.data.pictures.parquet import read_rows
 
     path.write_bytes(data)
     read_rows(path)
 
 
 def _picture(data: bytes, _: Path) -> None:
-    from normlab.data.pictures import read_picture, to_square
+    from normlab.data.pictures.reading import read_picture, to_square
 
     to_square(read_picture(data), 8)
 
 
 def _safetensors(data: bytes, path: Path) -> None:
+    from normlab.core.files import read_tensors
     from normlab.diagnosis.state_dicts import from_arrays, read_safetensors
-    from normlab.files import read_tensors
 
     path.write_bytes(data[1:])
     if data[0] % 2:

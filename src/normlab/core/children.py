@@ -1,7 +1,7 @@
 """Where Python looks for modules: never in the folder of somebody's data.
 
 `python -m` and `python -c` put the current folder first on the path, and an empty part of
-`PYTHONPATH` means the current folder, too. A `numpy.py` beside a stranger's pictures would then run.
+`PYTHONPATH` means the current folder, too. A `numpy.py` beside a stranger's pictures would run.
 """
 
 import os

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
+from normlab.core.streams import stream
 from normlab.errors import UserError
-from normlab.random import stream
 
 VIEWS = ("single", "flip", "shift")
 

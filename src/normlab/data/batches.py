@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from normlab.core.streams import stream
 from normlab.data.augment import Augmentation, halve
 from normlab.errors import UserError
-from normlab.random import stream
 from normlab.recipes import Recipe
 
 EVALUATION_BATCH = 250  # images at a time where nothing is learnt

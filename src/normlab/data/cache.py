@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from normlab.data import cifar10
-from normlab.data.cifar10 import CIFAR10, CLASS_NAMES, Arrays, Reference
+from normlab.data.cifar10 import layouts as cifar10
+from normlab.data.cifar10.layouts import CIFAR10, CLASS_NAMES, Arrays, Reference
 from normlab.data.images import ARRAYS, ImageData
 from normlab.errors import DataError
 

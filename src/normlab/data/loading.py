@@ -8,9 +8,9 @@ from pathlib import Path
 
 from numpy.typing import ArrayLike
 
-from normlab.data import cifar10
 from normlab.data.cache import read_cache
-from normlab.data.fetching import fetch
+from normlab.data.cifar10 import layouts as cifar10
+from normlab.data.cifar10.fetching import fetch
 from normlab.data.images import ImageData, from_mapping
 from normlab.data.npz import read_npz
 from normlab.errors import DataError
@@ -78,8 +78,8 @@ def _load_path(data: str | Path, image_size: int | None, skip_bad: bool) -> Imag
 
 
 def _load_pictures(path: Path, image_size: int | None, skip_bad: bool) -> ImageData:
-    from normlab.data.folder import read_folder  # deferred: these load Pillow
-    from normlab.data.parquet import parquet_files, read_parquet
+    from normlab.data.pictures.folder import read_folder  # deferred: these load Pillow
+    from normlab.data.pictures.parquet import parquet_files, read_parquet
 
     read = read_parquet if parquet_files(path) else read_folder
     return read(path, image_size=image_size, skip_bad=skip_bad)

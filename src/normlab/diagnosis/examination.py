@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from normlab.core.sandbox import LimitError, limited
 from normlab.data import ImageData, load
 from normlab.diagnosis.findings import SEVERITIES, Diagnosis, Finding
 from normlab.diagnosis.modules import Samples, from_module, from_run
 from normlab.diagnosis.patient import FACTS, Batches, Patient
 from normlab.diagnosis.rules import RULES
 from normlab.errors import DataError, UserError
-from normlab.limits import LimitError, limited
-from normlab.population import evenly
-from normlab.runs import Run, open_run
+from normlab.evaluation.population import evenly
+from normlab.runs.run import Run, open_run
 
 SECONDS = 30.0  # that reading one file may take
 
@@ -85,7 +85,8 @@ def read(path: Path) -> Patient:
     Raises:
         UserError: no such file, an unknown suffix, or a damaged file.
     """
-    from normlab.diagnosis import keras_files, onnx_files, state_dicts, torch_files
+    from normlab.diagnosis import keras_files, onnx_files, state_dicts
+    from normlab.formats import torch_files
 
     if not path.is_file():
         raise DataError(f"{path} does not exist: name a run's folder or a model's file")

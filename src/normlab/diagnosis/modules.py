@@ -15,8 +15,7 @@ from normlab.data import ImageData
 from normlab.data.batches import batch_bounds, split_validation
 from normlab.diagnosis.patient import Batches, Node, Normalizer, Patient
 from normlab.errors import DataError
-from normlab.layers import BatchNorm, Dropout
-from normlab.population import (
+from normlab.evaluation.population import (
     Images,
     Moments,
     evenly,
@@ -24,8 +23,9 @@ from normlab.population import (
     population_moments,
     untouched,
 )
-from normlab.recalibration import three_way
-from normlab.runs import Run, Start
+from normlab.evaluation.recalibration import three_way
+from normlab.layers import BatchNorm, Dropout
+from normlab.runs.run import Run, Start
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, relu
 
+from normlab.core.streams import stream
 from normlab.errors import UserError
 from normlab.layers import BatchNorm, Conv2d, MaxPool2d, conv_pool, norm_relu, normalizer
-from normlab.random import stream
 
 PATCH = 3  # pixels, high and wide
 STATISTICS_IMAGES = 1_000

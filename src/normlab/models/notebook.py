@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from normlab.core.streams import stream
 from normlab.errors import UserError
 from normlab.layers import (
     Conv2d,
@@ -17,7 +18,6 @@ from normlab.layers import (
     relu_dropout,
     relu_dropout_norm,
 )
-from normlab.random import stream
 
 
 class NotebookNet(nn.Module):

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from normlab.core.streams import stream
 from normlab.errors import UserError
 from normlab.layers import normalizer
-from normlab.random import stream
 
 SIDE, UNITS, HIDDEN = 28, 100, 3
 STD = 0.1  # of the initial weights; the paper says "small random Gaussian values" and no more

@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import BeforeValidator
 from starlette.requests import ClientDisconnect
 
-from normlab.data.pictures import FORMATS, MAX_PIXELS
+from normlab.data.pictures.reading import FORMATS, MAX_PIXELS
 from normlab.serving.answers import (
     Answers,
     ClassProbability,

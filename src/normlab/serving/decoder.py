@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from normlab.data.pictures import read_square
+from normlab.data.pictures.reading import read_square
 from normlab.errors import DataError, TooLargeError
 
 REQUEST = struct.Struct("<?I")

@@ -11,14 +11,14 @@ import numpy as np
 
 from normlab.data import load
 from normlab.data.cache import read_cache
-from normlab.data.cifar10 import CLASS_NAMES
+from normlab.data.cifar10.layouts import CLASS_NAMES
 from normlab.data.images import Labels, Pixels
-from normlab.data.pictures import to_square
+from normlab.data.pictures.reading import to_square
 from normlab.errors import DataError, UserError
-from normlab.onnx_model import OnnxModel, open_onnx
+from normlab.formats.onnx_model import OnnxModel, open_onnx
 
 if TYPE_CHECKING:  # with PyTorch, which an ONNX file does not need
-    from normlab.runs import Run
+    from normlab.runs.run import Run
 
 _SAMPLES = 64
 
@@ -50,7 +50,7 @@ def open_served(path: str | Path | None) -> ServedModel:
     """
     if path is not None and Path(path).suffix.lower() == ".onnx":
         return _from_file(Path(path))
-    from normlab.runs import open_run
+    from normlab.runs.run import open_run
 
     run = open_run(path)
     if find_spec("onnx") is None:
@@ -73,9 +73,9 @@ def _from_file(path: Path) -> ServedModel:
 
 def _from_run(run: "Run") -> ServedModel:
     """Export in memory, with the whole certificate if the run's test images are at hand."""
-    from normlab.export.onnx_graph import certified, described
-    from normlab.export.writing import checked_against
-    from normlab.files import digest
+    from normlab.core.files import digest
+    from normlab.interchange.onnx_graph import certified, described
+    from normlab.interchange.writing import checked_against
 
     model = run.model()
     try:
@@ -110,8 +110,8 @@ def _test_images_at_hand(run: "Run") -> Any:
 
 
 def _compared_on_samples(run: "Run", onnx: OnnxModel) -> str:
-    from normlab.export.certificate import TOLERANCE, CertificateError
-    from normlab.prediction import run_predictor
+    from normlab.evaluation.prediction import run_predictor
+    from normlab.interchange.certificate import TOLERANCE, CertificateError
 
     size = onnx.image_size
     images = np.stack([to_square(p, size) for p in samples()[0][:_SAMPLES]])

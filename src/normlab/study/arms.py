@@ -11,7 +11,7 @@ import torch
 from normlab.errors import UserError
 from normlab.layers import NORMS
 from normlab.recipes import Recipe
-from normlab.runs import Task
+from normlab.runs.run import Task
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+×-]*")  # a part of a file's name, too
 SEED_OFFSET = "seed_offset"

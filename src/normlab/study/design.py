@@ -6,10 +6,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from normlab.core.files import write_json
 from normlab.errors import DataError, UserError
-from normlab.files import write_json
 from normlab.recipes import Recipe
-from normlab.runs import Task, read_json
+from normlab.runs.run import Task, read_json
 from normlab.statistics import level_of_look, smallest_p
 from normlab.study.arms import Arm
 

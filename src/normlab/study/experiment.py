@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 from normlab import recipes
+from normlab.core.environment import cores, describe, resolve_threads
+from normlab.core.files import LOCK, locked, sweep
 from normlab.data import ImageData
 from normlab.data import load as load_data
 from normlab.data.batches import split_validation
-from normlab.environment import cores, describe, resolve_threads
 from normlab.errors import UserError
-from normlab.files import LOCK, locked, sweep
-from normlab.fit import Interrupted
 from normlab.recipes import Recipe
 from normlab.statistics.verdict import MARGIN
 from normlab.study import design as plans
@@ -25,6 +24,7 @@ from normlab.study.progress import Lines, Progress
 from normlab.study.result import RUNS, TUNING, Study, open_study
 from normlab.study.runner import Job, Pool, Reporter, run_all
 from normlab.study.tuning import choose, parse_tuning, trials
+from normlab.training.loop import Interrupted
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8)
 CHECKS = 10
@@ -216,7 +216,7 @@ def _work(
         ) from None
     study = open_study(folder, given_up)
     if study.complete:
-        from normlab.study.report import write_report
+        from normlab.reports.study_report import write_report
 
         write_report(study)
     return study

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from normlab.api.train import make_plan, new_state
+from normlab.core.environment import describe, settings
+from normlab.core.files import digest, write_json
 from normlab.data import ImageData
-from normlab.environment import describe, settings
 from normlab.errors import DataError, NonFiniteError, UserError
-from normlab.files import digest, write_json
-from normlab.fit import Observer, Plan, State, fit, predict_logits, score
-from normlab.runs import Task, read_json
-from normlab.training import make_plan, new_state
+from normlab.runs.run import Task, read_json
+from normlab.training.loop import Observer, Plan, State, fit, predict_logits, score
 
 Curve = list[tuple[int, float]]
 

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+from normlab.core.text import counted
 from normlab.study.design import enough_pairs
 from normlab.study.outcomes import Outcome
 from normlab.study.result import Study
 from normlab.study.runner import Job, Reporter
-from normlab.words import counted
 
 
 class Progress(Protocol):

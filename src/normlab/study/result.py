@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from normlab.core.streams import stream
 from normlab.errors import UserError
-from normlab.evaluation import CIFAR10_LIMITS, OWN_LIMITS
-from normlab.random import stream
+from normlab.evaluation.evaluation import CIFAR10_LIMITS, OWN_LIMITS
 from normlab.statistics import (
     Comparison,
     Contrast,
@@ -196,12 +196,12 @@ class Study:
     @property
     def figures(self) -> "dict[str, Figure]":
         """Every picture of the report, by its file's name; the study must be complete."""
-        from normlab.study.figures import draw_all
+        from normlab.reports.study_figures import draw_all
 
         return draw_all(self)
 
     def _repr_html_(self) -> str:
-        from normlab.study.report import summary_html
+        from normlab.reports.study_report import summary_html
 
         return summary_html(self)
 

@@ -26,9 +26,9 @@ from normlab.core.children import safe_children
 from normlab.data import ImageData
 from normlab.data import load as load_data
 from normlab.errors import DataError
-from normlab.fit import Interrupted
-from normlab.runs import Task
+from normlab.runs.run import Task
 from normlab.study.outcomes import Outcome, train_one
+from normlab.training.loop import Interrupted
 
 
 class WorkerDied(RuntimeError):

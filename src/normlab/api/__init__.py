@@ -1,0 +1,1 @@
+"""What people call in Python: one verb or result a module."""

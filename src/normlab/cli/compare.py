@@ -1,0 +1,140 @@
+"""`normlab compare`: a paired experiment, and its verdict."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from normlab.study import Study
+    from normlab.study.progress import Lines
+
+
+@click.command()
+@click.argument("recipe", required=False)
+@click.option("--arms", metavar="NORM,NORM,…", help="Normalisers to compare, the first with each.")
+@click.option(
+    "--arm",
+    "described",
+    multiple=True,
+    metavar="'NAME: KEY=VALUE, …'",
+    help="An arm that changes any settings of the recipe; repeat it for more.",
+)
+@click.option(
+    "--contrast",
+    "contrasts",
+    multiple=True,
+    metavar="FIRST,OTHER",
+    help="Compare these two arms; repeat it. By default the first arm with each other one.",
+)
+@click.option("--seeds", type=int, help="Pairs; by default as many as can decide. More adds pairs.")
+@click.option("--first-seed", type=int, default=0, show_default=True, help="Of the first pair.")
+@click.option("--epochs", type=int, help="Passes over the training images.")
+@click.option("--batch-size", type=int, help="Images a step.")
+@click.option("--learning-rate", type=float, help="The optimiser's learning rate.")
+@click.option("--norm", help="The normaliser of arms that name none.")
+@click.option("--validation", type=float, help="Share of the training images to hold out.")
+@click.option("--patience", type=int, help="Stop after so many epochs without a better val_loss.")
+@click.option(
+    "--tune",
+    metavar="SETTING=F,F,…",
+    help="First choose each arm's own value, such as learning_rate=0.3,1,3 (factors).",
+)
+@click.option("--margin", type=float, help="Points that count as no difference; 0.5 by default.")
+@click.option(
+    "--thresholds", metavar="A,A,…", help="Validation accuracies whose steps are counted."
+)
+@click.option("--checks", type=int, help="At least so many checks of validation a run; 10.")
+@click.option("--data", metavar="DATA", help="As for `normlab train`.")
+@click.option("--image-size", type=click.IntRange(8, 512), help="Of pictures; 32 by default.")
+@click.option("--skip-bad", is_flag=True, help="Leave out pictures that cannot be used.")
+@click.option("--jobs", type=int, help="Runs side by side; cores ÷ threads by default.")
+@click.option("--threads", type=int, help="CPU threads of each run; 1 by default.")
+@click.option(
+    "--scheduler", metavar="ADDRESS", help="Do the runs on this Dask scheduler's workers."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="The study's folder.")
+@click.option("--show", type=click.Path(path_type=Path), help="Print the study in this folder.")
+@click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
+@click.pass_context
+def compare(
+    context: click.Context,
+    /,
+    recipe: str | None,
+    arms: str | None,
+    described: tuple[str, ...],
+    contrasts: tuple[str, ...],
+    margin: float | None,
+    thresholds: str | None,
+    show: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Is one arm better than another on RECIPE, by how much, and how sure is that?
+
+    Every arm is trained from the same seeds. Stop it when you like: the same command goes on.
+    More --seeds add pairs, which counts as a further look at the data.
+    """
+    from normlab import recipes, study
+
+    if show is not None:
+        _refuse_with_show(context)
+        _close(study.open_study(show), as_json)
+        return
+    names = [] if arms is None else [name.strip() for name in arms.split(",")]
+    if not names and not described:
+        names = ["batch", "none"]
+    given = {key: value for key, value in options.items() if value is not None}
+    if margin is not None:
+        given["margin"] = margin / 100
+    if thresholds is not None:
+        given["thresholds"] = _numbers(thresholds)
+    result = study.compare(
+        recipe or recipes.DEFAULT,
+        arms=[*names, *described],
+        contrasts=[_pair(text) for text in contrasts] or None,
+        progress=_progress(),
+        **given,
+    )
+    _close(result, as_json)
+    if result.given_up:
+        raise SystemExit(1)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    first, _, other = (part.strip() for part in text.partition(","))
+    return first, other
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not numbers with commas between them") from None
+
+
+def _refuse_with_show(context: click.Context) -> None:
+    for name in context.params:
+        given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        if given and name not in ("show", "as_json"):
+            raise click.UsageError("--show only prints: give it no other option but --json")
+
+
+def _progress() -> "Lines":
+    from rich.console import Console
+
+    from normlab.study.progress import Lines
+
+    console = Console(stderr=True)
+    return Lines(console if console.is_terminal and sys.stdout.isatty() else None)
+
+
+def _close(result: "Study", as_json: bool) -> None:
+    from normlab.reports.study_report import closing_lines
+
+    for line in closing_lines(result):
+        click.echo(line)
+    if as_json:
+        click.echo(json.dumps(result.as_dict()))

@@ -1,0 +1,58 @@
+"""`normlab doctor` and `normlab recalibrate`."""
+
+import json
+import shutil
+
+import click
+
+DATA = click.option("--data", metavar="DATA", help="As `normlab train --data` takes it.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@click.command()
+@click.argument("path")
+@DATA
+@click.option(
+    "--weights", default="last", show_default=True, help="Of a run: last, best or recalibrated."
+)
+@JSON
+def doctor(path: str, data: str | None, weights: str, as_json: bool) -> None:
+    """Say what is wrong with a batch-normalised model, where, how bad, and what to do.
+
+    PATH is a run's folder, or a file: a safetensors or PyTorch state dict, a .keras file, an ONNX
+    graph. With --data a run's network is run on its images, too. Exit code 1 if anything is
+    serious.
+    """
+    from normlab.diagnosis import doctor
+
+    diagnosis = doctor(path, data, weights=weights)
+    if as_json:
+        click.echo(json.dumps(diagnosis.as_dict()))
+    else:
+        click.echo(diagnosis.text(min(shutil.get_terminal_size().columns, 100)))
+    if diagnosis.serious:
+        click.get_current_context().exit(1)
+
+
+@click.command()
+@click.argument("run", required=False)
+@DATA
+@JSON
+def recalibrate(run: str | None, data: str | None, as_json: bool) -> None:
+    """Give RUN (by default the latest) the statistics of all training images of its data.
+
+    With --data those of other images: the network adapts to them without their labels. The result
+    is a further set of weights, `recalibrated`; the run's own stay as they are.
+    """
+    from normlab.evaluation.recalibration import recalibrate
+    from normlab.runs.run import open_run
+
+    opened = open_run(run)
+    done = recalibrate(opened, data)
+    if as_json:
+        click.echo(json.dumps(done))
+        return
+    click.echo(f"Statistics of {done['images']:,} images of {done['data']} written to")
+    click.echo(f"  {opened.path / 'recalibrated.safetensors'}")
+    click.echo("Next:")
+    click.echo(f"  normlab evaluate {opened.path} --weights recalibrated")

@@ -1,0 +1,77 @@
+"""`normlab export` and `normlab import`: take a run elsewhere, bring a model in."""
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command("export")
+@click.argument("run", required=False)
+@click.option("--format", "file_format", default="onnx", show_default=True, help="onnx or keras.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="The file to write; README.md, the model card, comes beside it.",
+)
+@click.option("--weights", default="last", show_default=True, help="last or best.")
+@click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
+def export_command(
+    run: str | None, file_format: str, out: Path, weights: str, as_json: bool
+) -> None:
+    """Write RUN (by default the latest) as a file that other programs run.
+
+    The file takes pixels and gives probabilities. Its answers are compared with the run's on the
+    whole test set first; if they differ nothing is written, and the exit code is 1.
+    """
+    from normlab.interchange import export_run
+    from normlab.runs.run import open_run
+
+    exported = export_run(open_run(run), out, file_format=file_format, weights=weights)
+    certificate = exported.certificate
+    click.echo(f"Checked by {certificate.checked_with}: {certificate}.")
+    for sentence in exported.kept:
+        click.echo(f"Note: {sentence}.")
+    click.echo(f"Model: {exported.path}")
+    click.echo(f"Card: {exported.card}")
+    if as_json:
+        click.echo(json.dumps({"model": str(exported.path), "certificate": certificate.as_dict()}))
+
+
+@click.command("import")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="The run's folder, new or empty.")
+@click.option(
+    "--data",
+    metavar="DATA",
+    help="What it was trained on: cifar10 (the default), or anything that train takes.",
+)
+@click.option("--image-size", type=click.IntRange(8, 512), help="Of pictures; 32 by default.")
+@click.option("--skip-bad", is_flag=True, help="Leave out pictures that cannot be used.")
+@click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
+def import_command(
+    model: Path,
+    out: Path | None,
+    data: str | None,
+    image_size: int | None,
+    skip_bad: bool,
+    as_json: bool,
+) -> None:
+    """Make a run of MODEL, a .keras or .h5 file with the notebook's network.
+
+    Weights and statistics are taken over and scored once on the test images.
+    """
+    from normlab.interchange.importing import import_model
+
+    run = import_model(model, out, data=data, image_size=image_size, skip_bad=skip_bad)
+    result = run.result or {}
+    low, high = result["test_accuracy_interval"]
+    click.echo(
+        f"Test accuracy: {result['test_accuracy']:.4f} "
+        f"(95 % interval over test pictures {low:.4f} to {high:.4f})"
+    )
+    click.echo(f"Run: {run.path}")
+    if as_json:
+        click.echo(json.dumps(result))

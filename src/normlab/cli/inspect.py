@@ -1,0 +1,85 @@
+"""`normlab inspect`: what the layers saw, and what normalisation does to the loss around them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from normlab.runs.run import Run
+
+
+@click.command()
+@click.argument("run", required=False)
+@click.argument("other", required=False)
+@click.option(
+    "--landscape", is_flag=True, help="Replay RUN with and without normalisation; see docs."
+)
+@click.option("--seeds", type=int, default=3, show_default=True, help="For --landscape.")
+@click.option("--points", type=int, default=50, show_default=True, help="For --landscape.")
+@click.option("--steps", type=int, help="For --landscape: replay only so many.")
+@click.option("--images", type=int, default=128, show_default=True, help="For --landscape.")
+@click.option("--threads", type=int, help="For --landscape; all cores by default.")
+@click.option("--data", metavar="DATA", help="For --landscape: where the run's images are now.")
+def inspect(
+    run: str | None,
+    other: str | None,
+    landscape: bool,
+    seeds: int,
+    points: int,
+    steps: int | None,
+    images: int,
+    threads: int | None,
+    data: str | None,
+) -> None:
+    """Show what the layers of RUN (by default the latest) saw, and of OTHER beside it.
+
+    RUN was trained with --record. The pictures and a page with a slider go into RUN/inspect.
+    """
+    from normlab.runs.run import open_run
+
+    opened = open_run(run)
+    if landscape:
+        if other is not None:
+            raise click.UsageError("--landscape takes one run: it makes the other arm itself")
+        _landscape(opened, data, seeds, points, steps, images, threads)
+        return
+    from normlab.reports.inspection_report import inspect as look
+
+    seen = look(opened) if other is None else look(opened, open_run(other))
+    seen.write(opened.path / "inspect")
+    click.echo(seen)
+    click.echo(f"Report: {opened.path / 'inspect' / 'report.html'}")
+
+
+def _landscape(
+    run: "Run",
+    data: str | None,
+    seeds: int,
+    points: int,
+    steps: int | None,
+    images: int,
+    threads: int | None,
+) -> None:
+    from normlab.core.environment import resolve_threads
+    from normlab.core.files import write_json
+    from normlab.inspection.landscape import explore
+    from normlab.reports.inspection_plots import draw_landscape
+    from normlab.reports.inspection_report import save_figure
+
+    found = explore(
+        run.task,
+        run.task.load(data),
+        seeds=seeds,
+        points=points,
+        steps=steps,
+        batch=images,
+        threads=resolve_threads(threads),
+        report=click.echo,
+    )
+    folder: Path = run.path / "inspect"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "landscape.json", found.as_dict())
+    save_figure(draw_landscape(found), folder / "landscape")
+    click.echo(str(found))
+    click.echo(f"Picture: {folder / 'landscape.png'}")

@@ -1,0 +1,1 @@
+"""CIFAR-10: where it comes from and the layouts in which people have it."""

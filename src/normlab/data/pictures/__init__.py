@@ -1,0 +1,1 @@
+"""People's own pictures: found, read, decoded and turned into images."""

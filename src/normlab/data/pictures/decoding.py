@@ -1,0 +1,186 @@
+"""Decode many pictures once, on all cores, and keep the result in the cache.
+
+Pictures are read in child processes with limits of memory and time: a file that crashes its decoder
+or floods it is one more unusable picture.
+
+The result for one folder and image size lies in the cache's folder `pictures-…` as `.npy` files.
+One SHA-256 over them and over the key (names, sizes and times of all sources) stands beside them;
+where it does not fit, because a source or the cache has changed, everything is decoded anew.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from queue import LifoQueue
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normlab.core.sandbox import LimitError, Worker
+from normlab.data.cache import cache_folder, write_cache, writing
+from normlab.data.pictures.reading import fingerprint, read_picture, to_square
+from normlab.errors import DataError
+
+_VERSION = 1  # raise it when the same file would decode to other pixels
+_ARRAYS = ("pixels", "fingerprints", "problems")
+
+# For one picture. The largest allowed one takes less than half of the memory.
+MEMORY = 1 << 30
+SECONDS = 60.0
+
+Small = tuple[NDArray[np.uint8] | None, bytes, str]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """N pictures, good and bad.
+
+    pixels: (N, S, S, 3) uint8, zeros where a picture is bad; may be memory-mapped.
+    fingerprints: (N, 32) uint8, SHA-256 of the picture as it was before it was resized.
+    problems: (N,) text, empty where a picture is good.
+    """
+
+    pixels: NDArray[np.uint8]
+    fingerprints: NDArray[np.uint8]
+    problems: NDArray[np.str_]
+
+
+def decode(place: Path, key: str, sources: Sequence[Path | bytes], size: int) -> Decoded:
+    """Decode `sources` to squares of `size`, or take them from the cache.
+
+    place: what the sources belong to; the cache keeps one result for it and each size.
+    key: changes whenever a source does.
+
+    Raises:
+        DataError: the cache cannot be written.
+    """
+    where = hashlib.sha256(f"{os.path.realpath(place)!r} {size}".encode()).hexdigest()
+    name = f"pictures-{where[:16]}"
+    key = f"{_VERSION} {size} {key}"
+    if (found := _read(cache_folder() / name, key)) is not None:
+        return found
+    with writing(_to_stderr, name) as work:
+        found = _read(cache_folder() / name, key)  # another process may have been first
+        if found is None:
+            found = _decode_all(sources, size, work / "pixels.npy")
+            arrays = {name: getattr(found, name) for name in _ARRAYS}
+            write_cache({**arrays, "sha256": _check(found, key)}, work, cache_folder() / name)
+        # Mapped from where it stays: the working folder goes.
+        return _read(cache_folder() / name, key) or found
+
+
+class Readers:
+    """Child processes that decode pictures, at most one a core, started as they are needed."""
+
+    def __enter__(self) -> "Readers":
+        count = os.cpu_count() or 1
+        self._pool = ThreadPoolExecutor(count)
+        self._workers = [Worker(memory=MEMORY, seconds=SECONDS) for _ in range(count)]
+        self._idle: LifoQueue[Worker] = LifoQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)  # Ctrl-C should not wait for the rest
+        for worker in self._workers:
+            worker.close()
+
+    def read(self, sources: Iterable[Path | bytes], size: int) -> Iterator[Small]:
+        """`read_small` of each source, in order."""
+        return self._pool.map(partial(self._read, size), sources)
+
+    def _read(self, size: int, source: Path | bytes) -> Small:
+        worker = self._idle.get()  # there are as many as there are threads
+        try:
+            return worker.call(read_small, source, size)
+        except LimitError as error:
+            return None, b"", str(error)
+        finally:
+            self._idle.put(worker)
+
+
+def read_small(source: Path | bytes, size: int) -> Small:
+    """(pixels (size, size, 3), fingerprint, ""), or (None, no bytes, what is wrong)."""
+    try:
+        picture = read_picture(source)
+    except DataError as error:
+        return None, b"", str(error)
+    return to_square(picture, size), fingerprint(picture), ""
+
+
+def _decode_all(sources: Sequence[Path | bytes], size: int, file: Path) -> Decoded:
+    """Decode on all cores, into a file whose room on the disk is taken first."""
+    shape = (len(sources), size, size, 3)
+    pixels = np.lib.format.open_memmap(file, "w+", np.uint8, shape)
+    _reserve(file)
+    fingerprints = np.zeros((len(sources), 32), np.uint8)
+    problems = [""] * len(sources)
+    with picture_bar(len(sources)) as show, Readers() as readers:
+        for i, (small, digest, problem) in enumerate(readers.read(sources, size)):
+            problems[i] = problem
+            if small is not None:
+                pixels[i] = small
+                fingerprints[i] = np.frombuffer(digest, np.uint8)
+            show(i + 1)
+    return Decoded(pixels, fingerprints, np.array(problems, np.str_))
+
+
+def _reserve(file: Path) -> None:
+    """Take the room of a file with holes; on a full disk, writing into a map kills the process."""
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
+
+
+def _read(folder: Path, key: str) -> Decoded | None:
+    try:
+        arrays = {
+            name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            for name in (*_ARRAYS, "sha256")
+        }
+    except (OSError, ValueError, EOFError):
+        return None
+    check = arrays.pop("sha256")
+    found = Decoded(**arrays)
+    return found if np.array_equal(check, _check(found, key)) else None
+
+
+def _check(decoded: Decoded, key: str) -> NDArray[np.uint8]:
+    digest = hashlib.sha256(key.encode())
+    for name in _ARRAYS:
+        array = np.ascontiguousarray(getattr(decoded, name))
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+@contextmanager
+def picture_bar(total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error, if that is a terminal; yields what moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    bar = Progress(
+        "decoding pictures",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

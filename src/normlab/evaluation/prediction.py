@@ -1,0 +1,128 @@
+"""Pictures in, classes out: any number of files, one batch of them in memory at a time."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normlab.data.pictures.decoding import Readers
+from normlab.data.pictures.walking import Found, walk
+
+if TYPE_CHECKING:
+    from normlab.runs.run import Run
+
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A classifier of pictures, wherever it comes from.
+
+    probabilities: images (N, S, S, 3) uint8 → (N, K), rows that add up to 1.
+    class_names: K names.
+    image_size: S.
+    """
+
+    probabilities: Callable[[NDArray[np.uint8]], NDArray[np.floating]]
+    class_names: tuple[str, ...]
+    image_size: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer to one picture: probabilities (K,), or why there is none."""
+
+    path: Path
+    probabilities: NDArray[np.floating] | None
+    problem: str | None = None
+
+    def top(self, class_names: tuple[str, ...], count: int) -> list[tuple[str, float]]:
+        """The most probable classes, most probable first."""
+        p = np.empty(0) if self.probabilities is None else self.probabilities
+        order = np.argsort(-p, kind="stable")[:count]
+        return [(class_names[k], float(p[k])) for k in order]
+
+
+def run_predictor(run: "Run", weights: str = "last") -> Predictor:
+    """The network of a run, as trained.
+
+    Raises:
+        UserError: the run has no such weights.
+    """
+    from normlab.training.loop import predict_logits
+
+    model = run.model(weights)
+
+    def probabilities(images: NDArray[np.uint8]) -> NDArray[np.floating]:
+        answers: NDArray[np.floating] = predict_logits(model, images).double().softmax(1).numpy()
+        return answers
+
+    return Predictor(probabilities, run.task.class_names, run.task.image_size)
+
+
+def is_model(path: str | Path) -> bool:
+    """Whether `path` names a model and not pictures: a run's folder, or a name in .onnx."""
+    return Path(path).suffix.lower() == ".onnx" or (Path(path) / "recipe.json").is_file()
+
+
+def open_predictor(path: str | Path | None = None) -> Predictor:
+    """The classifier at `path`: a run's folder or an exported ONNX file; by default the latest run.
+
+    Raises:
+        UserError: there is none, or it is damaged, or of another kind.
+    """
+    if path is None or Path(path).suffix.lower() != ".onnx":
+        from normlab.runs.run import open_run  # with PyTorch, which an ONNX file does not need
+
+        return run_predictor(open_run(path))
+    from normlab.formats.onnx_model import open_onnx
+
+    model = open_onnx(path)
+    return Predictor(model.probabilities, model.class_names, model.image_size)
+
+
+def predict(
+    predictor: Predictor, paths: Iterable[str | Path], batch_size: int = BATCH_SIZE
+) -> Iterator[Prediction]:
+    """Classify the pictures at `paths` and in the folders among them, in order, lazily.
+
+    Each file gives one `Prediction`, and so does a bad one and what cannot be reached. Files are
+    decoded on all cores, at most `batch_size` at a time, exactly as for training.
+    """
+    found = _files(paths)
+    with Readers() as readers:
+        while batch := list(islice(found, batch_size)):
+            yield from _predict_batch(predictor, batch, readers)
+
+
+def _predict_batch(predictor: Predictor, batch: list[Found], readers: Readers) -> list[Prediction]:
+    reachable = [file.path for file in batch if file.problem is None]
+    read = readers.read(reachable, predictor.image_size)
+    decoded: list[tuple[NDArray[np.uint8] | None, str]] = []
+    for file in batch:
+        if file.problem is not None:
+            decoded.append((None, file.problem))
+        else:
+            pixels, _, problem = next(read)
+            decoded.append((pixels, problem))
+    good = [pixels for pixels, _ in decoded if pixels is not None]
+    answers = iter(predictor.probabilities(np.stack(good)) if good else ())
+    return [
+        Prediction(file.path, None, problem)
+        if pixels is None
+        else Prediction(file.path, next(answers))
+        for file, (pixels, problem) in zip(batch, decoded, strict=True)
+    ]
+
+
+def _files(paths: Iterable[str | Path]) -> Iterator[Found]:
+    """Named files as they are; of folders, everything below them but litter."""
+    for path in map(Path, paths):
+        if path.is_dir():
+            yield from walk(path)
+        else:
+            yield Found(path)

@@ -1,0 +1,1 @@
+"""What the layers of a network see during a training."""

@@ -1,0 +1,117 @@
+"""The model card: a `README.md` beside an exported model."""
+
+from pathlib import Path
+
+from normlab.errors import UserError
+from normlab.evaluation.evaluation import Evaluation
+from normlab.interchange.certificate import Certificate
+from normlab.runs.run import Run
+
+NAME = "README.md"
+_MARK = "<!-- normlab's model card of {file} -->"
+
+
+def check_place(model: Path) -> None:
+    """Refuse to write over somebody's README, or over the card of another model.
+
+    Raises:
+        UserError: such a file is beside `model`.
+    """
+    path = model.with_name(NAME)
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as f:
+        mark = f.readline(500).rstrip("\n")
+    if mark != _MARK.format(file=model.name):
+        raise UserError(
+            f"{str(path)!r} is there and not the card of {model.name}: "
+            "choose a folder of its own for --out"
+        )
+
+
+def card(
+    model: Path, run: Run, evaluation: Evaluation, certificate: Certificate, kept: tuple[str, ...]
+) -> str:
+    """Write the card as Markdown: how to use the model, data, recipe, scores, limits."""
+    task, recipe = run.task, run.task.recipe
+    low, high = evaluation.interval
+    settings = ", ".join(f"{k} {v}" for k, v in recipe.as_dict().items() if v is not None)
+    usage = _ONNX_USE if model.suffix == ".onnx" else _KERAS_USE
+    names = ", ".join(task.class_names)
+    size = task.image_size
+    rows = [
+        ("test images", f"{len(evaluation.labels):,}"),
+        ("accuracy", f"{evaluation.accuracy:.4f} (95 % interval {low:.4f} to {high:.4f})"),
+        ("balanced accuracy", f"{evaluation.balanced_accuracy:.4f}"),
+        ("loss (mean cross-entropy, nats)", f"{evaluation.loss:.4f}"),
+        ("expected calibration error", f"{evaluation.calibration.error:.4f}"),
+    ]
+    by_class = zip(evaluation.class_names, evaluation.class_accuracy, strict=True)
+    rows += [(f"accuracy on {name}", f"{accuracy:.3f}") for name, accuracy in by_class]
+    return "\n".join(
+        [
+            _MARK.format(file=model.name),
+            f"# {model.name}",
+            "",
+            f"An image classifier for {len(task.class_names)} classes: {names}.",
+            "",
+            "## Use",
+            "",
+            f"It takes `images`, uint8 of shape (N, {size}, {size}, 3), RGB, 0 to 255, as they "
+            f"come; the scaling is inside. It returns probabilities (N, {len(task.class_names)}) "
+            "in the order of the classes above.",
+            "",
+            usage.format(file=model.name, size=size),
+            "## Data and recipe",
+            "",
+            f"Data: {task.data} (SHA-256 {task.data_sha256}).",
+            "",
+            f"Recipe: {settings}; seed {task.seed}."
+            + (f" Started from {task.start}." if task.start else ""),
+            "",
+            "## Scores",
+            "",
+            "The interval speaks of other test images, not of other trainings.",
+            "",
+            "| score | value |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows),
+            "",
+            "## Limits",
+            "",
+            *(f"- {limit}" for limit in evaluation.limits),
+            "- It always answers with one of its classes, whatever the picture shows.",
+            "",
+            "## Certificate",
+            "",
+            f"Compared with the run it came from, on all {certificate.test_images:,} test images, "
+            f"by {certificate.checked_with}: {certificate}.",
+            "",
+            *(f"- {sentence}." for sentence in kept),
+            f"- Weights: SHA-256 {certificate.weights_sha256}.",
+            "",
+        ]
+    )
+
+
+_ONNX_USE = """```python
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+session = onnxruntime.InferenceSession("{file}")
+picture = Image.open("picture.png").convert("RGB").resize(({size}, {size}))
+probabilities = session.run(None, {{"images": np.asarray(picture)[None]}})[0]
+```
+"""
+
+_KERAS_USE = """```python
+import keras
+import numpy as np
+from PIL import Image
+
+model = keras.models.load_model("{file}")
+picture = Image.open("picture.png").convert("RGB").resize(({size}, {size}))
+probabilities = model.predict(np.asarray(picture)[None])
+```
+"""

@@ -1,0 +1,184 @@
+"""The ONNX graph of a chain of steps: pixels in, probabilities out."""
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from normlab.formats.onnx_model import open_onnx
+from normlab.interchange.certificate import Certificate, Check
+from normlab.interchange.folding import fold, map_size
+from normlab.interchange.steps import (
+    Affine,
+    Array,
+    Chain,
+    Clip,
+    Conv,
+    Dense,
+    Flatten,
+    GlobalMax,
+    MaxPool,
+    Norm,
+    Relu,
+    Step,
+    chain_of,
+)
+from normlab.runs.run import Run
+
+# Old enough for every runtime of the last years; nothing here needs more.
+OPSET, IR_VERSION = 17, 8
+
+
+class _Nodes:
+    """Collects nodes, each fed by the one before, and the arrays they use."""
+
+    def __init__(self, start: str) -> None:
+        self.last = start
+        self.nodes: list[onnx.NodeProto] = []
+        self.arrays: list[onnx.TensorProto] = []
+        self.flat = False  # whether channels are the last dimension
+
+    def add(
+        self,
+        op: str,
+        name: str,
+        arrays: Sequence[Array] = (),
+        *,
+        takes: Sequence[str] = (),
+        **attributes: Any,
+    ) -> None:
+        """Add a node that takes the last output, or those named, and `arrays` as float32."""
+        inputs = [*takes] or [self.last]
+        for i, array in enumerate(arrays):
+            inputs.append(f"{name}.{i}")
+            self.arrays.append(numpy_helper.from_array(array.astype(np.float32), inputs[-1]))
+        self.nodes.append(helper.make_node(op, inputs, [name], name=name, **attributes))
+        self.last = name
+
+
+def build(chain: Chain, num_classes: int) -> onnx.ModelProto:
+    """Make the graph: `images` uint8 (N, H, W, 3) → `probabilities` float32 (N, K)."""
+    nodes = _Nodes("images")
+    nodes.add("Transpose", "channels_first", perm=[0, 3, 1, 2])
+    nodes.add("Cast", "pixels", to=TensorProto.FLOAT)
+    for i, step in enumerate(chain.steps):
+        if isinstance(step, Conv):
+            size = map_size(chain.steps[:i], chain.image_size)
+            _add_conv(nodes, step, size, chain.image_size)
+        else:
+            _add(nodes, step, f"step{i}")
+    nodes.add("Softmax", "probabilities", axis=1)
+    size = chain.image_size
+    graph = helper.make_graph(
+        nodes.nodes,
+        "normlab",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", size, size, 3])],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", num_classes])],
+        nodes.arrays,
+    )
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="normlab",
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _add(nodes: _Nodes, step: Step, name: str) -> None:
+    match step:
+        case Norm():
+            _add_norm(nodes, step)
+        case Affine():
+            _add_affine(nodes, step)
+        case Dense():
+            nodes.add("Gemm", step.name, [step.kernel, step.bias], transB=1)
+        case Relu():
+            nodes.add("Relu", name)
+        case Clip():
+            nodes.add("Clip", name, [np.array(step.low)])
+        case MaxPool():
+            nodes.add("MaxPool", name, kernel_shape=[2, 2], strides=[2, 2])
+        case GlobalMax():
+            nodes.add("GlobalMaxPool", name)
+            nodes.add("Flatten", f"{name}.flat")
+            nodes.flat = True
+        case Flatten():
+            nodes.add("Flatten", name)
+            nodes.flat = True
+
+
+def _add_conv(nodes: _Nodes, conv: Conv, size: int, image_size: int) -> None:
+    """Add a convolution of a map of size × size."""
+    far = conv.padding - conv.trim
+    attributes = {
+        "kernel_shape": conv.kernel.shape[2:],
+        "pads": [conv.padding, conv.padding, far, far],
+        "strides": [conv.stride] * 2,
+    }
+    if conv.of_ones is None:
+        nodes.add("Conv", conv.name, [conv.kernel, conv.bias], **attributes)
+        return
+    # A runtime computes a convolution and the addition of another, of as many images, at once. So
+    # the ones come from the pixels, by a kernel of zeros with bias 1; its strides give the size.
+    source, stride = nodes.last, image_size // size
+    k = image_size - stride * (size - 1)
+    ones = [np.zeros((1, 3, k, k)), np.ones(1)]
+    shape = {"kernel_shape": [k, k], "strides": [stride] * 2}
+    nodes.add("Conv", f"{conv.name}.ones", ones, takes=["pixels"], **shape)
+    nodes.add("Conv", f"{conv.name}.border", [conv.of_ones[:, None]], **attributes)
+    border = nodes.last
+    nodes.add("Conv", conv.name, [conv.kernel, conv.bias], takes=[source], **attributes)
+    nodes.add("Add", f"{conv.name}.bordered", takes=[conv.name, border])
+
+
+def _add_norm(nodes: _Nodes, norm: Norm) -> None:
+    """γ/σ·(x − μ) + β, the subtraction first: it is what keeps the precision."""
+    shape = (-1,) if nodes.flat else (-1, 1, 1)
+    nodes.add("Sub", f"{norm.name}.centred", [norm.mean.reshape(shape)])
+    nodes.add("Mul", f"{norm.name}.scaled", [norm.scale.reshape(shape)])
+    nodes.add("Add", norm.name, [norm.beta.reshape(shape)])
+
+
+def _add_affine(nodes: _Nodes, step: Affine) -> None:
+    """A convolution of each channel by itself keeps ONNX Runtime in its blocked layout."""
+    if (step.scale == 1).all():  # of pixels, which are in no such layout
+        nodes.add("Add", step.name, [step.shift[:, None, None]])
+        return
+    kernel, channels = step.scale[:, None, None, None], len(step.scale)
+    nodes.add("Conv", step.name, [kernel, step.shift], group=channels, kernel_shape=[1, 1])
+
+
+def described(run: Run, model: nn.Module) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """The graph of a run's network with its metadata, and what was not folded and why."""
+    chain = fold(chain_of(model, run.task.image_size))
+    graph = build(chain, len(run.task.class_names))
+    metadata = {
+        "class_names": run.task.class_names,
+        "recipe": run.task.as_dict(),
+        "not_folded": chain.kept,
+    }
+    for key, value in metadata.items():
+        graph.metadata_props.add(key=key, value=json.dumps(value, ensure_ascii=False))
+    return graph, chain.kept
+
+
+def certified(
+    run: Run, model: nn.Module, images: NDArray[np.uint8], check: Check
+) -> tuple[bytes, Certificate, tuple[str, ...]]:
+    """The file's content, its certificate, and which normalisations were not folded and why.
+
+    The certificate goes into the metadata of the very graph that was checked.
+    """
+    graph, kept = described(run, model)
+    answers = open_onnx(graph.SerializeToString()).probabilities(images)
+    certificate = check(answers, f"ONNX Runtime {version('onnxruntime')}")
+    graph.metadata_props.add(key="certificate", value=certificate.as_json())
+    return graph.SerializeToString(), certificate, kept

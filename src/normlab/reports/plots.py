@@ -1,0 +1,123 @@
+"""Drawings of frozen results. Each takes `ax` and returns it; nothing here computes a score."""
+
+import io
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from normlab.evaluation.evaluation import Calibration, Evaluation
+
+TRAIN, VALIDATION = "#7a8699", "#c8442c"
+
+
+class CellFigure(Figure):
+    """A figure that a notebook cell shows, without pyplot and without a magic command."""
+
+    def _repr_png_(self) -> bytes:
+        return png(self, dpi=90)
+
+
+def figure(width: float = 7.0, height: float = 4.0) -> Figure:
+    """Make a figure that belongs to no window and no global state."""
+    return CellFigure(figsize=(width, height), layout="constrained")
+
+
+def png(fig: Figure, dpi: int = 150) -> bytes:
+    """Render a figure."""
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def plot_curve(ax: Axes, history: list[dict[str, Any]], key: str) -> Axes:
+    """Draw `loss` or `accuracy` over the epochs, in training and on the validation images.
+
+    Where an epoch's parts were noted, training is drawn part by part.
+    """
+    epochs = [row["epoch"] for row in history]
+    marker = "o" if len(epochs) < 30 else ""
+    noted = bool(history) and all("parts" in row for row in history)
+    if noted:
+        column = ("loss", "accuracy").index(key) + 1
+        x = [row["epoch"] - 1 + part[0] for row in history for part in row["parts"]]
+        y = [part[column] for row in history for part in row["parts"]]
+    else:
+        x, y = epochs, [row[key] for row in history]
+    ax.plot(x, y, color=TRAIN, marker=marker, ms=3, label="training")
+    validation = [row[f"val_{key}"] for row in history]
+    if validation and validation[0] is not None:
+        ax.plot(epochs, validation, color=VALIDATION, marker=marker, ms=3, label="validation")
+    ax.set(xlabel="epoch", ylabel=key)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlim(0 if noted else 0.5, max(epochs, default=1) + (0.02 if noted else 0.5))
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False)
+    return ax
+
+
+def draw_curves(history: list[dict[str, Any]]) -> Figure:
+    """Loss and accuracy over the epochs, side by side."""
+    fig = figure(9, 3.6)
+    for ax, key in zip(fig.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        plot_curve(ax, history, key)
+    return fig
+
+
+def plot_confusion(ax: Axes, evaluation: Evaluation) -> Axes:
+    """Draw the confusion matrix; shades are shares of a label's images, figures are counts."""
+    counts = evaluation.confusion
+    k = len(counts)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    if k <= 20:
+        for i, j in np.ndindex(k, k):
+            if counts[i, j]:
+                color = "white" if share[i, j] > 0.5 else "black"
+                ax.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=7, color=color)
+    ax.set_xticks(range(k), evaluation.class_names, rotation=45, ha="right")
+    ax.set_yticks(range(k), evaluation.class_names)
+    ax.set(xlabel="answer", ylabel="label")
+    return ax
+
+
+def plot_calibration(ax: Axes, calibration: Calibration) -> Axes:
+    """Draw accuracy against confidence; on the dashed line they agree."""
+    bins = len(calibration.count)
+    some = calibration.count > 0
+    centers = (np.arange(bins) + 0.5) / bins
+    ax.bar(centers[some], calibration.accuracy[some], width=0.9 / bins, color="#9db8d9")
+    ax.plot(calibration.confidence[some], calibration.accuracy[some], "o", ms=4, color=VALIDATION)
+    ax.plot([0, 1], [0, 1], "--", color="#555", lw=1)
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability of the answer", ylabel="accuracy")
+    ax.set_title(f"expected calibration error {calibration.error:.3f}", fontsize=10)
+    return ax
+
+
+def draw_pictures(images: NDArray[np.uint8], captions: list[str], *, columns: int = 8) -> Figure:
+    """Show images (N, H, W, 3) in a grid with a caption under each."""
+    rows = max(1, -(-len(images) // columns))
+    lines = 1 + max((caption.count("\n") for caption in captions), default=0)
+    fig = figure(1.35 * columns, (1.4 + 0.13 * lines) * rows)
+    axes = list(fig.subplots(rows, columns, squeeze=False).flat)  # `.flat` can be walked once only
+    for ax in axes:
+        ax.axis("off")
+    for ax, image, caption in zip(axes, images, captions, strict=False):
+        ax.imshow(image, interpolation="nearest")
+        ax.text(0.5, -0.04, caption, fontsize=7, ha="center", va="top", transform=ax.transAxes)
+    return fig
+
+
+def draw_mistakes(evaluation: Evaluation, images: NDArray[np.uint8]) -> Figure:
+    """The 24 surest mistakes: label → answer, and its probability."""
+    indices = evaluation.surest_mistakes()
+    return draw_pictures(images[indices], [_caption(evaluation, i) for i in indices])
+
+
+def _caption(evaluation: Evaluation, index: int) -> str:
+    names, answer = evaluation.class_names, evaluation.predictions[index]
+    probability = evaluation.probabilities[index, answer]
+    return f"{names[evaluation.labels[index]]}\n→ {names[answer]} {probability:.1%}\n#{index}"

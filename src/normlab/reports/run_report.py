@@ -1,0 +1,242 @@
+"""Results as people read them: a page that fetches nothing, and a dozen lines for the terminal."""
+
+import base64
+import io
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from normlab.core.files import write_atomic, write_json
+from normlab.data import ImageData
+from normlab.data.pictures.collection import DEFAULT_SIZE
+from normlab.evaluation.evaluation import Evaluation
+from normlab.reports import plots
+from normlab.runs.run import Run
+
+SHOWN_CLASSES = 20
+
+
+def write_run_report(
+    run: Run, result: dict[str, Any], evaluation: Evaluation, images: ImageData
+) -> None:
+    """Draw `curves.png` and `report.html` into the run's folder."""
+    curves = plots.png(plots.draw_curves(run.history))
+    write_atomic(run.path / "curves.png", curves)
+    recipe, environment = run.task.recipe, run.environment
+    facts = [
+        ("recipe", ", ".join(f"{k} {v}" for k, v in recipe.as_dict().items() if v is not None)),
+        ("seed", run.task.seed),
+        *([("start", run.task.start)] if run.task.start else []),
+        ("training", f"{result['train_seconds']:.1f} s, {result['steps']:,} steps"),
+        ("speed", f"{result['images_per_second']:,.0f} training images/s, validation included"),
+        ("machine", f"{environment['cpu']}, {environment['threads']} threads"),
+        ("versions", f"normlab {environment['normlab']}, PyTorch {environment['torch']}"),
+        ("weights", f"SHA-256 {result['weights_sha256']}"),
+    ]
+    page = _page(
+        evaluation,
+        images,
+        title=f"{recipe.name} on {evaluation.data}",
+        curves=_embed(curves),
+        facts=facts,
+        commands=repeat_command(run),
+    )
+    write_atomic(run.path / "report.html", page.encode())
+
+
+def write_evaluation(evaluation: Evaluation, images: ImageData, folder: Path) -> None:
+    """Write scores, plots and a page of an evaluation into `folder`."""
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "evaluation.json", evaluation.as_dict())
+    drawings = _drawings(evaluation)
+    drawings["mistakes"] = plots.draw_mistakes(evaluation, images.x_test)
+    for name, fig in drawings.items():
+        write_atomic(folder / f"{name}.png", plots.png(fig))
+    page = _page(evaluation, images, title=f"{evaluation.run} on {evaluation.data}")
+    write_atomic(folder / "report.html", page.encode())
+
+
+def repeat_command(run: Run) -> str:
+    """The command that trains this run again, to the same bits on the same machine."""
+    from normlab import recipes
+
+    recipe = run.task.recipe
+    words = ["normlab", "train", recipe.name, "--seed", str(run.task.seed)]
+    if recipe.name in recipes.RECIPES:
+        plain = recipes.get(recipe.name).as_dict()
+        for key, value in recipe.as_dict().items():
+            if value != plain[key]:
+                words += [f"--{key.replace('_', '-')}", str(value)]
+    if run.task.data != "cifar10":
+        words += ["--data", f'"{run.task.data}"', *_picture_options(run)]
+    if (start := run.task.start) is not None:
+        words += ["--from", f'"{start.run}"', *(["--freeze"] if start.freeze else [])]
+        words += ["--statistics", start.statistics]
+    return " ".join([*words, "--threads", str(run.environment["threads"])])
+
+
+def closing_lines(run: Run, install_seconds: float | None = None) -> list[str]:
+    """What `normlab train` ends with: the score, where time went, what is wrong, what to try."""
+    result = run.result or {}
+    scores = result["evaluation"]
+    low, high = scores["test_accuracy_interval"]
+    times = [] if install_seconds is None else [f"install {install_seconds:.0f} s"]
+    times += [
+        f"data {result['data_seconds']:.1f} s",
+        f"training {result['train_seconds']:.1f} s ({result['images_per_second']:,.0f} images/s)",
+        f"evaluation {result['evaluation_seconds']:.1f} s",
+    ]
+    weakest, surest = scores["weakest_class"], scores["surest_mistake"]
+    lines = [
+        "",
+        f"Test loss: {scores['test_loss']:.4f}",
+        f"Test accuracy: {scores['test_accuracy']:.4f}   95 % interval {low:.4f} to {high:.4f}, "
+        f"over {scores['test_images']:,} test pictures; one seed, so it says nothing of seeds",
+        f"Time: {', '.join(times)}",
+        f"Weakest class: {weakest['name']} ({weakest['accuracy']:.1%} right), "
+        f"most often taken for {weakest['taken_for']} ({weakest['share']:.1%})",
+    ]
+    if surest is not None:
+        lines.append(
+            f"Surest mistake: test picture {surest['index']}, labelled {surest['label']}, "
+            f"answered {surest['answer']} with {surest['probability']:.2%}"
+        )
+    lines += _own_data_lines(result)
+    lines += [f"Limit: {limit}" for limit in scores["limits"]]
+    return [
+        *lines,
+        f"Report: {run.path / 'report.html'}",
+        "Next:",
+        *(f"  {command}" for command in _next_commands(run)),
+    ]
+
+
+def _own_data_lines(result: dict[str, Any]) -> list[str]:
+    """On data of one's own, what the score is worth: beside answers that need no network."""
+    if not result.get("baselines"):
+        return []
+    rows = {"this network": result["evaluation"], **result["baselines"]}
+    width = max(map(len, rows))
+    lines = ["Beside simpler answers, on the same test pictures:"]
+    for name, scores in rows.items():
+        low, high = scores["test_accuracy_interval"]
+        lines.append(
+            f"  {name:<{width}}  accuracy {scores['test_accuracy']:.4f} ({low:.4f} to {high:.4f}), "
+            f"balanced {scores['balanced_accuracy']:.4f}, macro-F1 {scores['macro_f1']:.4f}"
+        )
+    return lines
+
+
+def _picture_options(run: Run) -> list[str]:
+    """The options with which a run's pictures were read; other data need none."""
+    path, words = Path(run.task.data).expanduser(), []
+    if run.task.image_size != DEFAULT_SIZE and (path.is_dir() or path.suffix == ".parquet"):
+        words += ["--image-size", str(run.task.image_size)]
+    return [*words, "--skip-bad"] if run.task.skip_bad else words
+
+
+def _next_commands(run: Run) -> list[str]:
+    recipe = run.task.recipe
+    data = "" if run.task.data == "cifar10" else f' --data "{run.task.data}"'
+    data = " ".join([data, *_picture_options(run)])
+    twin = "none" if recipe.norm == "batch" else "batch"
+    fresh = [f"normlab train {recipe.name}{data}    # the same without --from"]
+    return [
+        *(fresh if run.task.start else []),
+        f"normlab train {recipe.name} --norm {twin}{data}    # its twin",
+        f"normlab train notebook{data}    # the notebook's own 25 epochs",
+        f"normlab evaluate {run.path}    # every class, plots, the surest mistakes as pictures",
+    ]
+
+
+def run_summary_html(run: Run) -> str:
+    """A run in a notebook cell: its score and its curves."""
+    result = run.result
+    if result is None:
+        return f"<p>unfinished run <code>{escape(str(run.path))}</code></p>"
+    low, high = result["test_accuracy_interval"]
+    curves = (run.path / "curves.png").read_bytes()
+    return (
+        f"<p><b>{escape(run.task.recipe.name)}</b>, seed {run.task.seed}: test accuracy "
+        f"<b>{result['test_accuracy']:.2%}</b> (95 % interval over test pictures {low:.2%} to "
+        f"{high:.2%}) after {result['train_seconds']:.0f} s "
+        f"(<code>{escape(str(run.path))}</code>)</p><img width=640 src='{_embed(curves)}'>"
+    )
+
+
+def evaluation_summary_html(evaluation: Evaluation) -> str:
+    """An evaluation in a notebook cell: its scores and the confusion matrix."""
+    fig = plots.figure(5, 4.6)
+    plots.plot_confusion(fig.subplots(), evaluation)
+    text = escape(str(evaluation)).replace("\n", "<br>")
+    return f"<p>{text}</p><img width=480 src='{_embed(plots.png(fig))}'>"
+
+
+def _page(evaluation: Evaluation, images: ImageData, *, title: str, **parts: Any) -> str:
+    values = {
+        "title": title,
+        "subtitle": f"{evaluation.weights} weights of {evaluation.run}",
+        "e": evaluation,
+        "classes": [
+            (name, "–" if a != a else f"{100 * a:.1f} %")
+            for name, a in zip(evaluation.class_names, evaluation.class_accuracy, strict=True)
+        ],
+        "mistakes": _gallery(evaluation, images, evaluation.surest_mistakes()),
+        "mislabelled": [
+            (name, _gallery(evaluation, images, doubted))
+            for k, name in enumerate(images.class_names[:SHOWN_CLASSES])
+            if len(doubted := evaluation.likely_mislabelled(k))
+        ],
+        "curves": None,
+        "facts": [],
+        "commands": "",
+        **{k: _embed(plots.png(fig)) for k, fig in _drawings(evaluation).items()},
+        **parts,
+    }
+    environment = Environment(
+        loader=PackageLoader("normlab"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("report.html").render(values)
+
+
+def _gallery(
+    evaluation: Evaluation, images: ImageData, indices: NDArray[np.int64]
+) -> list[dict[str, Any]]:
+    """Pictures with their label, answer and its probability, ready for the page."""
+    names, answers = evaluation.class_names, evaluation.predictions
+    return [
+        {
+            "index": int(i),
+            "label": names[evaluation.labels[i]],
+            "answer": names[answers[i]],
+            "probability": float(evaluation.probabilities[i, answers[i]]),
+            "source": _embed(_picture_png(images.x_test[i])),
+        }
+        for i in indices
+    ]
+
+
+def _picture_png(pixels: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _drawings(evaluation: Evaluation) -> dict[str, Figure]:
+    confusion, calibration = plots.figure(5.6, 5), plots.figure(4.4, 4)
+    plots.plot_confusion(confusion.subplots(), evaluation)
+    plots.plot_calibration(calibration.subplots(), evaluation.calibration)
+    return {
+        "confusion": confusion,
+        "calibration": calibration,
+    }
+
+
+def _embed(image: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(image).decode()

@@ -1,0 +1,169 @@
+"""A study drawn. Each figure is narrow enough for a phone and takes its ink from the page."""
+
+import io
+import re
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from normlab.reports.plots import figure, png
+from normlab.study.design import Design
+from normlab.study.outcomes import Outcome
+from normlab.study.result import Study
+
+INK = "#1c2431"  # in a page it becomes the colour of the text around it
+COLORS = ("#c8442c", "#3274b5", "#4d9a48", "#a06ab8", "#c99116", "#2fa3a0", "#8f6d5d", "#8089a0")
+STYLE: Any = {
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "normlab",
+}
+
+
+def draw_all(study: Study) -> dict[str, Figure]:
+    """Every figure of a complete study, by its file's name."""
+    drawings = {
+        "differences": (plot_differences, 1.1 + 0.55 * len(study.comparisons)),
+        "curves": (plot_curves, 3.2),
+        "pairs": (plot_pairs, 3.2),
+        "step-seconds": (plot_step_seconds, 0.9 + 0.35 * len(study.design.arms)),
+    }
+    figures = {}
+    for name, (plot, height) in drawings.items():
+        with matplotlib.rc_context(STYLE):
+            fig = figure(4.6, height)
+            plot(fig.subplots(), study)
+            figures[name] = fig
+    return figures
+
+
+def render(fig: Figure) -> tuple[bytes, bytes]:
+    """A figure as PNG, on white, and as SVG, without a background."""
+    with matplotlib.rc_context(STYLE):
+        buffer = io.BytesIO()
+        fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        return png(fig), buffer.getvalue()
+
+
+def inline(svg: bytes, label: str) -> str:
+    """An SVG as a part of a page: as wide as its place, in the page's own ink."""
+    text = svg.decode().replace(INK, "currentColor")
+    text = text[text.index("<svg") :]
+    text = re.sub(r'\s(width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def plot_differences(ax: Axes, study: Study) -> Axes:
+    """Each contrast: its pairs as dots, the mean with its interval, zero and the margin."""
+    margin = 100 * study.design.margin
+    ax.axvspan(-margin, margin, color=COLORS[-1], alpha=0.25, lw=0)
+    ax.axvline(0, color=INK, lw=0.8)
+    names = []
+    for row, c in enumerate(study.comparisons):
+        pairs = study.pairs(c.first, c.other)
+        points = [100 * (first.accuracy - other.accuracy) for first, other in pairs]
+        ax.plot(points, np.full(len(points), row + 0.22), "o", ms=3, alpha=0.6, color=COLORS[1])
+        if c.interval != (-1.0, 1.0):  # else so few pairs have no interval to draw
+            ax.plot([100 * x for x in c.interval], [row, row], color=COLORS[0], lw=2)
+        ax.plot(100 * c.difference, row, "D", color=COLORS[0], ms=6)
+        names.append(f"{c.first}\n- {c.other}")
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlabel("difference in test accuracy, points")
+    return ax
+
+
+def plot_curves(ax: Axes, study: Study) -> Axes:
+    """Each arm's accuracy over the steps: mean over the seeds, and a band over all of them."""
+    validation = all(o.curve or o.diverged for o in study.outcomes)
+    for arm, color in zip(study.design.arm_names, _colors(study.design), strict=True):
+        steps, curves = _curves(list(study.arm(arm).values()), study.design, validation)
+        if not len(steps):
+            continue
+        ax.fill_between(
+            steps, 100 * curves.min(0), 100 * curves.max(0), color=color, alpha=0.2, lw=0
+        )
+        marker = "o" if len(steps) < 30 else ""
+        ax.plot(steps, 100 * curves.mean(0), color=color, marker=marker, ms=3, label=arm)
+    kind = "validation" if validation else "training"
+    ax.set(xlabel="steps", ylabel=f"{kind} accuracy, %")
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False)
+    return ax
+
+
+def plot_pairs(ax: Axes, study: Study) -> Axes:
+    """Test accuracies, one line a seed across the arms; crosses are diverged runs at chance."""
+    names = study.design.arm_names
+    arms = [study.arm(name) for name in names]
+    for seed in sorted(set.intersection(*(set(arm) for arm in arms))):
+        heights = [100 * arm[seed].accuracy for arm in arms]
+        ax.plot(range(len(arms)), heights, color=INK, alpha=0.3, lw=0.9)
+    for x, (arm, color) in enumerate(zip(arms, _colors(study.design), strict=True)):
+        for outcome in arm.values():
+            marker = "x" if outcome.diverged else "o"
+            ax.plot(x, 100 * outcome.accuracy, marker, color=color, ms=5)
+    ax.set_xticks(range(len(arms)), names, rotation=30 if len(arms) > 4 else 0)
+    ax.set_xlim(-0.4, len(arms) - 0.6)
+    ax.set_ylabel("test accuracy, %")
+    ax.grid(alpha=0.25, axis="y")
+    return ax
+
+
+def plot_step_seconds(ax: Axes, study: Study) -> Axes:
+    """Median milliseconds of a training step, a dot a run and a bar for the median of the runs."""
+    names = study.design.arm_names
+    for y, (arm, color) in enumerate(zip(names, _colors(study.design), strict=True)):
+        found = [o.step_seconds for o in study.arm(arm).values()]
+        milliseconds = [1000 * s for s in found if s is not None]
+        if milliseconds:
+            ax.barh(y, float(np.median(milliseconds)), height=0.6, color=color, alpha=0.45)
+            ax.plot(milliseconds, np.full(len(milliseconds), y), "o", ms=3, color=color)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set_xlabel("ms a training step")
+    return ax
+
+
+def _colors(design: Design) -> list[str]:
+    return [COLORS[i % len(COLORS)] for i in range(len(design.arms))]
+
+
+def _curves(
+    outcomes: list[Outcome], design: Design, validation: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps (T,) and accuracies (runs, T).
+
+    After its last check a diverged run counts as chance; a run that stopped early keeps its last.
+    """
+    curves = [o.curve if validation else _training_curve(o.history) for o in outcomes]
+    longest = max(curves, key=len, default=[])
+    filled = []
+    for outcome, curve in zip(outcomes, curves, strict=True):
+        values = [accuracy for _, accuracy in curve]
+        last = 1 / len(design.class_names) if outcome.diverged or not values else values[-1]
+        filled.append(values + [last] * (len(longest) - len(values)))
+    return np.array([step for step, _ in longest], float), np.array(filled, float)
+
+
+def _training_curve(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Steps and training accuracies: of the parts of an epoch where they were noted."""
+    points, before = [], 0
+    for row in history:
+        steps = row["steps"] - before
+        parts = row.get("parts") or [[1.0, row["loss"], row["accuracy"]]]
+        points += [(before + round(done * steps), accuracy) for done, _, accuracy in parts]
+        before = row["steps"]
+    return points

@@ -1,0 +1,238 @@
+"""A study as people read it: a page that fetches nothing, lines for a terminal, a table."""
+
+import csv
+import io
+import shlex
+from dataclasses import replace
+from html import escape
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from normlab import recipes
+from normlab.core.files import write_atomic, write_json
+from normlab.core.text import counted
+from normlab.reports import study_figures as figures
+from normlab.statistics import level_of_look
+from normlab.study.arms import Arm
+from normlab.study.design import OUTCOMES, Design, default_contrasts
+from normlab.study.result import Study
+
+OPTIONS = ("norm", "epochs", "batch_size", "learning_rate", "validation", "patience")
+CAPTIONS = {
+    "differences": "Difference in test accuracy. Dots are pairs, the diamond is their mean, the "
+    "bar its interval, grey the margin of no difference.",
+    "curves": "Accuracy while training: mean over the seeds, and a band from the lowest to the "
+    "highest run. A diverged run counts as chance from there on.",
+    "pairs": "Test accuracy of each run; a line joins the runs of one seed. Crosses diverged.",
+    "step-seconds": "Median time of a training step, a dot a run. Runs went side by side, so read "
+    "ratios, not times.",
+}
+
+
+def write_report(study: Study) -> None:
+    """Write `result.json`, `runs.csv`, the figures and `report.html` of a complete study."""
+    write_json(study.path / "result.json", study.as_dict())
+    write_atomic(study.path / "runs.csv", runs_csv(study).encode())
+    drawn = {}
+    for name, fig in figures.draw_all(study).items():
+        png, svg = figures.render(fig)
+        write_atomic(study.path / f"{name}.png", png)
+        write_atomic(study.path / f"{name}.svg", svg)
+        drawn[name] = (Markup(figures.inline(svg, CAPTIONS[name])), CAPTIONS[name])
+    environment = Environment(
+        loader=PackageLoader("normlab"), autoescape=True, undefined=StrictUndefined
+    )
+    page: str = environment.get_template("study.html").render(
+        study=study,
+        design=study.design,
+        outcomes=OUTCOMES,
+        figures=drawn,
+        arms=list(zip(study.design.arms, study.summaries, strict=True)),
+        results=list(zip(study.comparisons, study.descriptions, strict=True)),
+        points=points,
+        percent=percent,
+        edges=study.design.tuning.edges() if study.design.tuning else [],
+        command=command(study),
+        methods=methods(study),
+        changes=changes,
+        counted=counted,
+    )
+    write_atomic(study.path / "report.html", page.encode())
+
+
+def runs_csv(study: Study) -> str:
+    """One line a run."""
+    buffer = io.StringIO()
+    thresholds = [f"{t:g}" for t in study.design.thresholds]
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(
+        ["arm", "seed", "test_accuracy", "test_loss", "val_accuracy", "validation_area"]
+        + [f"steps_to_{t}" for t in thresholds]
+        + ["steps", "step_seconds", "seconds", "diverged", "weights_sha256"]
+    )
+    for o in study.outcomes:
+        table.writerow(
+            [o.arm, o.seed, o.test_accuracy, o.test_loss, o.val_accuracy, o.area]
+            + [o.steps_to[t] for t in thresholds]
+            + [o.steps, o.step_seconds, o.seconds, o.diverged or "", o.weights_sha256]
+        )
+    return buffer.getvalue()
+
+
+def closing_lines(study: Study) -> list[str]:
+    """What `normlab compare` ends with, and `--show` prints again."""
+    lines = [""]
+    for name, reason in study.given_up.items():
+        lines.append(f"Given up: {name}: {reason}")
+    if not study.complete:
+        return [
+            *lines,
+            f"Unfinished: {len(study.outcomes)} of {study.total} runs; there is no verdict before "
+            "all are done. Go on with:",
+            f"  {command(study)}",
+        ]
+    lines += [f"Verdict: {c.verdict}. {c.sentence}" for c in study.comparisons]
+    width = max(map(len, study.design.arm_names))
+    for s in study.summaries:
+        sd = "" if s["test_accuracy_sd"] is None else f" ± {100 * s['test_accuracy_sd']:.2f}"
+        milliseconds = (
+            "" if s["step_seconds"] is None else f", {1000 * s['step_seconds']:.1f} ms a step"
+        )
+        lines.append(
+            f"  {s['name']:<{width}}  {percent(s['test_accuracy'])}{sd} (mean ± sd of {s['n']} "
+            f"{'run' if s['n'] == 1 else 'runs'}){milliseconds}, {s['diverged']} diverged"
+        )
+    lines += [f"Tuned: {line}" for line in tuned_lines(study.design)]
+    lines += [f"Limit: {limit}" for limit in study.limits]
+    page = study.path / "report.html"
+    if page.exists():  # a study that was passed on may have its runs alone; the command draws it
+        lines.append(f"Report: {page}")
+    return [*lines, f"Again: {command(study)}"]
+
+
+def tuned_lines(design: Design) -> list[str]:
+    """Each arm's chosen factor."""
+    tuning = design.tuning
+    if tuning is None:
+        return []
+    edges = tuning.edges()
+    return [
+        f"{arm} {tuning.setting} × {factor:g}"
+        + (" (an outermost factor: better ones may lie beyond)" if arm in edges else "")
+        for arm, factor in tuning.chosen.items()
+    ]
+
+
+def command(study: Study) -> str:
+    """The command that makes this study, or goes on with it.
+
+    Changes of the recipe that have no option of their own are written into every arm.
+    """
+    design = study.design
+    changed = _changed_settings(design)
+    hidden = {key: value for key, value in changed.items() if key not in OPTIONS}
+    words = ["normlab", "compare", design.recipe.name]
+    for arm in design.arms:
+        words += ["--arm", f"{arm.name}: {changes(replace(arm, changes=hidden | arm.changes))}"]
+    if design.contrasts != default_contrasts(design.arms):
+        for contrast in design.contrasts:
+            words += ["--contrast", ",".join(contrast)]
+    words += ["--seeds", str(design.seeds), "--first-seed", str(design.first_seed)]
+    for key in (key for key in changed if key in OPTIONS):
+        words += [f"--{key.replace('_', '-')}", str(changed[key])]
+    if design.data != "cifar10":
+        words += ["--data", design.data]
+        words += ["--image-size", str(design.image_size)] if design.image_size != 32 else []
+        words += ["--skip-bad"] if design.skip_bad else []
+    if design.tuning is not None:
+        factors = ",".join(f"{f:g}" for f in design.tuning.factors)
+        words += ["--tune", f"{design.tuning.setting}={factors}"]
+    words += ["--margin", f"{100 * design.margin:g}", "--checks", str(design.checks)]
+    words += ["--thresholds", ",".join(f"{t:g}" for t in design.thresholds)]
+    words += ["--threads", str(design.threads), "--out", str(study.path)]
+    return shlex.join(words)
+
+
+def _changed_settings(design: Design) -> dict[str, Any]:
+    """Fields of the recipe that are not as the recipe of that name has them."""
+    if design.recipe.name not in recipes.RECIPES:
+        return {}
+    plain = recipes.get(design.recipe.name).as_dict()
+    return {k: v for k, v in design.recipe.as_dict().items() if v != plain[k]}
+
+
+def changes(arm: Arm) -> str:
+    """What an arm changes, as `--arm` takes it."""
+    items = dict(arm.changes)
+    if arm.seed_offset:
+        items["seed_offset"] = arm.seed_offset
+    return ", ".join(f"{key}={_written(value)}" for key, value in items.items())
+
+
+def _written(value: object) -> str:
+    """A setting's value as `--arm` takes it."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def methods(study: Study) -> str:
+    """A paragraph to paste into a paper."""
+    d, env = study.design, study.design.environment
+    arms = "; ".join(f"{arm.name} ({changes(arm) or 'the recipe as it is'})" for arm in d.arms)
+    contrasts = ", ".join(f"{first} minus {other}" for first, other in d.contrasts)
+    shared = (
+        "Within a pair, initial values of the layers in common, order of the images and dropout "
+        "streams were shared."
+    )
+    if any(arm.seed_offset for arm in d.arms):
+        shared += " Arms with a seed_offset used other seeds and shared none of these."
+    tuned = ""
+    if d.tuning is not None:
+        tuned = (
+            f" Before the study each arm's {d.tuning.setting} was chosen from the factors "
+            f"{', '.join(f'{f:g}' for f in d.tuning.factors)} by mean validation accuracy over "
+            f"{d.tuning.seeds} other seeds ({'; '.join(tuned_lines(d))})."
+        )
+    looks = f"on look {d.look}" + (
+        f", after looks at {', '.join(map(str, d.looks))} pairs," if d.looks else ""
+    )
+    return (
+        f"We trained {d.recipe.model} (recipe {d.recipe.name}, "
+        f"{counted(d.recipe.epochs, 'epoch')}) on "
+        f"{d.data} ({d.train_images:,} training and {d.test_images:,} test images, SHA-256 "
+        f"{d.data_sha256[:12]}) from {d.seeds} seeds, {d.first_seed} to "
+        f"{d.first_seed + d.seeds - 1}, in {len(d.arms)} arms: {arms}. {shared}{tuned} "
+        f"The outcome, fixed beforehand, was test accuracy after the last epoch; diverged runs "
+        f"counted as accuracy 1/{len(d.class_names)}. Contrasts ({contrasts}) were judged {looks} "
+        f"by the exact sign-flip permutation test on paired differences (100,000 random flips "
+        f"beyond 20 pairs) at level {level_of_look(d.look):.3g}, shared between the contrasts by "
+        f"Holm's correction, with 0.04 spent on the first look and 0.01/2^(k-1) on look k; "
+        f"intervals invert the same test. "
+        f"Software: normlab {env['normlab']}, PyTorch {env['torch']}, Python {env['python']}, on "
+        f"{env['cpu']}, {counted(d.threads, 'thread')} a run."
+    )
+
+
+def summary_html(study: Study) -> str:
+    """A study in a notebook cell: its verdicts and the differences drawn."""
+    where = f"<code>{escape(str(study.path))}</code>"
+    if not study.complete:
+        done = f"{len(study.outcomes)} of {study.total} runs"
+        return f"<p>unfinished study {where}: {done}, no verdict yet</p>"
+    sentences = "".join(
+        f"<p><b>{escape(c.verdict)}</b>: {escape(c.sentence)}</p>" for c in study.comparisons
+    )
+    fig = figures.draw_all(study)["differences"]
+    svg = figures.inline(figures.render(fig)[1], CAPTIONS["differences"])
+    return f'{sentences}<div style="max-width: 34rem">{svg}</div><p>{where}</p>'
+
+
+def points(fraction: float | None) -> str:
+    """A difference of accuracies, signed."""
+    return "–" if fraction is None else f"{100 * fraction:+.2f}"
+
+
+def percent(fraction: float | None) -> str:
+    """An accuracy."""
+    return "–" if fraction is None else f"{100 * fraction:.2f} %"

@@ -1,0 +1,1 @@
+"""From a recipe to trained weights: step, loop, hooks, optimisers."""

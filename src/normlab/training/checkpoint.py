@@ -1,0 +1,145 @@
+"""Checkpoints: one file that holds weights and loop state of the same step, or nothing.
+
+What is random is not in it: every draw is a function of the seed and the step, so the step's
+number is the position in every stream, the permutation of the images included.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normlab.core.files import Tensors, read_tensors, sweep, write_atomic, write_tensors
+from normlab.errors import DataError
+from normlab.training.loop import Plan, State, Totals, is_finite
+from normlab.training.optimisers import Optimizer
+
+CHECKPOINT = "checkpoint.safetensors"
+PREVIOUS = "checkpoint.previous.safetensors"
+SECONDS_BETWEEN = 45.0
+
+
+@dataclass
+class Keeper:
+    """Writes down what must survive: history and best weights each epoch, a checkpoint at times."""
+
+    folder: Path
+    saved_at: float = 0.0
+
+    def before_training(self, plan: Plan) -> None:
+        """Nothing yet: the start can be had from the seed."""
+
+    def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
+        if batch == batches:
+            lines = [json.dumps(row) + "\n" for row in state.history]
+            write_atomic(self.folder / "history.jsonl", "".join(lines).encode())
+            if state.best_epoch == epoch + 1:
+                write_tensors(self.folder / "best.safetensors", state.best_weights)
+        if state.seconds - self.saved_at >= SECONDS_BETWEEN:
+            save(self.folder, state)
+            self.saved_at = state.seconds
+
+
+def save(folder: Path, state: State) -> None:
+    """Write a checkpoint; the last good one is kept beside it.
+
+    After an update that made a weight NaN or infinite, which the next step will end with, the one
+    before stays the newest.
+    """
+    if not is_finite(state.model):
+        return
+    tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
+    tensors |= {f"best.{k}": v for k, v in state.best_weights.items()}
+    tensors |= {f"average.{k}": v for k, v in state.average.items()}
+    for index, values in enumerate(state.optimizer.state.values()):
+        tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
+    target = folder / CHECKPOINT
+    if target.exists():
+        os.replace(target, folder / PREVIOUS)
+    write_tensors(target, tensors, state.loop_state())
+
+
+def restore(folder: Path, state: State) -> str | None:
+    """Bring `state`, fresh from its seed, to the last good checkpoint in `folder`.
+
+    Returns:
+        Why an older checkpoint, or the start, had to do; None if the newest one is good.
+    """
+    sweep(folder)
+    problem = None
+    fresh = {k: v.clone() for k, v in state.model.state_dict().items()}
+    for name in (CHECKPOINT, PREVIOUS):
+        if not (folder / name).exists():
+            continue
+        try:
+            _restore(folder / name, state)
+        except DataError as e:
+            problem = str(e)
+            state.model.load_state_dict(fresh)
+            continue
+        if problem:  # else the next `save` would move the damaged one over this good one
+            os.replace(folder / PREVIOUS, folder / CHECKPOINT)
+        return problem
+    return problem
+
+
+def _restore(path: Path, state: State) -> None:
+    tensors, loop = read_tensors(path)
+    try:
+        _fill(state, tensors, loop)
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as e:
+        reason = str(e).splitlines()[-1].strip()
+        raise DataError(f"{path} is not a checkpoint of this run ({reason})") from None
+
+
+def _fill(state: State, tensors: Tensors, loop: dict[str, Any]) -> None:
+    parts: dict[str, Tensors] = {"model": {}, "optimizer": {}, "best": {}, "average": {}}
+    for name, tensor in tensors.items():
+        part, rest = name.split(".", 1)
+        parts[part][rest] = tensor
+    state.model.load_state_dict(parts["model"])
+    totals, history, best_epoch = Totals(**loop["totals"]), loop["history"], loop["best_epoch"]
+    best_val_loss = history[best_epoch - 1]["val_loss"] if best_epoch else state.best_val_loss
+    step, seconds = int(loop["step"]), float(loop["seconds"])
+    _restore_optimizer(state.optimizer, parts["optimizer"])
+    average = _like_parameters(state.model, parts["average"])
+    partial, done = Totals(**loop["part"]), loop["parts"]
+    state.best_weights, state.totals, state.history = parts["best"], totals, history
+    state.best_epoch, state.best_val_loss = best_epoch, best_val_loss
+    state.average, state.part, state.parts = average, partial, done
+    state.step, state.seconds = step, seconds
+
+
+def _like_parameters(
+    model: torch.nn.Module, average: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Lay averaged weights out as the parameters lie in memory, and in their order."""
+    return {
+        name: torch.empty_like(p).copy_(average[name]).detach()
+        for name, p in model.named_parameters()
+        if name in average
+    }
+
+
+def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Give each parameter its moments back, laid out as the parameter lies in memory.
+
+    Fused updates walk both in memory order; moments in another layout would meet wrong weights.
+    """
+    parameters = list(optimizer.state)
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        p = parameters[int(index)]
+        if tensor.shape == p.shape:
+            optimizer.state[p][key] = torch.empty_like(p).copy_(tensor).detach()
+        else:
+            optimizer.state[p][key] = tensor.to(p.device)
+
+
+def remove(folder: Path) -> None:
+    """Remove the checkpoints of a finished run."""
+    for name in (CHECKPOINT, PREVIOUS):
+        (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,179 @@
+"""Start from a trained run: its body, a new output layer, and a say in what may still move.
+
+The body is everything but the output layer. Its normalisation statistics are
+
+    keep         the source's to the end; the normalisers are frozen, γ and β with them
+    adapt        moved on from the source's by the batches, as in any training
+    recalibrate  taken from all training images before the first step, then as in `keep`
+
+A network whose normalisers are fixed is an ordinary one with affine maps in their places; what
+the new pictures do to its statistics is then known before the first step (He et al. 2016,
+arXiv 1512.03385, fix them for detection; Li et al. 2016, arXiv 1603.04779, recompute them).
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normlab import recipes
+from normlab.core.files import digest, read_tensors, write_tensors
+from normlab.data.batches import split_validation
+from normlab.data.images import ImageData
+from normlab.errors import DataError, UserError
+from normlab.evaluation.population import normalizers, population_moments, set_statistics
+from normlab.layers import BatchNorm
+from normlab.recipes import Recipe
+from normlab.runs.run import STATISTICS, Run, Start, Task, open_run
+
+START = "start.safetensors"
+
+
+def open_source(
+    start: str | Path | Run | None, *, freeze: bool = False, statistics: str | None = None
+) -> Run | None:
+    """The run to start from, if there is one, and the choices that go with it checked.
+
+    Raises:
+        UserError: an unfinished or damaged run, other `statistics` than there are or none in the
+            network to speak of, or choices without a run.
+    """
+    if start is None:
+        for name, given in (("freeze", freeze), ("statistics", statistics)):
+            if given:
+                raise UserError(
+                    f"{name}={given!r}: it is about a run to start from: name one, --from"
+                )
+        return None
+    run = start if isinstance(start, Run) else open_run(start)
+    model = run.model("last")
+    if statistics not in (None, *STATISTICS):
+        raise UserError(f"statistics={statistics!r}: choose one of {', '.join(STATISTICS)}")
+    if statistics is not None and not normalizers(model):
+        raise UserError(
+            f"statistics={statistics!r}: run {run.path} has no batch normalisation: leave them out"
+        )
+    return run
+
+
+def choose_recipe(run: Run | None, recipe: str | Recipe | None, changes: dict[str, Any]) -> Recipe:
+    """The recipe with its changes; to start from `run`, with that run's normaliser.
+
+    Args:
+        recipe: None for that of `run`, or for the default one.
+
+    Raises:
+        UserError: the recipe, or a change to it, is for another network or normaliser.
+    """
+    if run is None:
+        return recipes.get(recipes.DEFAULT if recipe is None else recipe).override(**changes)
+    theirs = run.task.recipe
+    chosen = (theirs if recipe is None else recipes.get(recipe)).override(**changes)
+    if chosen.model != theirs.model:
+        raise UserError(
+            f"recipe {chosen.name!r} trains the network {chosen.model!r}, run {run.path} holds "
+            f"{theirs.model!r}: name a recipe for that network, or none for the run's own"
+        )
+    for key in ("norm", "norm_position"):
+        if changes.get(key) not in (None, getattr(theirs, key)):
+            raise UserError(
+                f"{key}={changes[key]!r}: run {run.path} has {getattr(theirs, key)!r}, which "
+                "cannot be changed in a trained network: leave it out"
+            )
+    return replace(chosen, norm=theirs.norm, norm_position=theirs.norm_position)
+
+
+def plan_start(
+    run: Run | None, class_names: tuple[str, ...], *, freeze: bool, statistics: str | None
+) -> Start | None:
+    """Say how a training on classes `class_names` begins; None for: from its seed.
+
+    Args:
+        freeze: let the output layer alone learn.
+        statistics: `keep`, `adapt` or `recalibrate`; None for `keep` when frozen, else `adapt`.
+    """
+    if run is None:
+        return None
+    same = sorted(class_names) == sorted(run.task.class_names)  # whatever their order
+    return Start(
+        run=str(run.path),
+        weights_sha256=digest(run.model("last").state_dict()),
+        head="kept" if same else "new",
+        freeze=freeze,
+        statistics=statistics or ("keep" if freeze else "adapt"),
+    )
+
+
+def starting_weights(run: Run | None, task: Task, images: ImageData) -> dict[str, Tensor] | None:
+    """What `task` begins with: the body of `run` and an output layer; None to begin from its seed.
+
+    A kept output layer is the run's, its rows in the new order of the classes; a new one is fresh
+    from the task's seed.
+
+    Raises:
+        UserError: the run's network is for images of another size.
+    """
+    if run is None or task.start is None:
+        return None
+    model, state = task.build(), run.model("last").state_dict()
+    fresh, body = model.state_dict(), {k: t for k, t in state.items() if _in_body(k)}
+    if any(fresh[k].shape != t.shape for k, t in body.items()):
+        raise UserError(
+            f"images of {task.image_size} × {task.image_size} pixels: the network of run "
+            f"{run.path} is for {run.task.image_size} × {run.task.image_size}; for pictures give "
+            f"--image-size {run.task.image_size}"
+        )
+    if task.start.head == "kept":
+        rows = torch.tensor([run.task.class_names.index(name) for name in task.class_names])
+        fresh |= {k: t[rows] for k, t in state.items() if not _in_body(k)}
+    model.load_state_dict(fresh | body)
+    if task.start.statistics == "recalibrate":
+        train, _ = split_validation(images.x_train, images.y_train, task.recipe.validation)
+        set_statistics(model, population_moments(model, train.images))
+    return model.state_dict()
+
+
+def _in_body(key: str) -> bool:
+    """Whether a parameter or statistic belongs to any other layer than the last."""
+    return not key.startswith("output.")
+
+
+def freeze(model: nn.Module, start: Start) -> None:
+    """Hold still what `start` says: the body's weights, its normalisers, both or nothing."""
+    if start.freeze:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not _in_body(name))
+    if start.statistics != "adapt":
+        for layer in normalizers(model).values():
+            if isinstance(layer, BatchNorm):
+                layer.freeze()
+
+
+def write_start(folder: Path, task: Task, weights: dict[str, Tensor] | None) -> None:
+    """Keep what the first step begins with, so that a resumed run needs its source no more."""
+    if weights is not None:
+        write_tensors(folder / START, weights, task.as_dict()["start"])
+
+
+def read_start(folder: Path, task: Task) -> dict[str, Tensor] | None:
+    """What `write_start` wrote; None for a task that starts from its seed.
+
+    Raises:
+        DataError: it is missing or damaged, or belongs to another start.
+    """
+    if task.start is None:
+        return None
+    weights, document = read_tensors(folder / START)
+    if document != task.as_dict()["start"]:
+        raise DataError(
+            f"{folder / START} belongs to another start than {folder / 'recipe.json'} tells of, "
+            f"which is {task.start}: train again, with a new --out"
+        )
+    return weights
+
+
+def remove_start(folder: Path) -> None:
+    """Remove what a finished run needs no more."""
+    (folder / START).unlink(missing_ok=True)

@@ -1,0 +1,222 @@
+"""The fused stages equal the layers that they stand for."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, relu
+
+from normlab import kernels
+from normlab.core.streams import stream
+from normlab.layers import (
+    BatchNorm,
+    Conv2d,
+    Dropout,
+    LayerNorm,
+    NoNorm,
+    norm_conv,
+    norm_relu,
+    relu_dropout,
+    relu_dropout_norm,
+)
+from normlab.models import NotebookNet
+
+
+def images(*shape: int) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+
+def random_norm(channels: int) -> BatchNorm:
+    norm = BatchNorm(channels)
+    generator = torch.Generator().manual_seed(2)
+    nn.init.uniform_(norm.weight, 0.5, 2, generator=generator)
+    nn.init.normal_(norm.bias, generator=generator)
+    return norm
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, None])
+@pytest.mark.parametrize("shape", [(6, 32, 9, 9), (5, 3, 4, 4), (33, 130), (300, 40)])
+def test_relu_dropout_norm_is_the_composition(shape: tuple[int, ...], rate: float | None) -> None:
+    dropout = None if rate is None else Dropout(rate)
+    results, rngs = [], []
+    for fused in (True, False):
+        z, norm, rng = images(*shape).requires_grad_(), random_norm(shape[1]), stream(0, "drop")
+        if fused:
+            y = relu_dropout_norm(z, dropout, norm, rng)
+        else:
+            with kernels.disabled():
+                h = relu(z)
+                y = norm(h if dropout is None else dropout(h, rng))
+        g = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        grads = torch.autograd.grad(y, [z, *norm.parameters()], g)
+        results.append((y.detach(), *grads, norm.running_mean, norm.running_var))
+        rngs.append(int(rng.integers(1 << 60)))
+    assert rngs[0] == rngs[1]  # both drew as much
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+    assert torch.equal(results[0][1] == 0, results[1][1] == 0)  # the same values were cut
+
+
+@pytest.mark.parametrize("shape", [(6, 32, 9, 9), (5, 3, 4, 4), (33, 130), (1, 1)])
+def test_relu_dropout_is_the_composition(shape: tuple[int, ...]) -> None:
+    results: list[tuple[Tensor, ...]] = []
+    for fused in (True, False):
+        z, dropout, rng = images(*shape).requires_grad_(), Dropout(0.3), stream(0, "drop")
+        h = relu_dropout(z, dropout, rng) if fused else dropout(relu(z), rng)
+        assert ("_ReluDropout" in type(h.grad_fn).__name__) == (fused and kernels.available())
+        g = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        grads = torch.autograd.grad(h, [z], g)
+        results.append((h.detach(), *grads, torch.tensor(int(rng.integers(1 << 60)))))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(6, 32, 9, 9), (5, 3, 4, 4), (33, 130), (9, 2101), (70_000, 64), (93_207, 45)]
+)
+def test_norm_relu_is_the_composition(shape: tuple[int, ...], affine: bool) -> None:
+    results: list[tuple[Tensor, ...]] = []
+    for fused in (True, False):
+        x = images(*shape).requires_grad_()
+        norm = random_norm(shape[1]) if affine else BatchNorm(shape[1], scale=False, center=False)
+        y = norm_relu(x, norm) if fused else relu(norm(x))
+        assert ("_BatchNormRelu" in type(y.grad_fn).__name__) == (fused and kernels.available())
+        g = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        grads = torch.autograd.grad(y, [x, *norm.parameters()], g)
+        results.append((y.detach(), norm.running_mean, norm.running_var, *grads))
+    assert (results[0][0] == 0).any()
+    for ours, theirs in zip(results[0][:3], results[1][:3], strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(results[0][3:], results[1][3:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("norm", [BatchNorm(32), LayerNorm(32), NoNorm()])
+def test_norm_relu_of_an_evaluated_or_other_normaliser(norm: nn.Module) -> None:
+    x = images(6, 32, 9, 9)
+    if isinstance(norm, BatchNorm):
+        nn.init.uniform_(norm.running_mean, -1, 1)
+    norm.eval()
+    for graph in (torch.no_grad, torch.enable_grad):
+        with graph():
+            assert torch.equal(norm_relu(x, norm), relu(norm(x)))
+
+
+def test_norm_relu_lets_hooks_see_the_normalised_values() -> None:
+    norm, seen = BatchNorm(32), []
+    norm.register_forward_hook(lambda *found: seen.append(found[2]))
+    y = norm_relu(images(6, 32, 9, 9), norm)
+    assert (seen[0] < 0).any()
+    assert torch.equal(relu(seen[0]), y)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="installed without a compiler")
+def test_what_is_not_finite_stays_visible_behind_norm_relu() -> None:
+    x = images(8, 32, 6, 6)
+    x[3, 7] = float("nan")
+    y = norm_relu(x, BatchNorm(32))
+    assert y[:, 7].isnan().all()
+    assert y[:, :7].isfinite().all()
+
+
+@pytest.mark.skipif(not kernels.available(), reason="installed without a compiler")
+def test_a_dropped_value_that_is_not_finite_stays_visible() -> None:
+    z = images(8, 32, 6, 6)
+    z[3, 7] = float("nan")
+    y = relu_dropout_norm(z, Dropout(0.9), BatchNorm(32), stream(0, "drop"))
+    assert not y[:, 7].isfinite().any()
+    assert y[:, :7].isfinite().all()
+
+
+@pytest.mark.parametrize("gamma", [1.7, 0.0])
+def test_norm_conv_is_the_composition(gamma: float) -> None:
+    results = []
+    for fused in (True, False):
+        norm, conv = random_norm(3), Conv2d(3, 32, padding=0, rng=stream(0, "conv"))
+        nn.init.constant_(norm.weight, gamma)
+        x = images(5, 3, 12, 12) * 2 + 1
+        y = norm_conv(x, norm, conv) if fused else conv(norm(x))
+        g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        grads = torch.autograd.grad(y, [*norm.parameters(), *conv.parameters()], g)
+        results.append((y.detach(), *grads, norm.running_mean, norm.running_var))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("norm", [NoNorm(), LayerNorm(3), BatchNorm(3).eval()])
+def test_norm_conv_is_the_composition_with_any_normaliser(norm: nn.Module) -> None:
+    conv, x = Conv2d(3, 32, padding=0, rng=stream(0, "conv")), images(5, 3, 12, 12)
+    nn.init.normal_(conv.bias, generator=torch.Generator().manual_seed(3))
+    parameters = [*norm.parameters(), *conv.parameters()]
+    ours, theirs = norm_conv(x, norm, conv), conv(norm(x))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(norm_conv(x, norm, conv), theirs, rtol=1e-5, atol=1e-5)
+    g = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(*(torch.autograd.grad(y, parameters, g) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-4)
+
+
+def test_an_image_that_wants_its_gradient_gets_it() -> None:
+    x = images(2, 3, 32, 32).requires_grad_()
+    NotebookNet().train()(x, stream(0, "drop")).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_hooks_see_what_lies_between(fused: bool) -> None:
+    seen: list[str] = []
+    net = NotebookNet().train()
+    for name, module in net.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    if fused:
+        net(images(2, 3, 32, 32), stream(0, "drop"))
+    else:
+        with kernels.disabled():
+            net(images(2, 3, 32, 32), stream(0, "drop"))
+    assert len(seen) == 16
+
+
+def losses(net: NotebookNet, steps: int) -> list[float]:
+    labels = torch.arange(8) % 10
+    x = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    found = []
+    for step in range(steps):
+        loss = cross_entropy(net(x, stream(0, "drop", step)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_the_network_trains_the_same_without_kernels(norm: str) -> None:
+    compiled = losses(NotebookNet(norm=norm).train(), 4)
+    with kernels.disabled():
+        plain = losses(NotebookNet(norm=norm).train(), 4)
+    np.testing.assert_allclose(compiled, plain, rtol=2e-4)
+    assert plain[-1] < plain[0]
+
+
+@pytest.mark.parametrize("state", ["eval", "frozen"])
+def test_running_statistics_are_used_and_kept(state: str) -> None:
+    net = NotebookNet().train()
+    norms = [m for m in net.modules() if isinstance(m, BatchNorm)]
+    for norm in norms:
+        nn.init.uniform_(norm.running_mean, -1, 1)
+        if state == "frozen":
+            norm.freeze()
+    if state == "eval":
+        net.eval()
+    before = [norm.running_mean.clone() for norm in norms]
+    x = images(3, 3, 32, 32)
+    ours = net(x, stream(0, "drop"))
+    with kernels.disabled():
+        torch.testing.assert_close(net(x, stream(0, "drop")), ours, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(a, b.running_mean) for a, b in zip(before, norms, strict=True))
