@@ -22,7 +22,7 @@ from benchmarks.others import Others, is_quiet
 from normlab import kernels, recipes
 from normlab.core.files import write_json
 from normlab.errors import UserError
-from normlab.runs.run import Run, read_json
+from normlab.runs import Run, read_json
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "headline"
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from benchmarks.contestant import Options
 from normlab import recipes
-from normlab.runs.run import Task
+from normlab.runs import Task
 
 CLASSES = 10
 SIZE = 32  # pixels

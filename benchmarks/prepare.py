@@ -12,9 +12,9 @@ from benchmarks.networks import build
 from normlab.core.environment import describe, settings
 from normlab.core.streams import stream
 from normlab.data import load
+from normlab.evaluation.forward import logits_of
 from normlab.layers import BatchNorm
 from normlab.models import FastNet
-from normlab.training.loop import predict_logits
 
 CHECKED = 64  # images
 
@@ -33,7 +33,7 @@ def prepare(folder: Path, data: str, threads: int) -> dict[str, Any]:
             settle(model, images.x_train[:250])
             state = {k: v.numpy() for k, v in model.state_dict().items()}
             np.savez(folder / f"{name}.npz", **state)
-            answers = predict_logits(model, images.x_test[:CHECKED]).softmax(1)
+            answers = logits_of(model, images.x_test[:CHECKED]).softmax(1)
             np.save(folder / f"{name}-answers.npy", answers.numpy())
         # Plain values: PyTorch's version is of a class that would bring PyTorch into the parent.
         values: dict[str, Any] = json.loads(json.dumps(describe(threads, device)))

@@ -16,7 +16,7 @@ def first_step(data: str, threads: int) -> dict[str, float]:
     """Seconds of the imports, and from there to the end of the first step."""
     started = time.perf_counter()
     import normlab.api.train
-    from normlab.training.loop import Plan, State
+    from normlab.training.state import Plan, State
 
     imported = time.perf_counter()
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 import normlab
 from normlab.core.files import write_json
-from normlab.runs.run import Run, read_json
+from normlab.runs import Run, read_json
 from normlab.statistics import Contrast, compare
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "few-pictures"

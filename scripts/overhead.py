@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from normlab import recipes
-from normlab.api.train import make_plan, new_state
 from normlab.core.environment import describe, settings
 from normlab.data import load
 from normlab.inspection.recording import Recorder
-from normlab.runs.run import Task
+from normlab.runs import Task
 from normlab.training import checkpoint
-from normlab.training.loop import Observer, Plan, State, fit
+from normlab.training.loop import fit
+from normlab.training.preparation import make_plan, new_state
+from normlab.training.state import Observer, Plan, State
 
 SAVES = 5
 

@@ -21,9 +21,12 @@ from normlab import recipes
 from normlab.core.environment import describe, settings
 from normlab.data import load
 from normlab.data.batches import split_validation
+from normlab.evaluation.forward import logits_of
+from normlab.evaluation.scores import score
 from normlab.models import MODELS
-from normlab.training.loop import Plan, State, fit, predict_logits, score
+from normlab.training.loop import fit
 from normlab.training.optimisers import make_optimizer
+from normlab.training.state import Plan, State
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "tuning.jsonl"
 NETWORK = ("components", "stages")  # of FastNet, not of a recipe
@@ -69,7 +72,7 @@ def main() -> None:
         fit(plan, state, device)
         seconds, processor = time.perf_counter() - started, time.process_time() - processor
         loss, accuracy = score(model, validation, device)
-        seen = predict_logits(model, validation.images, device, views="shift").argmax(1).numpy()
+        seen = logits_of(model, validation.images, device, views="shift").argmax(1).numpy()
     line = {
         "recipe": recipe.as_dict() | network,
         "seed": arguments.seed,

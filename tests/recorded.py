@@ -11,7 +11,7 @@ from normlab.core.streams import stream
 from normlab.inspection import activations
 from normlab.inspection.recording import RECORDING, Recording
 from normlab.models import SigmoidNet
-from normlab.runs.run import Run, Task, open_run
+from normlab.runs import Run, Task, open_run
 
 STEPS = (1, 2, 5, 20, 60)
 

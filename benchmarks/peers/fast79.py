@@ -15,11 +15,12 @@ from benchmarks.contestant import Case, Contestant, Notes, Options
 from benchmarks.peers.ours import CPU, allowed_kernels, answer_with, make_task, start
 from benchmarks.peers.stock_layers import stock
 from normlab import recipes
-from normlab.api.train import make_plan, new_state
+from normlab.evaluation.forward import logits_of
 from normlab.recipes import Recipe
 from normlab.training.checkpoint import Keeper
-from normlab.training.loop import fit, predict_logits
+from normlab.training.loop import fit
 from normlab.training.optimisers import make_optimizer
+from normlab.training.preparation import make_plan, new_state
 
 
 def training(options: Options) -> Contestant:
@@ -54,5 +55,5 @@ def _train(options: Options, recipe: Recipe, seed: int) -> Notes:
     state.seconds = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as scratch:
         fit(plan, state, CPU, [Keeper(Path(scratch), saved_at=state.seconds)])
-    right = predict_logits(state.model, images.x_test).argmax(1).numpy() == images.y_test
+    right = logits_of(state.model, images.x_test).argmax(1).numpy() == images.y_test
     return {"seconds": state.seconds, "seed": seed, "test_accuracy": float(right.mean())}

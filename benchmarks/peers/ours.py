@@ -24,15 +24,16 @@ from benchmarks.networks import build_prepared
 from benchmarks.peers.plain_pytorch import use_threads
 from benchmarks.peers.stock_layers import stock
 from normlab import kernels, recipes
-from normlab.api.train import make_plan
 from normlab.core.streams import stream
 from normlab.data import ImageData, load
 from normlab.data.batches import Batches, split_validation, to_input
+from normlab.evaluation.scores import score
 from normlab.kernels.memory import keep_freed_memory
 from normlab.recipes import Recipe
-from normlab.runs.run import Task
-from normlab.training.loop import score, train_step
+from normlab.runs import Task
 from normlab.training.optimisers import make_optimizer
+from normlab.training.preparation import make_plan
+from normlab.training.step import train_step
 
 CPU = torch.device("cpu")
 

@@ -12,6 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normlab.api.run import Evaluation as Evaluation
+    from normlab.api.run import Run as Run
+    from normlab.api.run import evaluate as evaluate
+    from normlab.api.run import open_run as open_run
     from normlab.api.train import resume as resume
     from normlab.api.train import train as train
     from normlab.data import ImageData as ImageData
@@ -23,17 +27,13 @@ if TYPE_CHECKING:
     from normlab.errors import NonFiniteError as NonFiniteError
     from normlab.errors import NormlabError as NormlabError
     from normlab.errors import UserError as UserError
-    from normlab.evaluation.evaluation import Evaluation as Evaluation
-    from normlab.evaluation.evaluation import evaluate as evaluate
-    from normlab.evaluation.recalibration import ThreeWay as ThreeWay
     from normlab.evaluation.recalibration import recalibrate as recalibrate
-    from normlab.evaluation.recalibration import three_way as three_way
+    from normlab.evaluation.scores import ThreeWay as ThreeWay
+    from normlab.evaluation.scores import three_way as three_way
     from normlab.layers import BatchNorm as BatchNorm
     from normlab.recipes import Recipe as Recipe
     from normlab.reports.inspection_report import Inspection as Inspection
     from normlab.reports.inspection_report import inspect as inspect
-    from normlab.runs.run import Run as Run
-    from normlab.runs.run import open_run as open_run
     from normlab.study import Arm as Arm
     from normlab.study import Study as Study
     from normlab.study import compare as compare
@@ -44,27 +44,27 @@ _HOMES = {
     "BatchNorm": "layers",
     "DataError": "errors",
     "Diagnosis": "diagnosis",
-    "Evaluation": "evaluation.evaluation",
+    "Evaluation": "api.run",
     "Finding": "diagnosis",
     "ImageData": "data",
     "Inspection": "reports.inspection_report",
     "NonFiniteError": "errors",
     "NormlabError": "errors",
     "Recipe": "recipes",
-    "Run": "runs.run",
+    "Run": "api.run",
     "Study": "study",
-    "ThreeWay": "evaluation.recalibration",
+    "ThreeWay": "evaluation.scores",
     "UserError": "errors",
     "compare": "study",
     "doctor": "diagnosis",
-    "evaluate": "evaluation.evaluation",
+    "evaluate": "api.run",
     "inspect": "reports.inspection_report",
     "load": "data",
-    "open_run": "runs.run",
+    "open_run": "api.run",
     "open_study": "study",
     "recalibrate": "evaluation.recalibration",
     "resume": "api.train",
-    "three_way": "evaluation.recalibration",
+    "three_way": "evaluation.scores",
     "train": "api.train",
 }
 

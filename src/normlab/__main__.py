@@ -15,7 +15,7 @@ import sys
 
 import click
 
-from normlab.cli.main import cli
+from normlab.cli import cli
 from normlab.errors import NormlabError
 
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, or end other programs"

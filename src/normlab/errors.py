@@ -4,6 +4,9 @@ Every message names the value received and the remedy, in one line. The command 
 message without a traceback and leaves with `exit_code`.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class NormlabError(Exception):
     """Base of all errors raised on purpose; `exit_code` is what the command line returns."""
@@ -33,3 +36,15 @@ class NonFiniteError(NormlabError, ArithmeticError):
     """The loss or a weight became NaN or infinite."""
 
     exit_code = 3
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: what it may have meant, and what there is.
+
+    >>> nearest("bach", ["batch", "none"])
+    "'bach': did you mean 'batch'? Choose one of batch, none"
+    """
+    names = list(known)
+    close = get_close_matches(name, names, n=1)
+    hint = f" did you mean {close[0]!r}?" if close else ""
+    return f"{name!r}:{hint} {'Choose' if hint else 'choose'} one of {', '.join(names)}"

@@ -14,16 +14,11 @@ from networks import pictures, settle
 from normlab.__main__ import run as command
 from normlab.core.files import read_tensors
 from normlab.errors import UserError
-from normlab.evaluation.population import (
-    Moments,
-    normalizers,
-    pool,
-    population_moments,
-    set_statistics,
-    untouched,
-)
-from normlab.evaluation.recalibration import ThreeWayScores, three_way
+from normlab.evaluation.forward import normalizers, untouched
+from normlab.evaluation.population import Moments, pool, population_moments, set_statistics
+from normlab.evaluation.scores import three_way
 from normlab.models import NotebookNet
+from normlab.training.hooks import ThreeWayScores
 
 
 @pytest.fixture(scope="module")

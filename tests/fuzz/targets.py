@@ -113,7 +113,7 @@ def _torch(data: bytes, path: Path) -> None:
 
 def _json(data: bytes, path: Path) -> None:
     """Every JSON document that is read back: of a run, of a study, of a study's run."""
-    from normlab.runs.run import open_run
+    from normlab.runs import open_run
     from normlab.study import design, outcomes
 
     folder = path.parent
@@ -134,7 +134,7 @@ def _json(data: bytes, path: Path) -> None:
 
 
 def _task() -> object:
-    from normlab.runs.run import Task
+    from normlab.runs import Task
 
     return Task.from_dict(json.loads((CORPUS / "json" / "recipe").read_bytes()[1:]))
 

@@ -18,9 +18,10 @@ from normlab.data.batches import split_validation
 from normlab.errors import UserError
 from normlab.inspection.landscape import MEASURES, EndOfReplay, Walker, explore
 from normlab.models import SigmoidNet
-from normlab.runs.run import Task
-from normlab.training.loop import Plan, State, fit
+from normlab.runs import Task
+from normlab.training.loop import fit
 from normlab.training.optimisers import make_optimizer
+from normlab.training.state import Plan, State
 from recorded import write_run
 
 SIZES = (0.05, 0.1, 0.4)

@@ -23,7 +23,7 @@ from normlab.core.files import digest
 from normlab.core.streams import stream
 from normlab.data.batches import split_validation, to_input
 from normlab.errors import DataError, NormlabError, UserError
-from normlab.evaluation.population import untouched
+from normlab.evaluation.forward import untouched
 from normlab.inspection import activations
 from normlab.inspection.recording import (
     MOST_SAMPLES,
@@ -34,8 +34,9 @@ from normlab.inspection.recording import (
 )
 from normlab.layers import BatchNorm, Dropout
 from normlab.models import NotebookNet
-from normlab.training.loop import Interrupted, Plan, State, fit
+from normlab.training.loop import Interrupted, fit
 from normlab.training.optimisers import make_optimizer
+from normlab.training.state import Plan, State
 
 
 def few_images() -> normlab.ImageData:

@@ -19,6 +19,7 @@ from normlab import UserError
 from normlab.__main__ import run as command
 from normlab.core.files import write_tensors
 from normlab.data import load
+from normlab.evaluation.forward import logits_of
 from normlab.interchange import export_run, keras_file, onnx_graph
 from normlab.interchange.certificate import CertificateError, certify
 from normlab.interchange.folding import fold
@@ -26,8 +27,7 @@ from normlab.interchange.keras_layers import layers_of
 from normlab.interchange.steps import Chain, Conv, Dense, GlobalMax, MaxPool, Norm, chain_of
 from normlab.layers import BatchNorm
 from normlab.models import FastNet, NotebookNet
-from normlab.runs.run import Run
-from normlab.training.loop import predict_logits
+from normlab.runs import Run
 
 # Keras 3.15's own conversions on this backend, with NumPy 2.
 pytestmark = pytest.mark.filterwarnings(
@@ -115,7 +115,7 @@ def test_either_way_around_relu(bounded: bool, size: int) -> None:
     assert not set(count) & {"Mul", "Sub", "BatchNormalization"}
     session = InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     (answers,) = session.run(None, {"images": pixels})
-    expected = predict_logits(model, pixels).double().softmax(1)
+    expected = logits_of(model, pixels).double().softmax(1)
     np.testing.assert_allclose(answers, expected, rtol=0, atol=2e-6)
 
 
@@ -267,7 +267,7 @@ def test_fast_networks_of_every_kind_are_written_as_keras() -> None:
         model.fit_to(pixels)
         content = keras_file.model_file("fast", layers_of(model, 19), 19, {})
         answers = keras_file.keras_answers(content, pixels)[0]
-        expected = predict_logits(model, pixels).double().softmax(1)
+        expected = logits_of(model, pixels).double().softmax(1)
         np.testing.assert_allclose(answers, expected, rtol=0, atol=1e-6)
 
 

@@ -17,11 +17,11 @@ from PIL import Image
 from normlab import DataError, UserError
 from normlab.__main__ import run as command
 from normlab.data import load
+from normlab.evaluation.forward import logits_of
 from normlab.formats.keras_files import read_notebook
 from normlab.interchange import export_run
 from normlab.interchange.importing import import_model
 from normlab.models import NotebookNet
-from normlab.training.loop import predict_logits
 
 # Keras 3.15's own conversions on this backend, with NumPy 2.
 pytestmark = pytest.mark.filterwarnings(
@@ -178,7 +178,7 @@ def test_a_file_that_keras_2_15_wrote_itself() -> None:
     state = {name: torch.from_numpy(values) for name, values in found.state.items()}
     model.load_state_dict(state, strict=False)
     with np.load(folder / "answers.npz") as file:
-        answers = predict_logits(model, file["images"]).double().softmax(1).numpy()
+        answers = logits_of(model, file["images"]).double().softmax(1).numpy()
         np.testing.assert_allclose(answers, file["probabilities"], rtol=0, atol=1e-5)
 
 

@@ -13,8 +13,8 @@ from normlab import UserError
 from normlab.core.streams import stream
 from normlab.layers import BatchNorm, Dropout
 from normlab.models import NotebookNet, summarize
-from normlab.training.loop import train_step
 from normlab.training.optimisers import Adam
+from normlab.training.step import train_step
 
 
 def keras_notebook(dtype: str, dropout: float, norm: str = "batch") -> Any:

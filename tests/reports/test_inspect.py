@@ -16,7 +16,7 @@ from normlab.inspection.inspected import inspected, running_gap, shared_layers
 from normlab.inspection.recording import read_recording
 from normlab.reports.inspection_plots import draw_drift, draw_figure_1, draw_percentiles
 from normlab.reports.inspection_report import save_figure
-from normlab.runs.run import Run
+from normlab.runs import Run
 from recorded import STEPS, write_run
 
 

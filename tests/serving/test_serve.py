@@ -25,7 +25,7 @@ import normlab
 from normlab.data import load
 from normlab.data.pictures.reading import to_square
 from normlab.interchange import export_run
-from normlab.runs.run import Run
+from normlab.runs import Run
 from servers import Server, running, start
 
 LIMITS = {

@@ -25,12 +25,13 @@ from normlab.__main__ import run as command
 from normlab.data import ImageData, load
 from normlab.errors import UserError
 from normlab.recipes import get
-from normlab.runs.run import Task
+from normlab.runs import Task
 from normlab.study import Study, runner
 from normlab.study.arms import Arm
 from normlab.study.outcomes import Outcome, train_one
 from normlab.study.runner import Job, Pool, run_all
-from normlab.training.loop import Interrupted, Plan, State
+from normlab.training.loop import Interrupted
+from normlab.training.state import Plan, State
 
 pytestmark = pytest.mark.timeout(900)  # processes that load PyTorch: slow on a busy machine
 TINY: dict[str, Any] = {"epochs": 1, "batch_size": 16, "checks": 2}

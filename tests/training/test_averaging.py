@@ -14,7 +14,8 @@ from normlab.errors import UserError
 from normlab.evaluation.population import evenly, population_moments
 from normlab.models import NotebookNet
 from normlab.training.averaging import averaged, update
-from normlab.training.loop import Interrupted, Plan, State
+from normlab.training.loop import Interrupted
+from normlab.training.state import Plan, State
 
 SHORT: dict[str, Any] = {
     "data": "sample",

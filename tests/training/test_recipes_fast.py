@@ -15,8 +15,10 @@ from normlab.models import FastNet
 from normlab.models.fast import Whitening, patches_of
 from normlab.recipes import fast79, notebook
 from normlab.reports.plots import plot_curve
-from normlab.training.loop import Interrupted, Plan, State, train_step
+from normlab.training.loop import Interrupted
 from normlab.training.optimisers import Muon, make_optimizer, orthogonalize, set_rate, triangle
+from normlab.training.state import Plan, State
+from normlab.training.step import train_step
 
 SHORT: dict[str, Any] = {"data": "sample", "threads": 1, "epochs": 2, "batch_size": 100}
 

@@ -15,13 +15,14 @@ from click.testing import CliRunner
 from torch.nn.functional import cross_entropy
 
 import normlab
-from normlab.api.train import make_plan, new_state
-from normlab.cli.main import cli
+from normlab.cli import cli
 from normlab.core.files import read_tensors, write_tensors
 from normlab.data.batches import Batches, split_validation, to_input
-from normlab.runs.run import Run
-from normlab.training.loop import Interrupted, Plan, State
+from normlab.runs import Run
+from normlab.training.loop import Interrupted
+from normlab.training.preparation import make_plan, new_state
 from normlab.training.starting_points import starting_weights
+from normlab.training.state import Plan, State
 
 TINY: dict[str, Any] = {"epochs": 2, "batch_size": 32, "threads": 1}
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

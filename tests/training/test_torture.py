@@ -17,12 +17,13 @@ import torch
 
 import normlab
 from faults import Faults
-from normlab.api.train import new_state
 from normlab.core.files import locked, read_tensors
 from normlab.errors import DataError
-from normlab.runs.run import latest
+from normlab.runs import latest
 from normlab.training.checkpoint import CHECKPOINT, PREVIOUS, restore
-from normlab.training.loop import Interrupted, Plan, State
+from normlab.training.loop import Interrupted
+from normlab.training.preparation import new_state
+from normlab.training.state import Plan, State
 from torture import StudyTorture, Torture, begin, check_one_line, check_same, long_form, stray
 
 pytestmark = pytest.mark.timeout(600)

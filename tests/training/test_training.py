@@ -21,9 +21,11 @@ from normlab.data.batches import batch_bounds, split_validation, to_input
 from normlab.models import NotebookNet
 from normlab.recipes import Recipe
 from normlab.reports.plots import draw_pictures
-from normlab.training.loop import Interrupted, Plan, State, Totals, train_step
+from normlab.training.loop import Interrupted
 from normlab.training.optimisers import Adam
 from normlab.training.progress import Lines
+from normlab.training.state import Plan, State, Totals
+from normlab.training.step import train_step
 
 KEYS = """
 run recipe norm seed steps test_accuracy test_accuracy_interval test_loss val_accuracy val_loss

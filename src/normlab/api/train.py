@@ -10,20 +10,24 @@ from typing import Any
 
 import torch
 
-from normlab.core.environment import describe, resolve_device, resolve_threads, settings
-from normlab.core.files import digest, locked, write_json, write_tensors
+from normlab.api.run import Run, open_run
+from normlab.core.environment import describe, resolve_device, resolve_threads
+from normlab.core.environment import settings as machine_settings
+from normlab.core.files import digest, is_finite, locked, write_json, write_tensors
 from normlab.data import ImageData, load
-from normlab.data.batches import split_validation
 from normlab.data.loading import PUBLIC
 from normlab.errors import NonFiniteError, UserError
+from normlab.evaluation.baselines import score_baselines
 from normlab.inspection.activations import observed
-from normlab.models import FastNet
+from normlab.inspection.recording import RECORDING, Recorder
 from normlab.recipes import Recipe
-from normlab.runs.run import Run, Task, create_folder, open_run
-from normlab.training import checkpoint
-from normlab.training import starting_points as transfer
-from normlab.training.loop import Interrupted, Observer, Plan, State, fit, is_finite
-from normlab.training.optimisers import make_optimizer
+from normlab.reports.run_report import write_run_report
+from normlab.runs import Task, create_folder
+from normlab.training import checkpoint, starting_points
+from normlab.training.hooks import ThreeWayScores, make_hooks
+from normlab.training.loop import Interrupted, fit
+from normlab.training.preparation import make_plan, new_state, refuse_impossible
+from normlab.training.state import Hook, Observer, State
 
 
 def train(
@@ -40,7 +44,9 @@ def train(
     freeze: bool = False,
     statistics: str | None = None,
     record: bool | Sequence[str] = False,
+    three_way: bool = False,
     observers: tuple[Observer, ...] = (),
+    settings: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Run:
     """Train `recipe` from `seed`, score it once on the test images, and keep it as a run.
@@ -53,8 +59,9 @@ def train(
             to start from, or else for the default one.
         data: as `normlab.data.load` takes it; None for CIFAR-10.
         out: the run's folder, new or empty; None for the next number in `runs/`.
-        seed: of everything random.
-        threads: of the CPU; None for all cores.
+        seed: the seed of every random draw (initial weights, order of images, augmentation,
+            dropout).
+        threads: CPU threads; None for all cores.
         device: `auto`, `cpu` or `cuda`.
         image_size, skip_bad: for pictures in a folder or parquet; see `normlab.data.load`.
         start: a finished run to start from: its network, all but the output layer, is taken over,
@@ -64,8 +71,11 @@ def train(
         statistics: with `start`: of its batch normalisations, `keep`, `adapt` or `recalibrate`; see
             `normlab.training.starting_points`. None for `keep` when frozen, else `adapt`.
         record: keep what each layer sees, or those of these names, for `normlab inspect`.
+        three_way: score the validation images of each epoch with three kinds of statistics.
         observers: told after each step.
-        **changes: fields of `Recipe` to replace: `epochs`, `batch_size`, `norm`, ….
+        settings: of the recipe, to replace; here None is a value.
+        **changes: settings of the recipe to replace: `epochs`, `batch_size`, `norm`, …; None
+            leaves one as it is.
 
     Raises:
         UserError: something asked for is not possible; raised before any work is done.
@@ -73,12 +83,17 @@ def train(
         Interrupted: SIGINT or SIGTERM came; `resume` goes on from there.
     """
     layers = None if isinstance(record, bool) else list(record)
+    extra = (ThreeWayScores(),) if three_way else ()
     if record:
-        from normlab.inspection.recording import Recorder
-
         observers = (*observers, Recorder(layers))
-    source = transfer.open_source(start, freeze=freeze, statistics=statistics)
-    chosen = transfer.choose_recipe(source, recipe, changes)
+    source = starting_points.open_source(start, freeze=freeze, statistics=statistics)
+    changes = {k: v for k, v in changes.items() if v is not None} | dict(settings or {})
+    chosen = starting_points.choose_recipe(source, recipe, changes)
+    if three_way and chosen.validation == 0:
+        raise UserError(
+            f"--three-way scores validation images and {chosen.name} holds out none: "
+            "add --validation 0.1"
+        )
     threads, where = resolve_threads(threads), resolve_device(device)
     if not 0 <= seed < 2**63:
         raise UserError(f"seed={seed}: choose a whole number from 0 to 2⁶³ − 1")
@@ -94,47 +109,28 @@ def train(
         class_names=images.class_names,
         image_size=images.x_train.shape[1],
         skip_bad=skip_bad,
-        start=transfer.plan_start(source, images.class_names, freeze=freeze, statistics=statistics),
+        start=starting_points.plan_start(
+            source, images.class_names, freeze=freeze, statistics=statistics
+        ),
     )
     if image_size is not None and image_size != task.image_size:
         raise UserError(
             f"image_size={image_size}: {images.name} has {task.image_size} × {task.image_size} "
             "pixels; only pictures from a folder or parquet are resized"
         )
-    with settings(threads, where):
+    with machine_settings(threads, where):
         started = time.perf_counter()
-        _refuse_impossible(task, images, layers)
-        weights = transfer.starting_weights(source, task, images)
+        refuse_impossible(task, images)
+        observed(task.build(), layers)
+        weights = starting_points.starting_weights(source, task, images)
         folder = create_folder(out, chosen.name)
         with locked(folder):
             _claim(folder, task)
-            transfer.write_start(folder, task, weights)
+            starting_points.write_start(folder, task, weights)
             write_json(folder / "environment.json", describe(threads, where))
             state = new_state(task, images, where, weights)
             state.seconds = time.perf_counter() - started
-            return _finish(Run(folder, task), images, data_seconds, state, where, observers)
-
-
-def _refuse_impossible(task: Task, images: ImageData, layers: list[str] | None) -> None:
-    """Find out before a folder is made what the first step could not do.
-
-    Raises:
-        UserError: pictures that are not square or too small, batches of a single image, or
-            `layers` to record that the network does not have.
-    """
-    height, width, _ = images.image_shape
-    if height != width:
-        raise UserError(
-            f"data {images.name!r} has images of {height} × {width} pixels: make them square"
-        )
-    observed(task.build(), layers)
-    recipe = task.recipe
-    train, _ = split_validation(images.x_train, images.y_train, recipe.validation)
-    if recipe.norm == "batch" and min(recipe.batch_size, len(train)) < 2:
-        raise UserError(
-            f"batch_size={recipe.batch_size} with {len(train):,} training images gives batches of "
-            "one, which have no variance: take two or more, or --norm none"
-        )
+            return _finish(Run(folder, task), images, data_seconds, state, where, observers, extra)
 
 
 def _claim(folder: Path, task: Task) -> None:
@@ -152,6 +148,8 @@ def resume(
     *,
     data: str | Path | Mapping[str, Any] | ImageData | None = None,
     allow_changes: bool = False,
+    record: bool = False,
+    three_way: bool = False,
     observers: tuple[Observer, ...] = (),
 ) -> Run:
     """Go on with an interrupted run; it ends with the bits it would have ended with.
@@ -161,12 +159,13 @@ def resume(
         data: where the images are now, if not where they were.
         allow_changes: go on although the data or the environment differ, where the end will not be
             bit-identical.
+        record, three_way: as for `train`. A recording that was begun goes on in any case.
         observers: told after each step.
 
     Raises:
         UserError: it is finished already, or something differs and `allow_changes` is off.
     """
-    opened = open_run(run)
+    opened, extra = open_run(run), (ThreeWayScores(),) if three_way else ()
     if opened.result is not None:
         with locked(opened.path):  # whose file, and checkpoints, one killed at its end leaves
             checkpoint.remove(opened.path)
@@ -187,62 +186,36 @@ def resume(
             f"run {str(opened.path)!r} began with other {'; '.join(differs)}: "
             "--allow-changes goes on all the same, but the end will differ"
         )
-    weights = transfer.read_start(opened.path, opened.task)
-    with settings(threads, where), locked(opened.path):
+    if record or (opened.path / RECORDING).exists():
+        observers = (*observers, Recorder())
+    weights = starting_points.read_start(opened.path, opened.task)
+    with machine_settings(threads, where), locked(opened.path):
         state = new_state(opened.task, images, where, weights)
         problem = checkpoint.restore(opened.path, state)
         if problem:
             print(f"normlab: {problem}; going on from step {state.step:,}", file=sys.stderr)
-        return _finish(opened, images, data_seconds, state, where, observers)
+        return _finish(opened, images, data_seconds, state, where, observers, extra)
 
 
 def _differences(run: Run, images: ImageData, now: dict[str, Any]) -> list[str]:
     then = run.environment
     found = [
         f"{key} ({then.get(key)} then, {now[key]} now)"
-        for key in ("torch", "threads", "device", "cpu", "cpu_capability", "compiled_kernels")
+        for key in (
+            "normlab",
+            "torch",
+            "numpy",
+            "threads",
+            "device",
+            "cpu",
+            "cpu_capability",
+            "compiled_kernels",
+        )
         if then.get(key) != now[key]
     ]
     if images.sha256 != run.task.data_sha256:
         found.append(f"data ({run.task.data_sha256[:12]}… then, {images.sha256[:12]}… now)")
     return found
-
-
-def new_state(
-    task: Task,
-    images: ImageData,
-    device: torch.device,
-    weights: dict[str, torch.Tensor] | None = None,
-) -> State:
-    """The network with its initial values and its optimiser, before the first step.
-
-    Args:
-        weights: in place of the initial values, as `transfer.starting_weights` has them.
-    """
-    model = task.build().to(device)
-    if weights is not None:
-        model.load_state_dict(weights)
-    elif isinstance(model, FastNet):
-        train, _ = split_validation(images.x_train, images.y_train, task.recipe.validation)
-        model.fit_to(train.images)
-    if task.start is not None:
-        transfer.freeze(model, task.start)
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return State(model=model, optimizer=make_optimizer(task.recipe, model))
-
-
-def make_plan(task: Task, images: ImageData, threads: int, folder: Path | None = None) -> Plan:
-    """Split the images and say what `fit` shall do with them."""
-    train, validation = split_validation(images.x_train, images.y_train, task.recipe.validation)
-    return Plan(
-        recipe=task.recipe,
-        folder=folder,
-        seed=task.seed,
-        threads=threads,
-        train=train,
-        validation=validation,
-        start="" if task.start is None else str(task.start),
-    )
 
 
 def _finish(
@@ -252,17 +225,14 @@ def _finish(
     state: State,
     device: torch.device,
     observers: tuple[Observer, ...],
+    extra: tuple[Hook, ...],
 ) -> Run:
     """Train to the end, write weights, score the test images once, draw the report."""
-    from normlab.evaluation.baselines import score_baselines
-    from normlab.reports.run_report import write_run_report
-
     recipe, folder = run.task.recipe, run.path
     plan = make_plan(run.task, images, run.environment["threads"], folder)
-    keeper = checkpoint.Keeper(folder, saved_at=state.seconds)
+    hooks = [*make_hooks(plan, extra), checkpoint.Checkpoints(folder, saved_at=state.seconds)]
     try:
-        # The keeper comes last: what the others add to the history is written down, too.
-        fit(plan, state, device, (*observers, keeper))
+        fit(plan, state, device, observers, hooks=hooks)
     except Interrupted as e:
         checkpoint.save(folder, state)
         raise Interrupted(
@@ -270,24 +240,19 @@ def _finish(
             f" after step {state.step:,} of {plan.steps:,}; nothing is lost, go on with: "
             f"normlab train --resume {shlex.quote(str(folder))}",
         ) from None
-    if not is_finite(state.model):
-        raise NonFiniteError(
-            "a weight is NaN or infinite after the last step: "
-            f"try a lower --learning-rate than {recipe.learning_rate:g}"
-        )
+    remedy = f"try a lower --learning-rate than {recipe.optimizer.learning_rate:g}"
+    if not is_finite(state.model.state_dict()):
+        raise NonFiniteError(f"a weight is NaN or infinite after the last step: {remedy}")
     write_tensors(folder / "last.safetensors", state.model.state_dict())
     started = time.perf_counter()
     evaluation = run.evaluate(images)
     evaluation_seconds = time.perf_counter() - started
     if not math.isfinite(evaluation.loss):
-        raise NonFiniteError(
-            f"the loss on the test images is {evaluation.loss}: "
-            f"try a lower --learning-rate than {recipe.learning_rate:g}"
-        )
+        raise NonFiniteError(f"the loss on the test images is {evaluation.loss}: {remedy}")
     result = {
         "run": str(folder),
         "recipe": recipe.name,
-        "norm": recipe.norm,
+        "norm": recipe.norm.name,
         "seed": run.task.seed,
         "steps": state.step,
         "test_accuracy": evaluation.accuracy,
@@ -303,8 +268,8 @@ def _finish(
         "evaluation": evaluation.as_dict(),
         "baselines": None if images.name in PUBLIC else score_baselines(images),
     }
-    write_run_report(run, result, evaluation, images)
     write_json(folder / "result.json", result)  # from here on the run counts as finished
     checkpoint.remove(folder)
-    transfer.remove_start(folder)
+    starting_points.remove_start(folder)
+    write_run_report(run, evaluation, images)
     return run

@@ -7,12 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from normlab.cli.options import (
+    DATA,
+    IMAGE_SIZE,
+    JSON,
+    SKIP_BAD,
+    RecipeCommand,
+    given_settings,
+    recipe_options,
+)
+from normlab.recipes import SETTINGS
+
 if TYPE_CHECKING:
     from normlab.study import Study
     from normlab.study.progress import Lines
 
 
-@click.command()
+@click.command(cls=RecipeCommand)
 @click.argument("recipe", required=False)
 @click.option("--arms", metavar="NORM,NORM,…", help="Normalisers to compare, the first with each.")
 @click.option(
@@ -31,12 +42,6 @@ if TYPE_CHECKING:
 )
 @click.option("--seeds", type=int, help="Pairs; by default as many as can decide. More adds pairs.")
 @click.option("--first-seed", type=int, default=0, show_default=True, help="Of the first pair.")
-@click.option("--epochs", type=int, help="Passes over the training images.")
-@click.option("--batch-size", type=int, help="Images a step.")
-@click.option("--learning-rate", type=float, help="The optimiser's learning rate.")
-@click.option("--norm", help="The normaliser of arms that name none.")
-@click.option("--validation", type=float, help="Share of the training images to hold out.")
-@click.option("--patience", type=int, help="Stop after so many epochs without a better val_loss.")
 @click.option(
     "--tune",
     metavar="SETTING=F,F,…",
@@ -47,9 +52,9 @@ if TYPE_CHECKING:
     "--thresholds", metavar="A,A,…", help="Validation accuracies whose steps are counted."
 )
 @click.option("--checks", type=int, help="At least so many checks of validation a run; 10.")
-@click.option("--data", metavar="DATA", help="As for `normlab train`.")
-@click.option("--image-size", type=click.IntRange(8, 512), help="Of pictures; 32 by default.")
-@click.option("--skip-bad", is_flag=True, help="Leave out pictures that cannot be used.")
+@DATA
+@IMAGE_SIZE
+@SKIP_BAD
 @click.option("--jobs", type=int, help="Runs side by side; cores ÷ threads by default.")
 @click.option("--threads", type=int, help="CPU threads of each run; 1 by default.")
 @click.option(
@@ -57,7 +62,8 @@ if TYPE_CHECKING:
 )
 @click.option("--out", type=click.Path(path_type=Path), help="The study's folder.")
 @click.option("--show", type=click.Path(path_type=Path), help="Print the study in this folder.")
-@click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
+@JSON
+@recipe_options
 @click.pass_context
 def compare(
     context: click.Context,
@@ -86,7 +92,8 @@ def compare(
     names = [] if arms is None else [name.strip() for name in arms.split(",")]
     if not names and not described:
         names = ["batch", "none"]
-    given = {key: value for key, value in options.items() if value is not None}
+    settings = given_settings(options)
+    given = {k: v for k, v in options.items() if v is not None and k not in SETTINGS}
     if margin is not None:
         given["margin"] = margin / 100
     if thresholds is not None:
@@ -96,6 +103,7 @@ def compare(
         arms=[*names, *described],
         contrasts=[_pair(text) for text in contrasts] or None,
         progress=_progress(),
+        settings=settings,
         **given,
     )
     _close(result, as_json)

@@ -45,7 +45,7 @@ def recalibrate(run: str | None, data: str | None, as_json: bool) -> None:
     is a further set of weights, `recalibrated`; the run's own stay as they are.
     """
     from normlab.evaluation.recalibration import recalibrate
-    from normlab.runs.run import open_run
+    from normlab.runs import open_run
 
     opened = open_run(run)
     done = recalibrate(opened, data)

@@ -27,7 +27,7 @@ def export_command(
     whole test set first; if they differ nothing is written, and the exit code is 1.
     """
     from normlab.interchange import export_run
-    from normlab.runs.run import open_run
+    from normlab.runs import open_run
 
     exported = export_run(open_run(run), out, file_format=file_format, weights=weights)
     certificate = exported.certificate
@@ -66,7 +66,7 @@ def import_command(
     from normlab.interchange.importing import import_model
 
     run = import_model(model, out, data=data, image_size=image_size, skip_bad=skip_bad)
-    result = run.result or {}
+    result = run.finished()
     low, high = result["test_accuracy_interval"]
     click.echo(
         f"Test accuracy: {result['test_accuracy']:.4f} "

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from normlab.runs.run import Run
+    from normlab.runs import Run
 
 
 @click.command()
@@ -36,7 +36,7 @@ def inspect(
 
     RUN was trained with --record. The pictures and a page with a slider go into RUN/inspect.
     """
-    from normlab.runs.run import open_run
+    from normlab.runs import open_run
 
     opened = open_run(run)
     if landscape:

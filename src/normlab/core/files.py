@@ -34,6 +34,11 @@ def digest(tensors: Mapping[str, Tensor], document: str = "") -> str:
     return h.hexdigest()
 
 
+def is_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether every value of every tensor is a finite number."""
+    return all(t.isfinite().all() for t in tensors.values())
+
+
 def write_atomic(path: Path, content: bytes, *, replace: bool = True) -> None:
     """Put `content` at `path` so that a reader finds the old file or the new one, never a part.
 

@@ -1,6 +1,6 @@
 """From arrays of pixels to the batches that a step takes."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 from normlab.core.streams import stream
 from normlab.data.augment import Augmentation, halve
 from normlab.errors import UserError
-from normlab.recipes import Recipe
 
 EVALUATION_BATCH = 250  # images at a time where nothing is learnt
 
@@ -70,17 +69,24 @@ def to_input(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> T
 
 @dataclass
 class Batches:
-    """The batches of a training: each epoch's in a new order, as the recipe augments them.
+    """The batches of a training: each epoch's in a new order, as its augmentation changes them.
 
     Any step can be asked for at any time; what it sees follows from the seed and its number.
+
+    Attributes:
+        bounds: of an epoch's batches, in the order of its images.
+        flip, shift: see `Augmentation.draw`.
+        half_steps: the steps below this one see images of half the height and width.
     """
 
     train: Split
-    bounds: list[tuple[int, int]]  # of an epoch's batches, in the order of its images
-    steps: int  # of the whole training
-    recipe: Recipe
+    bounds: list[tuple[int, int]]
+    _: KW_ONLY
     seed: int
-    device: torch.device
+    flip: bool = False
+    shift: int = 0
+    half_steps: float = 0
+    device: torch.device | str = "cpu"
     epoch: int = -1
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
@@ -90,12 +96,12 @@ class Batches:
             self._begin(epoch)
         chosen = self.order[slice(*self.bounds[batch])]
         x = self.augment(to_input(self.train.images[chosen], self.device), chosen)
-        if step < self.recipe.half_size * self.steps:
+        if step < self.half_steps:
             x = halve(x)
         return x, torch.from_numpy(self.train.labels[chosen]).to(self.device)
 
     def _begin(self, epoch: int) -> None:
-        n, recipe = len(self.train), self.recipe
+        n = len(self.train)
         self.epoch = epoch
         self.order = stream(self.seed, "order", epoch).permutation(n)
-        self.augment = Augmentation.draw(self.seed, epoch, n, flip=recipe.flip, shift=recipe.shift)
+        self.augment = Augmentation.draw(self.seed, epoch, n, flip=self.flip, shift=self.shift)

@@ -15,7 +15,7 @@ from normlab.diagnosis.patient import FACTS, Batches, Patient
 from normlab.diagnosis.rules import RULES
 from normlab.errors import DataError, UserError
 from normlab.evaluation.population import evenly
-from normlab.runs.run import Run, open_run
+from normlab.runs import Run, open_run
 
 SECONDS = 30.0  # that reading one file may take
 

@@ -15,17 +15,11 @@ from normlab.data import ImageData
 from normlab.data.batches import batch_bounds, split_validation
 from normlab.diagnosis.patient import Batches, Node, Normalizer, Patient
 from normlab.errors import DataError
-from normlab.evaluation.population import (
-    Images,
-    Moments,
-    evenly,
-    normalizers,
-    population_moments,
-    untouched,
-)
-from normlab.evaluation.recalibration import three_way
+from normlab.evaluation.forward import Images, normalizers, untouched
+from normlab.evaluation.population import Moments, evenly, population_moments
+from normlab.evaluation.scores import three_way
 from normlab.layers import BatchNorm, Dropout
-from normlab.runs.run import Run, Start
+from normlab.runs import Run, Start
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from normlab.evaluation.recalibration import ThreeWay
+    from normlab.evaluation.scores import ThreeWay
 
 Vector = NDArray[np.float64]  # (C,)
 

@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 from normlab.data import ImageData
-from normlab.evaluation.evaluation import macro_f1
+from normlab.evaluation import metrics
 from normlab.statistics import accuracy_interval
 
 SIDE = 8  # pixels: what the logistic regression sees of a picture
@@ -76,12 +76,10 @@ def _with_constant(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _scores(labels: NDArray[np.int64], answers: NDArray[np.int64], k: int) -> dict[str, Any]:
-    confusion = np.bincount(labels * k + answers, minlength=k * k).reshape(k, k)
-    count, right = confusion.sum(1), confusion.diagonal()
-    occurs = count > 0
+    confusion = metrics.confusion_matrix(labels, answers, k)
     return {
-        "test_accuracy": float(right.sum() / len(labels)),
-        "test_accuracy_interval": list(accuracy_interval(int(right.sum()), len(labels))),
-        "balanced_accuracy": float((right[occurs] / count[occurs]).mean()),
-        "macro_f1": macro_f1(confusion),
+        "test_accuracy": metrics.accuracy(confusion),
+        "test_accuracy_interval": list(accuracy_interval(int(confusion.trace()), len(labels))),
+        "balanced_accuracy": metrics.balanced_accuracy(confusion),
+        "macro_f1": metrics.macro_f1(confusion),
     }

@@ -3,17 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from normlab.data import ImageData
+from normlab.data.loading import PUBLIC
 from normlab.errors import DataError
+from normlab.evaluation import metrics
+from normlab.evaluation.forward import logits_of
+from normlab.runs import Run
 from normlab.statistics import accuracy_interval
-
-if TYPE_CHECKING:
-    from normlab.data import ImageData
-    from normlab.runs.run import Run
 
 CIFAR10_LIMITS = (
     "Near-duplicates of 3.3 % of CIFAR-10's test images are in its training set (ciFAIR).",
@@ -76,18 +79,17 @@ class Evaluation:
     @property
     def class_accuracy(self) -> NDArray[np.float64]:
         """Accuracy on the images of each class (K,); NaN for a class without test images."""
-        counts = self.confusion.sum(1)
-        return np.where(counts > 0, self.confusion.diagonal() / np.maximum(counts, 1), np.nan)
+        return metrics.class_accuracy(self.confusion)
 
     @property
     def balanced_accuracy(self) -> float:
         """Mean of `class_accuracy` over the classes that have test images."""
-        return float(np.nanmean(self.class_accuracy))
+        return metrics.balanced_accuracy(self.confusion)
 
     @property
     def macro_f1(self) -> float:
         """Mean of the classes' F1 scores, over the classes that occur as label or answer."""
-        return macro_f1(self.confusion)
+        return metrics.macro_f1(self.confusion)
 
     @property
     def weakest(self) -> tuple[str, float, str, float]:
@@ -165,21 +167,6 @@ class Evaluation:
             f"{low:.4f} to {high:.4f}, N = {len(self.labels):,})"
         )
 
-    def _repr_html_(self) -> str:
-        from normlab.reports.run_report import evaluation_summary_html
-
-        return evaluation_summary_html(self)
-
-
-def macro_f1(confusion: NDArray[np.integer]) -> float:
-    """Mean over classes of 2·right/(labels + answers), from counts (K, K), label by answer.
-
-    A class that is neither a label nor an answer has no F1 and does not count.
-    """
-    total = confusion.sum(0) + confusion.sum(1)
-    occurs = total > 0
-    return float((2 * confusion.diagonal()[occurs] / total[occurs]).mean())
-
 
 def calibrate(
     probabilities: NDArray[np.float64], labels: NDArray[np.int64], bins: int = 15
@@ -198,7 +185,7 @@ def calibrate(
 
 
 def assess(
-    logits: NDArray[np.floating],
+    logits: Tensor,
     labels: NDArray[np.integer],
     *,
     run: str,
@@ -209,13 +196,9 @@ def assess(
     limits: tuple[str, ...],
 ) -> Evaluation:
     """Turn logits (N, K) and labels (N,) into an `Evaluation`."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(1, keepdims=True)
-    log_probabilities = wide - np.log(np.exp(wide).sum(1, keepdims=True))
     truth: NDArray[np.int64] = labels.astype(np.int64)
-    k, predictions = len(class_names), wide.argmax(1)
-    correct = int((predictions == truth).sum())
-    probabilities = np.exp(log_probabilities)
+    confusion = metrics.confusion_matrix(truth, logits.argmax(1).numpy(), len(class_names))
+    probabilities = np.exp(metrics.log_softmax(logits))
     return Evaluation(
         run=run,
         weights=weights,
@@ -224,18 +207,23 @@ def assess(
         class_names=class_names,
         probabilities=probabilities,
         labels=truth,
-        loss=float(-log_probabilities[np.arange(len(truth)), truth].mean()),
-        accuracy=correct / len(truth),
-        interval=accuracy_interval(correct, len(truth)),
-        confusion=np.bincount(truth * k + predictions, minlength=k * k).reshape(k, k),
+        loss=metrics.cross_entropy(logits, torch.from_numpy(truth)),
+        accuracy=metrics.accuracy(confusion),
+        interval=accuracy_interval(int(confusion.trace()), len(truth)),
+        confusion=confusion,
         calibration=calibrate(probabilities, truth),
         limits=limits,
     )
 
 
+def limits_of(data: str) -> tuple[str, ...]:
+    """What to say beside any score on the data set of this name."""
+    return CIFAR10_LIMITS if data in PUBLIC else OWN_LIMITS
+
+
 def evaluate(
-    run: "Run",
-    data: "str | Path | Mapping[str, Any] | ImageData | None" = None,
+    run: Run,
+    data: str | Path | Mapping[str, Any] | ImageData | None = None,
     *,
     weights: str = "last",
     views: str = "single",
@@ -248,9 +236,6 @@ def evaluate(
     Raises:
         DataError: the data cannot be had, or has other classes or another image size.
     """
-    from normlab.data.loading import PUBLIC
-    from normlab.training.loop import predict_logits
-
     images = run.task.load(data)
     size = images.x_test.shape[1:3]
     if images.class_names != run.task.class_names:
@@ -264,12 +249,12 @@ def evaluate(
             f"takes {run.task.image_size} × {run.task.image_size}: resize them"
         )
     return assess(
-        predict_logits(run.model(weights), images.x_test, views=views).numpy(),
+        logits_of(run.model(weights), images.x_test, views=views),
         images.y_test,
         run=str(run.path),
         weights=weights,
         views=views,
         data=images.name,
         class_names=images.class_names,
-        limits=CIFAR10_LIMITS if images.name in PUBLIC else OWN_LIMITS,
+        limits=limits_of(images.name),
     )

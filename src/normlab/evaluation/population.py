@@ -8,8 +8,7 @@ statistics, and each layer's moments pooled over the batches by the law of total
     σ² = Σ nᵢ·(σᵢ² + (μᵢ − μ)²) / Σ nᵢ
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
-from normlab.data.batches import EVALUATION_BATCH, batch_bounds, to_input
-from normlab.errors import UserError
+from normlab.data.batches import EVALUATION_BATCH
+from normlab.evaluation.forward import Images, logits_of, normalizers
 from normlab.layers import BatchNorm, moments
 
 SAMPLE = 4096  # images that stand for the training set where all of them would cost too much
-
-Images = NDArray[np.uint8] | Tensor  # (N, H, W, 3) pixels, or (N, C, *) as the network takes them
 
 
 @dataclass(frozen=True)
@@ -35,31 +31,6 @@ class Moments:
     mean: Tensor
     var: Tensor
     count: int
-
-
-def normalizers(model: nn.Module) -> dict[str, BatchNorm | TorchBatchNorm]:
-    """The batch normalisations of `model`, by name: normlab's and PyTorch's."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, BatchNorm | TorchBatchNorm)
-    }
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Lend the model out: statistics, modes and PyTorch's random stream come back as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-            for module, mode in modes:
-                module.training = mode
 
 
 def population_moments(
@@ -122,37 +93,6 @@ def set_statistics(model: nn.Module, found: Mapping[str, Moments]) -> None:
         m = found[name]
         layer.running_mean.copy_(m.mean)
         layer.running_var.copy_(m.var * (m.count / max(m.count - 1, 1) if unbiased else 1.0))
-
-
-@torch.no_grad()
-def logits_of(
-    model: nn.Module, images: Images, batch_size: int, *, own_statistics: bool = False
-) -> Tensor:
-    """Logits (N, K) without dropout; each batch normalised by its own or by running statistics.
-
-    The model is left as it was.
-
-    Raises:
-        UserError: own statistics of a batch with fewer than two images.
-    """
-    if own_statistics and min(len(images), batch_size) < 2:
-        raise UserError(
-            f"{len(images)} image(s) in batches of {batch_size}: "
-            "statistics of a batch take two or more"
-        )
-    parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    with untouched(model):
-        model.eval()
-        if own_statistics:
-            for layer in normalizers(model).values():
-                layer.train()
-        bounds = batch_bounds(len(images), batch_size, join_single=own_statistics)
-        return torch.cat([model(_inputs(images[a:b], device)).cpu() for a, b in bounds])
-
-
-def _inputs(images: Images, device: torch.device) -> Tensor:
-    return images.to(device) if isinstance(images, Tensor) else to_input(images, device)
 
 
 def evenly(images: NDArray[np.uint8], count: int = SAMPLE) -> NDArray[np.uint8]:

@@ -13,7 +13,7 @@ from normlab.data.pictures.decoding import Readers
 from normlab.data.pictures.walking import Found, walk
 
 if TYPE_CHECKING:
-    from normlab.runs.run import Run
+    from normlab.runs import Run
 
 BATCH_SIZE = 64
 
@@ -53,12 +53,12 @@ def run_predictor(run: "Run", weights: str = "last") -> Predictor:
     Raises:
         UserError: the run has no such weights.
     """
-    from normlab.training.loop import predict_logits
+    from normlab.evaluation.forward import logits_of
 
     model = run.model(weights)
 
     def probabilities(images: NDArray[np.uint8]) -> NDArray[np.floating]:
-        answers: NDArray[np.floating] = predict_logits(model, images).double().softmax(1).numpy()
+        answers: NDArray[np.floating] = logits_of(model, images).double().softmax(1).numpy()
         return answers
 
     return Predictor(probabilities, run.task.class_names, run.task.image_size)
@@ -76,7 +76,7 @@ def open_predictor(path: str | Path | None = None) -> Predictor:
         UserError: there is none, or it is damaged, or of another kind.
     """
     if path is None or Path(path).suffix.lower() != ".onnx":
-        from normlab.runs.run import open_run  # with PyTorch, which an ONNX file does not need
+        from normlab.runs import open_run  # with PyTorch, which an ONNX file does not need
 
         return run_predictor(open_run(path))
     from normlab.formats.onnx_model import open_onnx

@@ -1,133 +1,20 @@
-"""The three scores that a batch-normalised network has, and its statistics set right.
-
-A network answers differently with the statistics of the batch at hand, with the running ones, and
-with those of a whole population of images (`normlab.evaluation.population`). This tells when they
-disagree.
-"""
+"""A run's weights with the statistics of a whole set of images."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from normlab.core.files import digest, write_tensors
 from normlab.data import ImageData
 from normlab.data.batches import EVALUATION_BATCH, split_validation
 from normlab.errors import DataError, UserError
-from normlab.evaluation.population import (
-    Images,
-    evenly,
-    logits_of,
-    normalizers,
-    population_moments,
-    set_statistics,
-    untouched,
-)
-from normlab.runs.run import Run
-from normlab.training.loop import Plan, State
-
-
-@dataclass(frozen=True)
-class Score:
-    """Mean cross-entropy in nats, and accuracy."""
-
-    loss: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class ThreeWay:
-    """The same weights on the same images with three kinds of statistics.
-
-    Attributes:
-        batch: each batch of `batch_size` images normalised by its own statistics.
-        running: with the running statistics, as in every evaluation.
-        population: with population statistics.
-        count: images scored.
-    """
-
-    batch: Score
-    running: Score
-    population: Score
-    count: int
-    batch_size: int
-
-
-def three_way(
-    model: nn.Module,
-    images: Images,
-    labels: NDArray[np.integer],
-    *,
-    population: Images | None = None,
-    batch_size: int = 32,
-) -> ThreeWay:
-    """Score `images` with batch, running and population statistics; the model stays as it was.
-
-    Args:
-        images: (N, H, W, 3) uint8, or (N, C, *) ready for the network.
-        labels: (N,).
-        population: images that the population statistics are taken from, without their labels:
-            those of the training set, as a rule. None: `images` themselves.
-        batch_size: images a batch where batches are normalised by their own statistics.
-
-    Raises:
-        UserError: a batch with fewer than two images.
-    """
-    truth = torch.as_tensor(np.asarray(labels, np.int64))
-    found = population_moments(model, images if population is None else population)
-    with untouched(model), torch.no_grad():
-        batch = _score(logits_of(model, images, batch_size, own_statistics=True), truth)
-        running = _score(logits_of(model, images, EVALUATION_BATCH), truth)
-        set_statistics(model, found)
-        pooled = _score(logits_of(model, images, EVALUATION_BATCH), truth)
-    return ThreeWay(batch, running, pooled, len(truth), batch_size)
-
-
-def _score(logits: Tensor, labels: Tensor) -> Score:
-    loss = cross_entropy(logits.double(), labels).item()
-    return Score(loss, (logits.argmax(1) == labels).double().mean().item())
-
-
-class ThreeWayScores:
-    """Adds to each epoch what the validation images score with the other kinds of statistics.
-
-    `val_loss` and `val_accuracy` are the running statistics' already. Population statistics come
-    from at most 4,096 of the training images. To be told before whoever writes the history down.
-    """
-
-    def before_training(self, plan: Plan) -> None:
-        if not len(plan.validation):
-            raise UserError("--three-way needs validation images: use --validation above 0")
-        self.plan = plan
-        self.population = evenly(plan.train.images)
-
-    def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
-        if batch < batches:
-            return
-        held_out = self.plan.validation
-        scores = three_way(
-            state.model,
-            held_out.images,
-            held_out.labels,
-            population=self.population,
-            batch_size=self.plan.recipe.batch_size,
-        )
-        state.history[-1] |= {
-            "val_loss_batch": scores.batch.loss,
-            "val_accuracy_batch": scores.batch.accuracy,
-            "val_loss_population": scores.population.loss,
-            "val_accuracy_population": scores.population.accuracy,
-        }
+from normlab.evaluation.forward import normalizers
+from normlab.evaluation.population import population_moments, set_statistics
+from normlab.runs import Run
 
 
 def recalibrate(
-    run: Run, data: "str | Path | Mapping[str, Any] | ImageData | None" = None
+    run: Run, data: str | Path | Mapping[str, Any] | ImageData | None = None
 ) -> dict[str, Any]:
     """Write the run's last weights with population statistics as its `recalibrated` weights.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from normlab.errors import NormlabError, UserError
-from normlab.evaluation.population import untouched
+from normlab.evaluation.forward import untouched
 from normlab.layers import NoNorm, moments
 
 PERCENTILES = (15, 50, 85)  # Ioffe and Szegedy (2015), figure 1

@@ -1,6 +1,6 @@
 """Recordings prepared for looking at: a label, layers to compare, derived quantities."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normlab.inspection.recording import Recording, read_recording
-from normlab.runs.run import Run
+from normlab.runs import Run
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Inspected:
 
     label: str
     recording: Recording
-    history: list[dict[str, Any]]
+    history: Sequence[Mapping[str, Any]]
     seconds: float | None
 
     @property

@@ -24,15 +24,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from normlab.api.train import make_plan, new_state
 from normlab.core.environment import settings
 from normlab.core.streams import stream
 from normlab.data import ImageData
 from normlab.data.batches import Split, to_input
 from normlab.errors import UserError
-from normlab.evaluation.population import untouched
-from normlab.runs.run import Task
-from normlab.training.loop import Plan, State, fit
+from normlab.evaluation.forward import untouched
+from normlab.recipes.optimizers import SGD
+from normlab.runs import Task
+from normlab.training.loop import fit
+from normlab.training.preparation import make_plan, new_state
+from normlab.training.state import Plan, State
 
 ARMS = ("batch", "none")
 MULTIPLES = (0.5, 1.0, 2.0, 4.0)
@@ -123,7 +125,8 @@ def explore(
         raise UserError(f"a training from run {task.start.run}: only one from a seed is replayed")
     if seeds < 2:
         raise UserError(f"seeds={seeds}: a band needs at least 2, better 3")
-    base = task.recipe.learning_rate if task.recipe.optimizer == "sgd" else ADAM_STEP
+    optimizer = task.recipe.optimizer
+    base = optimizer.learning_rate if isinstance(optimizer, SGD) else ADAM_STEP
     sizes = tuple(base * m for m in MULTIPLES)
     numbers = tuple(range(task.seed, task.seed + seeds))
     arms: dict[str, dict[str, NDArray[np.float64]]] = {}

@@ -22,7 +22,7 @@ from normlab.data.batches import to_input
 from normlab.data.npz import read_arrays
 from normlab.errors import DataError, UserError
 from normlab.inspection import activations
-from normlab.training.loop import Plan, State
+from normlab.training.state import Plan, State
 
 RECORDING = "recording.npz"
 MOST_IMAGES = 64  # on the probe, which otherwise has as many as a batch of the training

@@ -5,7 +5,7 @@ from pathlib import Path
 from normlab.errors import UserError
 from normlab.evaluation.evaluation import Evaluation
 from normlab.interchange.certificate import Certificate
-from normlab.runs.run import Run
+from normlab.runs import Run
 
 NAME = "README.md"
 _MARK = "<!-- normlab's model card of {file} -->"
@@ -35,7 +35,7 @@ def card(
     """Write the card as Markdown: how to use the model, data, recipe, scores, limits."""
     task, recipe = run.task, run.task.recipe
     low, high = evaluation.interval
-    settings = ", ".join(f"{k} {v}" for k, v in recipe.as_dict().items() if v is not None)
+    settings = ", ".join(f"{k} {v}" for k, v in recipe.settings().items() if v is not None)
     usage = _ONNX_USE if model.suffix == ".onnx" else _KERAS_USE
     names = ", ".join(task.class_names)
     size = task.image_size

@@ -13,8 +13,9 @@ from normlab.core.files import digest, write_json, write_tensors
 from normlab.core.sandbox import LimitError, limited
 from normlab.data import load
 from normlab.errors import DataError, UserError
-from normlab.recipes import notebook
-from normlab.runs.run import Run, Task, create_folder
+from normlab.evaluation import evaluate
+from normlab.recipes.notebook import notebook
+from normlab.runs import Run, Task, create_folder
 
 SECONDS = 30.0  # that reading the file may take
 
@@ -59,7 +60,7 @@ def import_model(
     except LimitError as e:
         raise LimitError(f"{path}: {e}") from None
     task = Task(
-        recipe=replace(notebook(), name="imported", norm=found.norm),
+        recipe=replace(notebook().override(norm=found.norm), name="imported"),
         seed=0,
         data=images.name if data is None else str(data),
         data_sha256=images.sha256,
@@ -76,7 +77,7 @@ def import_model(
     write_tensors(folder / "last.safetensors", network.state_dict())
     run = Run(folder, task)
     started = time.perf_counter()
-    evaluation = run.evaluate(images)
+    evaluation = evaluate(run, images)
     result: dict[str, Any] = {
         "run": str(folder),
         "recipe": task.recipe.name,

@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from normlab.errors import UserError
+from normlab.evaluation.forward import logits_of
 from normlab.formats.keras_files import read_notebook
 from normlab.formats.keras_layout import SNAKE_CASE
 from normlab.interchange.certificate import Certificate, Check
 from normlab.interchange.keras_layers import KerasLayer, layers_of
 from normlab.models import NotebookNet
-from normlab.runs.run import Run
-from normlab.training.loop import predict_logits
+from normlab.runs import Run
 
 # The oldest Keras that reads what is written here.
 KERAS_VERSION = "3.0.0"
@@ -45,7 +45,7 @@ def certified(
         UserError: a network that has no Keras form here, or one that only Keras can check where
             Keras is missing.
     """
-    name, size = run.task.recipe.model, run.task.image_size
+    name, size = run.task.recipe.model.name, run.task.image_size
     layers = layers_of(model, size)
     metadata: dict[str, Any] = {"class_names": run.task.class_names}
     content = model_file(name, layers, size, metadata)
@@ -90,7 +90,7 @@ def _our_answers(
     model = NotebookNet(num_classes=classes, image_size=size, norm=found.norm)
     state = {name: torch.from_numpy(values) for name, values in found.state.items()}
     model.load_state_dict(state, strict=False)
-    answers = predict_logits(model, images).double().softmax(1).numpy()
+    answers = logits_of(model, images).double().softmax(1).numpy()
     return answers, "normlab's own reader, Keras not being installed"
 
 

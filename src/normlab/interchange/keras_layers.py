@@ -11,7 +11,7 @@ from normlab.errors import UserError
 from normlab.formats.keras_layout import WEIGHTS, notebook_layers
 from normlab.layers import BatchNorm
 from normlab.models import FastNet, NotebookNet
-from normlab.models.fast import LOGIT_SCALE, Block
+from normlab.models.fast import Block
 
 Arrays = list[NDArray[np.float32]]
 
@@ -83,7 +83,7 @@ def _fast(model: FastNet) -> list[KerasLayer]:
         norms = [_norm(f"norm{i}", block.norm)] if isinstance(block.norm, BatchNorm) else []
         relu = KerasLayer("Activation", {"activation": "relu", "name": f"relu{i}"})
         layers += [relu, *norms] if block.norm_last else [*norms, relu]
-    output = model.output.weight * LOGIT_SCALE
+    output = model.output.weight * model.logit_scale
     config = {"units": len(output), "activation": "softmax", "use_bias": False, "name": "output"}
     return [
         *layers,

@@ -29,7 +29,7 @@ from normlab.interchange.steps import (
     Step,
     chain_of,
 )
-from normlab.runs.run import Run
+from normlab.runs import Run
 
 # Old enough for every runtime of the last years; nothing here needs more.
 OPSET, IR_VERSION = 17, 8

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normlab.errors import UserError
 from normlab.layers import BatchNorm
 from normlab.models import FastNet, NotebookNet
-from normlab.models.fast import LOGIT_SCALE, PATCH, Block
+from normlab.models.fast import PATCH, Block
 
 Array = NDArray[np.float64]
 
@@ -161,7 +161,7 @@ def _notebook(model: NotebookNet, image_size: int) -> list[Step]:
         *activate([_reordered(norm, order) for norm in hidden_norm]),
         replace(hidden, kernel=hidden.kernel[:, order]),
         *activate(_norm("batch_normalization_4", model.batch_normalization_4)),
-        _dense("output", model.output),
+        _dense("output", model.output, model.logit_scale),
     ]
 
 
@@ -180,7 +180,7 @@ def _fast(model: FastNet) -> list[Step]:
         if isinstance(block.pool, nn.MaxPool2d):
             steps.append(MaxPool())
         steps += [Relu(), *norm] if block.norm_last else [*norm, Relu()]
-    output = _array(model.output.weight) * LOGIT_SCALE
+    output = _array(model.output.weight) * model.logit_scale
     return [*steps, GlobalMax(), Dense("output", output, np.zeros(len(output)))]
 
 
@@ -195,8 +195,8 @@ def _conv(name: str, conv: nn.Conv2d) -> Conv:
     return Conv(name, _array(conv.weight), bias, padding, stride)
 
 
-def _dense(name: str, dense: nn.Linear) -> Dense:
-    return Dense(name, _array(dense.weight), _array(dense.bias))
+def _dense(name: str, dense: nn.Linear, scale: float = 1.0) -> Dense:
+    return Dense(name, _array(dense.weight) * scale, _array(dense.bias) * scale)
 
 
 def _norm(name: str, norm: nn.Module) -> list[Norm]:

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from normlab.core.files import digest, write_atomic
 from normlab.data import ImageData
 from normlab.errors import UserError
-from normlab.evaluation.evaluation import Evaluation
+from normlab.evaluation import Evaluation, evaluate
 from normlab.interchange.card import NAME, card, check_place
 from normlab.interchange.certificate import Certificate, Check, certify
-from normlab.runs.run import Run
+from normlab.runs import Run
 
 # Each format's ending and the modules it needs, which the extra of the same name installs.
 FORMATS = {"onnx": (".onnx", ("onnx", "onnxruntime")), "keras": (".keras", ("h5py",))}
@@ -76,7 +76,7 @@ def checked_against(
             f"data {run.task.data!r} are not those that run {str(run.path)!r} was trained on "
             f"({images.sha256[:12]}… now, {run.task.data_sha256[:12]}… then): bring those back"
         )
-    evaluation = run.evaluate(images, weights=weights)
+    evaluation = evaluate(run, images, weights=weights)
 
     def check(exported: NDArray[np.floating], checked_with: str) -> Certificate:
         certificate = certify(

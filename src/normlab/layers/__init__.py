@@ -1,10 +1,7 @@
 """Layers with their conventions stated where they bite."""
 
-from collections.abc import Callable
-
 from torch import nn
 
-from normlab.errors import UserError
 from normlab.layers.batchnorm import CONVENTIONS, BatchNorm, Convention, moments, normalize
 from normlab.layers.dropout import Dropout
 from normlab.layers.fused import (
@@ -15,32 +12,28 @@ from normlab.layers.fused import (
     relu_dropout,
     relu_dropout_norm,
 )
-from normlab.layers.norms import GroupNorm, InstanceNorm, LayerNorm
+from normlab.layers.norms import GroupNorm, InstanceNorm, LayerNorm, NoNorm
 from normlab.layers.weights import Conv2d, Dense, Flatten, conv3x3
+from normlab.recipes.families import NORMS
 
 
-class NoNorm(nn.Identity):
-    """The place of a normaliser that was left out; what passes it can still be looked at."""
-
-
-NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "batch": BatchNorm,
-    "none": lambda num_features: NoNorm(),
-    "layer": LayerNorm,
-    "group": GroupNorm,
-    "instance": InstanceNorm,
-}
-
-
-def normalizer(norm: str, num_features: int) -> nn.Module:
+def normalizer(
+    norm: str, num_features: int, *, momentum: float = 0.99, epsilon: float = 1e-3
+) -> nn.Module:
     """Make the normaliser called `norm` for C = `num_features` channels.
+
+    Args:
+        momentum: m of batch normalisation, running ← m·running + (1 − m)·batch.
+        epsilon: ε, added to the variance.
 
     Raises:
         UserError: an unknown name.
     """
-    if norm not in NORMS:
-        raise UserError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}")
-    return NORMS[norm](num_features)
+    kind = NORMS[norm]
+    if kind is BatchNorm:
+        return BatchNorm(num_features, momentum=momentum, eps=epsilon)
+    layer: nn.Module = kind(num_features, eps=epsilon)
+    return layer
 
 
 __all__ = [

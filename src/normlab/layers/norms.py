@@ -113,6 +113,13 @@ class InstanceNorm(GroupNorm):
         super().__init__(num_features, num_features, eps=eps)
 
 
+class NoNorm(nn.Identity):
+    """The place of a normaliser that was left out; what passes it can still be looked at."""
+
+    def __init__(self, num_features: int = 0, *, eps: float = EPS) -> None:
+        super().__init__()
+
+
 def default_groups(num_features: int) -> int:
     """The largest divisor of C up to 32.
 

@@ -7,6 +7,8 @@ Pooling comes before the normaliser and ReLU, which then touch a quarter of the 
 Whitening and identity filters follow airbench (Jordan 2024, arXiv 2404.00498, sections 3.1 to 3.2).
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,14 +17,10 @@ from torch.nn.functional import conv2d, relu
 
 from normlab.core.streams import stream
 from normlab.errors import UserError
-from normlab.layers import BatchNorm, Conv2d, MaxPool2d, conv_pool, norm_relu, normalizer
+from normlab.layers import Conv2d, MaxPool2d, NoNorm, conv_pool, norm_relu, normalizer
 
 PATCH = 3  # pixels, high and wide
 STATISTICS_IMAGES = 1_000
-# Maxima are large; without this the first logits are, too, and the first steps go to waste.
-LOGIT_SCALE = 1 / 3
-# A run of some hundred steps ends before Keras' 0.99 has forgotten its first weights.
-RUNNING_MOMENTUM = 0.6
 
 
 class Whitening(nn.Module):
@@ -80,18 +78,16 @@ class Block(nn.Module):
         c_out: int,
         *,
         pooled: bool,
-        norm: str,
+        norm: nn.Module,
         norm_position: str | None,
         rng: np.random.Generator,
     ) -> None:
         super().__init__()
-        self.conv = Conv2d(c_in, c_out, padding=1, bias=norm == "none", rng=rng)
+        self.conv = Conv2d(c_in, c_out, padding=1, bias=isinstance(norm, NoNorm), rng=rng)
         with torch.no_grad():
             nn.init.dirac_(self.conv.weight[: min(c_in, c_out)])
         self.pool = MaxPool2d(2) if pooled else nn.Identity()
-        self.norm = normalizer(norm, c_out)
-        if isinstance(self.norm, BatchNorm):
-            self.norm.momentum = RUNNING_MOMENTUM
+        self.norm = norm
         self.norm_last = norm_position == "after"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,6 +112,8 @@ class FastNet(nn.Module):
         image_size: H = W, at least 16.
         norm: a name in `normlab.layers.NORMS`.
         norm_position: of each block's, `before` the ReLU, as if None, or `after` it.
+        norm_momentum, norm_epsilon: of the normalisers; see `normlab.layers.normalizer`.
+        logit_scale: factor of the last answers.
         seed: of the initial values.
         components: of the whitening.
         stages: channels of the blocks of each stage.
@@ -128,6 +126,9 @@ class FastNet(nn.Module):
         image_size: int = 32,
         norm: str = "batch",
         norm_position: str | None = None,
+        norm_momentum: float = 0.6,
+        norm_epsilon: float = 1e-3,
+        logit_scale: float = 1 / 3,
         seed: int = 0,
         components: int = 12,
         stages: tuple[tuple[int, ...], ...] = ((16,), (64,), (128, 128)),
@@ -135,6 +136,7 @@ class FastNet(nn.Module):
         super().__init__()
         if image_size < 16:
             raise UserError(f"image size {image_size}: this network needs at least 16 × 16 pixels")
+        self.logit_scale = logit_scale
         self.whitening = Whitening(components)
         c_in = 2 * components
         blocks: list[Block] = []
@@ -144,7 +146,7 @@ class FastNet(nn.Module):
                 block = Block(
                     *(c_in, c_out),
                     pooled=place == 0,
-                    norm=norm,
+                    norm=normalizer(norm, c_out, momentum=norm_momentum, epsilon=norm_epsilon),
                     norm_position=norm_position,
                     rng=rng,
                 )
@@ -167,5 +169,9 @@ class FastNet(nn.Module):
         """Logits (N, K) of pixels (N, 3, H, W) in [0, 1]; `rng` is not used: no dropout here."""
         h = self.whitening(x.contiguous(memory_format=torch.channels_last))  # (N, 24, 32, 32)
         h = self.blocks(h)  # (N, 128, 4, 4) for images of 32 × 32
-        logits: Tensor = self.output(h.amax((2, 3))) * LOGIT_SCALE  # (N, K)
+        logits: Tensor = self.output(h.amax((2, 3))) * self.logit_scale  # (N, K)
         return logits
+
+
+wide = partial(FastNet, components=16, stages=((32, 32), (128, 128), (128, 128)))
+wider = partial(FastNet, components=16, stages=((64, 64), (256, 256), (256, 256)))

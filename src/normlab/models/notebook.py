@@ -1,5 +1,7 @@
 """The seed notebook's network, layer for layer."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,8 @@ class NotebookNet(nn.Module):
         norm: a name in `normlab.layers.NORMS`.
         norm_position: `after` ReLU, pooling and dropout, right before the next layer with weights,
             as if None; or `before`: after pooling, before ReLU and dropout. The input's stays.
+        norm_momentum, norm_epsilon: of the normalisers; see `normlab.layers.normalizer`.
+        logit_scale: factor of the last answers.
         seed: of the initial values.
     """
 
@@ -43,9 +47,14 @@ class NotebookNet(nn.Module):
         image_size: int = 32,
         norm: str = "batch",
         norm_position: str | None = None,
+        norm_momentum: float = 0.99,
+        norm_epsilon: float = 1e-3,
+        logit_scale: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.logit_scale = logit_scale
+        place = partial(normalizer, norm, momentum=norm_momentum, epsilon=norm_epsilon)
         if image_size < 8:
             raise UserError(f"image size {image_size}: this network needs at least 8 × 8 pixels")
         side = (image_size - 2) // 2 // 2
@@ -54,21 +63,21 @@ class NotebookNet(nn.Module):
         def rng(layer: str) -> np.random.Generator:
             return stream(seed, "init", layer)
 
-        self.batch_normalization = normalizer(norm, 3)
+        self.batch_normalization = place(3)
         self.conv1 = Conv2d(3, 32, padding=0, rng=rng("conv1"))
         self.dropout = Dropout(0.2)
-        self.batch_normalization_1 = normalizer(norm, 32)
+        self.batch_normalization_1 = place(32)
         self.conv2 = Conv2d(32, 32, padding=1, rng=rng("conv2"))
         self.pool1 = MaxPool2d(2)
-        self.batch_normalization_2 = normalizer(norm, 32)
+        self.batch_normalization_2 = place(32)
         self.conv3 = Conv2d(32, 64, padding=1, rng=rng("conv3"))
         self.pool2 = MaxPool2d(2)
         self.flatten = Flatten()
         self.dropout_1 = Dropout(0.2)
-        self.batch_normalization_3 = normalizer(norm, side * side * 64)
+        self.batch_normalization_3 = place(side * side * 64)
         self.hidden = Dense(side * side * 64, 512, rng=rng("hidden"))
         self.dropout_2 = Dropout(0.2)
-        self.batch_normalization_4 = normalizer(norm, 512)
+        self.batch_normalization_4 = place(512)
         self.output = Dense(512, num_classes, rng=rng("output"))
 
     def forward(self, x: Tensor, rng: np.random.Generator | None = None) -> Tensor:
@@ -83,7 +92,7 @@ class NotebookNet(nn.Module):
         h = self.hidden(h)  # (N, 512)
         h = self.activate(h, self.dropout_2, self.batch_normalization_4, rng)
         logits: Tensor = self.output(h)  # (N, K)
-        return logits
+        return logits if self.logit_scale == 1 else logits * self.logit_scale
 
     def activate(
         self,

@@ -1,5 +1,7 @@
 """The network of figure 1 of the batch normalisation paper."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,8 @@ class SigmoidNet(nn.Module):
         image_size: H = W, at least 28.
         norm: a name in `normlab.layers.NORMS`.
         norm_position: of the normalisers, `before` the sigmoid, as if None, or `after` it.
+        norm_momentum, norm_epsilon: of the normalisers; see `normlab.layers.normalizer`.
+        logit_scale: factor of the last answers.
         seed: of the initial values.
     """
 
@@ -37,9 +41,14 @@ class SigmoidNet(nn.Module):
         image_size: int = 28,
         norm: str = "batch",
         norm_position: str | None = None,
+        norm_momentum: float = 0.99,
+        norm_epsilon: float = 1e-3,
+        logit_scale: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.logit_scale = logit_scale
+        place = partial(normalizer, norm, momentum=norm_momentum, epsilon=norm_epsilon)
         if image_size < SIDE:
             raise UserError(f"image size {image_size}: this network needs at least 28 × 28 pixels")
         self.norm_last = norm_position == "after"
@@ -48,7 +57,7 @@ class SigmoidNet(nn.Module):
         width = SIDE * SIDE
         for i in range(1, HIDDEN + 1):
             self.add_module(f"dense{i}", _gaussian(width, UNITS, stream(seed, "init", f"dense{i}")))
-            self.add_module(f"norm{i}", normalizer(norm, UNITS))
+            self.add_module(f"norm{i}", place(UNITS))
             width = UNITS
         self.output = _gaussian(width, num_classes, stream(seed, "init", "output"))
 
@@ -61,7 +70,7 @@ class SigmoidNet(nn.Module):
             h = dense(h)  # (N, 100)
             h = norm(torch.sigmoid(h)) if self.norm_last else torch.sigmoid(norm(h))
         logits: Tensor = self.output(h)  # (N, K)
-        return logits
+        return logits if self.logit_scale == 1 else logits * self.logit_scale
 
 
 def _gaussian(c_in: int, c_out: int, rng: np.random.Generator) -> nn.Linear:

@@ -21,7 +21,7 @@ from normlab.inspection.inspected import Inspected, describe, inspected, running
 from normlab.inspection.recording import Recording
 from normlab.reports import inspection_plots as plots_inspect
 from normlab.reports.plots import png
-from normlab.runs.run import Run, open_run
+from normlab.runs import Run, open_run
 
 NUMBERS = ("dead", "grad", "weight_grad", "weight_norm", "effective_rate")
 

@@ -1,6 +1,7 @@
 """Drawings of frozen results. Each takes `ax` and returns it; nothing here computes a score."""
 
 import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def png(fig: Figure, dpi: int = 150) -> bytes:
     return buffer.getvalue()
 
 
-def plot_curve(ax: Axes, history: list[dict[str, Any]], key: str) -> Axes:
+def plot_curve(ax: Axes, history: Sequence[Mapping[str, Any]], key: str) -> Axes:
     """Draw `loss` or `accuracy` over the epochs, in training and on the validation images.
 
     Where an epoch's parts were noted, training is drawn part by part.
@@ -59,7 +60,7 @@ def plot_curve(ax: Axes, history: list[dict[str, Any]], key: str) -> Axes:
     return ax
 
 
-def draw_curves(history: list[dict[str, Any]]) -> Figure:
+def draw_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Loss and accuracy over the epochs, side by side."""
     fig = figure(9, 3.6)
     for ax, key in zip(fig.subplots(1, 2), ("loss", "accuracy"), strict=True):

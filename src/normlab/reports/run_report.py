@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shlex
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,22 @@ from normlab.core.files import write_atomic, write_json
 from normlab.data import ImageData
 from normlab.data.pictures.collection import DEFAULT_SIZE
 from normlab.evaluation.evaluation import Evaluation
+from normlab.recipes import RECIPES, changed_settings
+from normlab.recipes.settings import option_words
 from normlab.reports import plots
-from normlab.runs.run import Run
+from normlab.runs import Result, Run
 
 SHOWN_CLASSES = 20
 
 
-def write_run_report(
-    run: Run, result: dict[str, Any], evaluation: Evaluation, images: ImageData
-) -> None:
-    """Draw `curves.png` and `report.html` into the run's folder."""
+def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> None:
+    """Draw `curves.png` and `report.html` into the folder of a finished run."""
+    result = run.finished()
     curves = plots.png(plots.draw_curves(run.history))
     write_atomic(run.path / "curves.png", curves)
     recipe, environment = run.task.recipe, run.environment
     facts = [
-        ("recipe", ", ".join(f"{k} {v}" for k, v in recipe.as_dict().items() if v is not None)),
+        ("recipe", ", ".join(f"{k} {v}" for k, v in recipe.settings().items() if v is not None)),
         ("seed", run.task.seed),
         *([("start", run.task.start)] if run.task.start else []),
         ("training", f"{result['train_seconds']:.1f} s, {result['steps']:,} steps"),
@@ -64,26 +66,19 @@ def write_evaluation(evaluation: Evaluation, images: ImageData, folder: Path) ->
 
 def repeat_command(run: Run) -> str:
     """The command that trains this run again, to the same bits on the same machine."""
-    from normlab import recipes
-
-    recipe = run.task.recipe
-    words = ["normlab", "train", recipe.name, "--seed", str(run.task.seed)]
-    if recipe.name in recipes.RECIPES:
-        plain = recipes.get(recipe.name).as_dict()
-        for key, value in recipe.as_dict().items():
-            if value != plain[key]:
-                words += [f"--{key.replace('_', '-')}", str(value)]
-    if run.task.data != "cifar10":
-        words += ["--data", f'"{run.task.data}"', *_picture_options(run)]
-    if (start := run.task.start) is not None:
-        words += ["--from", f'"{start.run}"', *(["--freeze"] if start.freeze else [])]
+    task = run.task
+    words = ["normlab", "train", task.recipe.name, "--seed", str(task.seed)]
+    words += option_words(changed_settings(task.recipe))
+    words += _data_words(run)
+    if (start := task.start) is not None:
+        words += ["--from", start.run, *(["--freeze"] if start.freeze else [])]
         words += ["--statistics", start.statistics]
-    return " ".join([*words, "--threads", str(run.environment["threads"])])
+    return shlex.join([*words, "--threads", str(run.environment["threads"])])
 
 
 def closing_lines(run: Run, install_seconds: float | None = None) -> list[str]:
     """What `normlab train` ends with: the score, where time went, what is wrong, what to try."""
-    result = run.result or {}
+    result = run.finished()
     scores = result["evaluation"]
     low, high = scores["test_accuracy_interval"]
     times = [] if install_seconds is None else [f"install {install_seconds:.0f} s"]
@@ -97,7 +92,8 @@ def closing_lines(run: Run, install_seconds: float | None = None) -> list[str]:
         "",
         f"Test loss: {scores['test_loss']:.4f}",
         f"Test accuracy: {scores['test_accuracy']:.4f}   95 % interval {low:.4f} to {high:.4f}, "
-        f"over {scores['test_images']:,} test pictures; one seed, so it says nothing of seeds",
+        f"over {scores['test_images']:,} test pictures. "
+        "It covers the choice of test pictures, not the choice of seed.",
         f"Time: {', '.join(times)}",
         f"Weakest class: {weakest['name']} ({weakest['accuracy']:.1%} right), "
         f"most often taken for {weakest['taken_for']} ({weakest['share']:.1%})",
@@ -117,11 +113,12 @@ def closing_lines(run: Run, install_seconds: float | None = None) -> list[str]:
     ]
 
 
-def _own_data_lines(result: dict[str, Any]) -> list[str]:
+def _own_data_lines(result: Result) -> list[str]:
     """On data of one's own, what the score is worth: beside answers that need no network."""
-    if not result.get("baselines"):
+    baselines = result.get("baselines")
+    if not baselines:
         return []
-    rows = {"this network": result["evaluation"], **result["baselines"]}
+    rows = {"this network": result["evaluation"], **baselines}
     width = max(map(len, rows))
     lines = ["Beside simpler answers, on the same test pictures:"]
     for name, scores in rows.items():
@@ -133,26 +130,33 @@ def _own_data_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _picture_options(run: Run) -> list[str]:
-    """The options with which a run's pictures were read; other data need none."""
-    path, words = Path(run.task.data).expanduser(), []
+def _data_words(run: Run) -> list[str]:
+    """The options that name a run's data and say how its pictures were read."""
+    data = run.task.data
+    if data == "cifar10":
+        return []
+    path, words = Path(data).expanduser(), ["--data", data]
     if run.task.image_size != DEFAULT_SIZE and (path.is_dir() or path.suffix == ".parquet"):
         words += ["--image-size", str(run.task.image_size)]
     return [*words, "--skip-bad"] if run.task.skip_bad else words
 
 
 def _next_commands(run: Run) -> list[str]:
-    recipe = run.task.recipe
-    data = "" if run.task.data == "cifar10" else f' --data "{run.task.data}"'
-    data = " ".join([data, *_picture_options(run)])
-    twin = "none" if recipe.norm == "batch" else "batch"
-    fresh = [f"normlab train {recipe.name}{data}    # the same without --from"]
-    return [
-        *(fresh if run.task.start else []),
-        f"normlab train {recipe.name} --norm {twin}{data}    # its twin",
-        f"normlab train notebook{data}    # the notebook's own 25 epochs",
-        f"normlab evaluate {run.path}    # every class, plots, the surest mistakes as pictures",
-    ]
+    """What is worth doing next with a run, as commands with a reason."""
+    recipe, data = run.task.recipe, _data_words(run)
+    commands: list[tuple[list[str], str]] = []
+    if recipe.name in RECIPES:
+        train = ["normlab", "train", recipe.name]
+        if run.task.start:
+            commands.append(([*train, *data], "the same without --from"))
+        twin = "none" if recipe.norm.name == "batch" else "batch"
+        commands.append(([*train, "--norm", twin, *data], "its twin"))
+    if recipe.name != "notebook":
+        text = "the notebook's own 25 epochs"
+        commands.append((["normlab", "train", "notebook", *data], text))
+    text = "every class, plots, the surest mistakes as pictures"
+    commands.append((["normlab", "evaluate", str(run.path)], text))
+    return [f"{shlex.join(words)}    # {reason}" for words, reason in commands]
 
 
 def run_summary_html(run: Run) -> str:
@@ -161,12 +165,13 @@ def run_summary_html(run: Run) -> str:
     if result is None:
         return f"<p>unfinished run <code>{escape(str(run.path))}</code></p>"
     low, high = result["test_accuracy_interval"]
-    curves = (run.path / "curves.png").read_bytes()
+    curves = run.path / "curves.png"
+    picture = f"<img width=640 src='{_embed(curves.read_bytes())}'>" if curves.exists() else ""
     return (
         f"<p><b>{escape(run.task.recipe.name)}</b>, seed {run.task.seed}: test accuracy "
         f"<b>{result['test_accuracy']:.2%}</b> (95 % interval over test pictures {low:.2%} to "
         f"{high:.2%}) after {result['train_seconds']:.0f} s "
-        f"(<code>{escape(str(run.path))}</code>)</p><img width=640 src='{_embed(curves)}'>"
+        f"(<code>{escape(str(run.path))}</code>)</p>{picture}"
     )
 
 

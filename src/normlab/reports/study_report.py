@@ -3,23 +3,21 @@
 import csv
 import io
 import shlex
-from dataclasses import replace
 from html import escape
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from normlab import recipes
 from normlab.core.files import write_atomic, write_json
 from normlab.core.text import counted
+from normlab.recipes import changed_settings
+from normlab.recipes.settings import option_words, written
 from normlab.reports import study_figures as figures
 from normlab.statistics import level_of_look
 from normlab.study.arms import Arm
 from normlab.study.design import OUTCOMES, Design, default_contrasts
 from normlab.study.result import Study
 
-OPTIONS = ("norm", "epochs", "batch_size", "learning_rate", "validation", "patience")
 CAPTIONS = {
     "differences": "Difference in test accuracy. Dots are pairs, the diamond is their mean, the "
     "bar its interval, grey the margin of no difference.",
@@ -126,22 +124,16 @@ def tuned_lines(design: Design) -> list[str]:
 
 
 def command(study: Study) -> str:
-    """The command that makes this study, or goes on with it.
-
-    Changes of the recipe that have no option of their own are written into every arm.
-    """
+    """The command that makes this study, or goes on with it."""
     design = study.design
-    changed = _changed_settings(design)
-    hidden = {key: value for key, value in changed.items() if key not in OPTIONS}
     words = ["normlab", "compare", design.recipe.name]
     for arm in design.arms:
-        words += ["--arm", f"{arm.name}: {changes(replace(arm, changes=hidden | arm.changes))}"]
+        words += ["--arm", f"{arm.name}: {changes(arm)}"]
     if design.contrasts != default_contrasts(design.arms):
         for contrast in design.contrasts:
             words += ["--contrast", ",".join(contrast)]
     words += ["--seeds", str(design.seeds), "--first-seed", str(design.first_seed)]
-    for key in (key for key in changed if key in OPTIONS):
-        words += [f"--{key.replace('_', '-')}", str(changed[key])]
+    words += option_words(changed_settings(design.recipe))
     if design.data != "cifar10":
         words += ["--data", design.data]
         words += ["--image-size", str(design.image_size)] if design.image_size != 32 else []
@@ -155,25 +147,12 @@ def command(study: Study) -> str:
     return shlex.join(words)
 
 
-def _changed_settings(design: Design) -> dict[str, Any]:
-    """Fields of the recipe that are not as the recipe of that name has them."""
-    if design.recipe.name not in recipes.RECIPES:
-        return {}
-    plain = recipes.get(design.recipe.name).as_dict()
-    return {k: v for k, v in design.recipe.as_dict().items() if v != plain[k]}
-
-
 def changes(arm: Arm) -> str:
     """What an arm changes, as `--arm` takes it."""
     items = dict(arm.changes)
     if arm.seed_offset:
         items["seed_offset"] = arm.seed_offset
-    return ", ".join(f"{key}={_written(value)}" for key, value in items.items())
-
-
-def _written(value: object) -> str:
-    """A setting's value as `--arm` takes it."""
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    return ", ".join(f"{key}={written(value)}" for key, value in items.items())
 
 
 def methods(study: Study) -> str:
@@ -198,7 +177,7 @@ def methods(study: Study) -> str:
         f", after looks at {', '.join(map(str, d.looks))} pairs," if d.looks else ""
     )
     return (
-        f"We trained {d.recipe.model} (recipe {d.recipe.name}, "
+        f"We trained {d.recipe.model.name} (recipe {d.recipe.name}, "
         f"{counted(d.recipe.epochs, 'epoch')}) on "
         f"{d.data} ({d.train_images:,} training and {d.test_images:,} test images, SHA-256 "
         f"{d.data_sha256[:12]}) from {d.seeds} seeds, {d.first_seed} to "

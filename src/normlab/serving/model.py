@@ -18,7 +18,7 @@ from normlab.errors import DataError, UserError
 from normlab.formats.onnx_model import OnnxModel, open_onnx
 
 if TYPE_CHECKING:  # with PyTorch, which an ONNX file does not need
-    from normlab.runs.run import Run
+    from normlab.runs import Run
 
 _SAMPLES = 64
 
@@ -50,7 +50,7 @@ def open_served(path: str | Path | None) -> ServedModel:
     """
     if path is not None and Path(path).suffix.lower() == ".onnx":
         return _from_file(Path(path))
-    from normlab.runs.run import open_run
+    from normlab.runs import open_run
 
     run = open_run(path)
     if find_spec("onnx") is None:

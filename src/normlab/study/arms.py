@@ -2,16 +2,15 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from types import UnionType
-from typing import Any, get_args, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-
-from normlab.errors import UserError
-from normlab.layers import NORMS
-from normlab.recipes import Recipe
-from normlab.runs.run import Task
+from normlab.errors import UserError, nearest
+from normlab.recipes import SETTINGS, Recipe
+from normlab.recipes.families import NORMS
+from normlab.recipes.settings import Setting
+from normlab.runs import Task
+from normlab.training.preparation import check_network
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+×-]*")  # a part of a file's name, too
 SEED_OFFSET = "seed_offset"
@@ -23,7 +22,7 @@ class Arm:
 
     Attributes:
         name: in reports and file names.
-        changes: fields of `Recipe` and their values.
+        changes: settings of a recipe and their values.
         seed_offset: added to the seed of every pair. Other than 0 it takes away all that the arm
             would share with the others, as when a recipe is compared with itself.
     """
@@ -36,16 +35,10 @@ class Arm:
         """The study's recipe with this arm's changes.
 
         Raises:
-            UserError: a field that recipes do not have, or a value out of its range.
+            UserError: a setting that the recipe does not have, or a value out of its range.
         """
-        known = _known_keys()
-        for key in self.changes:
-            if key not in known:
-                raise UserError(
-                    f"arm {self.name!r}: unknown setting {key!r}: choose from {', '.join(known)}"
-                )
         try:
-            return replace(base, **self.changes)
+            return base.with_settings(self.changes)
         except UserError as e:
             raise UserError(f"arm {self.name!r}: {e}") from None
 
@@ -84,8 +77,7 @@ def parse_arm(text: str) -> Arm:
     if not colon:
         if name not in NORMS:
             raise UserError(
-                f"unknown norm {name!r}: choose from {', '.join(NORMS)}, "
-                "or describe an arm as 'NAME: key=value, …'"
+                f"unknown norm {nearest(name, NORMS)}, or describe an arm as 'NAME: key=value, …'"
             )
         return Arm(name, {"norm": name})
     changes: dict[str, Any] = {}
@@ -98,32 +90,22 @@ def parse_arm(text: str) -> Arm:
 
 
 def parse_value(key: str, text: str, where: str) -> Any:
-    """Read `text` as the type that the recipe's field `key` has.
+    """Read `text` as a value of the setting `key`.
 
     Raises:
-        UserError: an unknown key, or a text that is no such value; `where` begins the message.
+        UserError: an unknown setting, or a text that is no such value; `where` begins the message.
     """
-    hints = get_type_hints(Recipe) | {SEED_OFFSET: int}
-    known = [*_known_keys(), SEED_OFFSET]
+    known = {**SETTINGS, SEED_OFFSET: _OFFSET}
     if key not in known:
-        raise UserError(f"{where}: unknown setting {key!r}: choose from {', '.join(known)}")
-    kinds = get_args(hints[key]) if isinstance(hints[key], UnionType) else (hints[key],)
-    if type(None) in kinds and text == "none":
-        return None
-    for kind in kinds:
-        try:
-            if kind is bool and text in ("true", "false"):
-                return text == "true"
-            if kind in (int, float, str):
-                return kind(text)
-        except ValueError:
-            continue
-    wanted = " or ".join("none" if k is type(None) else getattr(k, "__name__", k) for k in kinds)
-    raise UserError(f"{where}: {key}={text}: give a value of type {wanted}")
+        raise UserError(f"{where}: unknown setting {nearest(key, known)}")
+    try:
+        return known[key].parse(text)
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
 
 
 def check_arm(arm: Arm, base: Recipe, class_names: tuple[str, ...], image_size: int) -> None:
-    """Build the arm's network and ask it for one answer, so that what it cannot do is known now.
+    """Build the arm's network and ask it for an answer, so that what it cannot do is known now.
 
     Raises:
         UserError: such as `instance` on a layer whose input is a vector.
@@ -137,11 +119,17 @@ def check_arm(arm: Arm, base: Recipe, class_names: tuple[str, ...], image_size: 
         image_size=image_size,
     )
     try:
-        with torch.no_grad():
-            task.build().eval()(torch.zeros(1, 3, image_size, image_size))
+        check_network(task)
     except UserError as e:
         raise UserError(f"arm {arm.name!r}: {e}") from None
 
 
-def _known_keys() -> list[str]:
-    return [f.name for f in fields(Recipe) if f.name != "name"]
+_OFFSET = Setting(
+    name=SEED_OFFSET,
+    kind=int,
+    optional=False,
+    help="",
+    names=(),
+    allowed=lambda value: True,
+    remedy="",
+)

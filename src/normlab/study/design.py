@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from normlab.core.files import write_json
-from normlab.errors import DataError, UserError
+from normlab.core.records import read_json, typed
+from normlab.errors import UserError
 from normlab.recipes import Recipe
-from normlab.runs.run import Task, read_json
+from normlab.runs import Task
 from normlab.statistics import level_of_look, smallest_p
 from normlab.study.arms import Arm
 
@@ -164,7 +165,7 @@ class Design:
 
 def scaled(recipe: Recipe, setting: str, factor: float) -> Recipe:
     """`recipe` with one setting multiplied."""
-    return replace(recipe, **{setting: getattr(recipe, setting) * factor})
+    return recipe.with_settings({setting: recipe.settings()[setting] * factor})
 
 
 def enough_pairs(contrasts: int, look: int = 1) -> int:
@@ -190,10 +191,11 @@ def differences(then: Design, now: Design) -> list[str]:
         if key in ("seeds", "looks", "data", "environment", "outcomes"):
             continue
         if key == "recipe":
+            old, new = then.recipe.settings(), now.recipe.settings()
             found += [
-                f"{k} ({was[key][k]} then, {asked[key][k]} now)"
-                for k in was[key]
-                if was[key][k] != asked[key].get(k)
+                f"{k} ({old.get(k)} then, {new.get(k)} now)"
+                for k in {**old, **new}
+                if old.get(k) != new.get(k)
             ]
         elif key == "arms" and was[key] != asked[key]:
             found.append(f"arms ({_tell(then.arms)} then, {_tell(now.arms)} now)")
@@ -220,35 +222,7 @@ def load(folder: Path) -> Design | None:
     if not path.exists():
         return None
     values = read_json(path)
-    try:
-        tuning = values["tuning"]
-        return Design(
-            recipe=Recipe.from_dict(values["recipe"]),
-            arms=tuple(Arm(**arm) for arm in values["arms"]),
-            contrasts=tuple((first, other) for first, other in values["contrasts"]),
-            seeds=int(values["seeds"]),
-            first_seed=int(values["first_seed"]),
-            margin=float(values["margin"]),
-            thresholds=tuple(values["thresholds"]),
-            checks=int(values["checks"]),
-            threads=int(values["threads"]),
-            data=str(values["data"]),
-            data_sha256=str(values["data_sha256"]),
-            class_names=tuple(values["class_names"]),
-            image_size=int(values["image_size"]),
-            train_images=int(values["train_images"]),
-            test_images=int(values["test_images"]),
-            skip_bad=bool(values.get("skip_bad", False)),
-            environment=dict(values["environment"]),
-            tuning=None
-            if tuning is None
-            else Tuning(**{**tuning, "factors": tuple(tuning["factors"])}),
-            looks=tuple(values["looks"]),
-        )
-    except (KeyError, TypeError, ValueError, OverflowError) as e:
-        if isinstance(e, UserError):
-            raise
-        raise DataError(f"{path} is not a study's plan ({e!r}): choose another --out") from None
+    return typed(values, Design, path, recipe=Recipe.from_dict(values.get("recipe")))
 
 
 def _tell(arms: Sequence[Arm]) -> str:

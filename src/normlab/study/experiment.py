@@ -50,6 +50,7 @@ def compare(
     thresholds: Sequence[float] = THRESHOLDS,
     checks: int = CHECKS,
     progress: Progress | None = None,
+    settings: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Study:
     """Train every arm from the same seeds and say which is better, and how sure that is.
@@ -77,7 +78,8 @@ def compare(
         thresholds: validation accuracies whose steps are counted.
         checks: at least so many checks of validation accuracy a run.
         progress: told of each run; None for plain lines.
-        **changes: fields of `Recipe` to replace for all arms.
+        settings: of the recipe, to replace for all arms; here None is a value.
+        **changes: the same; None leaves a setting as it is.
 
     Raises:
         UserError: something asked for is not possible, or another plan is in the folder.
@@ -90,7 +92,7 @@ def compare(
             "only pictures from a folder or parquet are resized"
         )
     wanted = _design(
-        recipes.get(recipe).override(**changes),
+        recipes.get(recipe).override(**changes).with_settings(settings or {}),
         make_arms(arms),
         _name(data, images),
         images,

@@ -11,15 +11,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from normlab.api.train import make_plan, new_state
 from normlab.core.environment import describe, settings
 from normlab.core.files import digest, write_json
+from normlab.core.records import read_json, typed
 from normlab.data import ImageData
 from normlab.errors import DataError, NonFiniteError, UserError
-from normlab.runs.run import Task, read_json
-from normlab.training.loop import Observer, Plan, State, fit, predict_logits, score
+from normlab.evaluation.forward import logits_of
+from normlab.evaluation.metrics import cross_entropy, right
+from normlab.evaluation.scores import score
+from normlab.runs import Task
+from normlab.training.averaging import averaged
+from normlab.training.loop import fit
+from normlab.training.preparation import make_plan, new_state
+from normlab.training.state import Observer, Plan, State
 
 Curve = list[tuple[int, float]]
 
@@ -97,12 +102,14 @@ class _Checks:
         now = time.perf_counter()
         if self._last is not None and batch < batches:  # an epoch's last step holds its validation
             self.seconds.append(now - self._last)
-        if len(self.plan.validation):
+        held_out = self.plan.validation
+        if len(held_out):
             if batch == batches:
                 self._note(state.step, state.history[-1]["val_accuracy"])
             elif batch in {round(i * batches / self.per_epoch) for i in range(1, self.per_epoch)}:
-                device = next(state.model.parameters()).device
-                self._note(state.step, score(state.model, self.plan.validation, device)[1])
+                with averaged(state.model, state.average, self.plan.train.images):
+                    found = score(state.model, held_out.images, held_out.labels)
+                self._note(state.step, found.accuracy)
         self._last = time.perf_counter()
 
     def _note(self, step: int, accuracy: float) -> None:
@@ -136,7 +143,7 @@ def train_one(
             fit(plan, state, device, (watch, *observers))
         except NonFiniteError as e:
             diverged = str(e).split(":")[0]
-        logits = predict_logits(state.model, images.x_test) if test else None
+        logits = logits_of(state.model, images.x_test) if test else None
     if diverged is None and logits is not None and not logits.isfinite().all():
         diverged = "its answers to the test images are not finite"
     curve = None if not len(plan.validation) else watch.curve
@@ -175,11 +182,11 @@ def _test_scores(
     if diverged:
         return {"test_accuracy": 1 / k, "test_loss": math.log(k), "test_correct": None}
     labels = torch.from_numpy(images.y_test.astype(np.int64))
-    right = (logits.argmax(1) == labels).numpy()
+    answered = right(logits, labels).numpy()
     return {
-        "test_accuracy": float(right.mean()),
-        "test_loss": cross_entropy(logits.double(), labels).item(),
-        "test_correct": pack(right),
+        "test_accuracy": float(answered.mean()),
+        "test_loss": cross_entropy(logits, labels),
+        "test_correct": pack(answered),
     }
 
 
@@ -215,12 +222,8 @@ def load(folder: Path, task: Task, arm: str, seed: int) -> Outcome | None:
     path = path_of(folder, arm, seed)
     if not path.exists():
         return None
-    try:
-        values = read_json(path)
-        outcome = Outcome(**{**values, "curve": [(int(s), float(a)) for s, a in values["curve"]]})
-        its_task = Task.from_dict(outcome.task)
-    except (KeyError, TypeError, ValueError, OverflowError) as e:
-        raise DataError(f"{path} is not a run's file ({e}): remove it to repeat the run") from None
+    outcome = typed(read_json(path), Outcome, path)
+    its_task = Task.from_dict(outcome.task, path)
     if replace(its_task, data="") != replace(task, data=""):
         raise DataError(f"{path} is of another recipe, seed or data: remove it to repeat the run")
     return outcome

@@ -26,7 +26,7 @@ from normlab.core.children import safe_children
 from normlab.data import ImageData
 from normlab.data import load as load_data
 from normlab.errors import DataError
-from normlab.runs.run import Task
+from normlab.runs import Task
 from normlab.study.outcomes import Outcome, train_one
 from normlab.training.loop import Interrupted
 

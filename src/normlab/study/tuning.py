@@ -1,10 +1,10 @@
 """Each arm's own best value of one setting, found on validation images before the study."""
 
 from dataclasses import replace
-from typing import Any, get_type_hints
+from typing import Any
 
-from normlab.errors import UserError
-from normlab.recipes import Recipe
+from normlab.errors import UserError, nearest
+from normlab.recipes import SETTINGS
 from normlab.study.design import TUNING_SEED, Design, Tuning, scaled
 from normlab.study.outcomes import Outcome
 from normlab.study.runner import Job
@@ -21,9 +21,9 @@ def parse_tuning(text: str | None) -> Tuning | None:
     if text is None:
         return None
     setting, _, rest = text.partition("=")
-    tunable = [name for name, kind in get_type_hints(Recipe).items() if kind is float]
+    tunable = [s.name for s in SETTINGS.values() if s.kind is float]
     if setting not in tunable:
-        raise UserError(f"tune={text}: {setting!r} is none of {', '.join(tunable)}")
+        raise UserError(f"tune={text}: unknown setting {nearest(setting, tunable)}")
     try:
         factors = tuple(dict.fromkeys(float(factor) for factor in rest.split(",")))
     except ValueError:

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normlab.evaluation.population import evenly, population_moments, set_statistics, untouched
+from normlab.evaluation.forward import untouched
+from normlab.evaluation.population import evenly, population_moments, set_statistics
 
 WARM_UP = 9  # steps: half of the average is younger than about t/2 while it warms up
 
@@ -33,7 +34,7 @@ def update(average: dict[str, Tensor], model: nn.Module, ema: float, step: int) 
 
 
 @torch.no_grad()
-def adopt(model: nn.Module, average: dict[str, Tensor], images: NDArray[np.uint8]) -> None:
+def use_average(model: nn.Module, average: dict[str, Tensor], images: NDArray[np.uint8]) -> None:
     """Give the model its averaged weights, and the statistics that these have on `images`.
 
     Args:
@@ -51,7 +52,10 @@ def adopt(model: nn.Module, average: dict[str, Tensor], images: NDArray[np.uint8
 def averaged(
     model: nn.Module, average: dict[str, Tensor], images: NDArray[np.uint8]
 ) -> Iterator[None]:
-    """Lend the model out with its averaged weights; without an average, as it is."""
+    """Load the averaged weights into the model for the duration of the `with` block.
+
+    Does nothing if there are none.
+    """
     if not average:
         yield
         return
@@ -59,7 +63,7 @@ def averaged(
     own = {name: parameters[name].detach().clone() for name in average}
     with untouched(model):
         try:
-            adopt(model, average, images)
+            use_average(model, average, images)
             yield
         finally:
             with torch.no_grad():

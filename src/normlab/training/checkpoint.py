@@ -12,10 +12,17 @@ from typing import Any
 
 import torch
 
-from normlab.core.files import Tensors, read_tensors, sweep, write_atomic, write_tensors
+from normlab.core.files import (
+    Tensors,
+    is_finite,
+    read_tensors,
+    sweep,
+    write_atomic,
+    write_tensors,
+)
 from normlab.errors import DataError
-from normlab.training.loop import Plan, State, Totals, is_finite
 from normlab.training.optimisers import Optimizer
+from normlab.training.state import Hook, State, StepResult, Totals
 
 CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
@@ -23,20 +30,20 @@ SECONDS_BETWEEN = 45.0
 
 
 @dataclass
-class Keeper:
-    """Writes down what must survive: history and best weights each epoch, a checkpoint at times."""
+class Checkpoints(Hook):
+    """Writes what must survive: history and best weights each epoch, a checkpoint at times.
+
+    It is the last hook, since what the others add to the history is written, too.
+    """
 
     folder: Path
     saved_at: float = 0.0
 
-    def before_training(self, plan: Plan) -> None:
-        """Nothing yet: the start can be had from the seed."""
-
-    def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
-        if batch == batches:
+    def after_step(self, state: State, done: StepResult) -> None:
+        if done.ends_epoch:
             lines = [json.dumps(row) + "\n" for row in state.history]
             write_atomic(self.folder / "history.jsonl", "".join(lines).encode())
-            if state.best_epoch == epoch + 1:
+            if state.best_epoch == done.epoch + 1:
                 write_tensors(self.folder / "best.safetensors", state.best_weights)
         if state.seconds - self.saved_at >= SECONDS_BETWEEN:
             save(self.folder, state)
@@ -49,7 +56,7 @@ def save(folder: Path, state: State) -> None:
     After an update that made a weight NaN or infinite, which the next step will end with, the one
     before stays the newest.
     """
-    if not is_finite(state.model):
+    if not is_finite(state.model.state_dict()):
         return
     tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
     tensors |= {f"best.{k}": v for k, v in state.best_weights.items()}

@@ -1,13 +1,16 @@
-"""Optimisers and schedules: Keras' Adam on PyTorch's fused kernel, Muon for the fast recipes."""
+"""Optimisers: Keras' Adam on PyTorch's fused kernel, Muon for the fast recipes, plain SGD.
+
+Their numbers are declared in `normlab.recipes.optimizers`, under the same names.
+"""
 
 import math
-from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normlab.recipes import Recipe
+from normlab.recipes import optimizers as recipes
 
 
 class Optimizer:
@@ -40,8 +43,8 @@ class Optimizer:
 class SGD(Optimizer):
     """θ ← θ − lr·g, nothing else."""
 
-    def __init__(self, params: list[torch.nn.Parameter], lr: float) -> None:
-        super().__init__([{"params": params}], lr=lr)
+    def __init__(self, params: list[torch.nn.Parameter], learning_rate: float) -> None:
+        super().__init__([{"params": params}], lr=learning_rate)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -64,11 +67,13 @@ class Adam(Optimizer):
     def __init__(
         self,
         params: list[torch.nn.Parameter],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        keras_eps: float = 1e-7,
+        learning_rate: float = 1e-3,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        epsilon: float = 1e-7,
     ) -> None:
-        super().__init__([{"params": params}], lr=lr, betas=betas, keras_eps=keras_eps)
+        betas = beta1, beta2
+        super().__init__([{"params": params}], lr=learning_rate, betas=betas, keras_eps=epsilon)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -128,31 +133,31 @@ class Muon(Optimizer):
         v ← m·v + g + λ·θ
         θ ← θ − r·(g + λ·θ + m·v)
 
-    r is `sgd_lr` for dense weights and eight times that for biases, γ and β, whose λ is an eighth:
-    rate times decay is one number for all (Jordan 2024, arXiv 2404.00498, section 3.4, has 64).
+    r is `sgd_rate` for dense weights and `bias_factor` times that for biases, γ and β, whose λ is
+    so much smaller: rate times decay is one number for all (Jordan 2024, arXiv 2404.00498, section
+    3.4, has a factor of 64).
     """
-
-    BIAS_FACTOR = 8
 
     def __init__(
         self,
         params: list[torch.nn.Parameter],
-        lr: float = 0.15,
+        learning_rate: float = 0.15,
         momentum: float = 0.6,
-        sgd_lr: float = 0.37,
+        newton_schulz_steps: int = 3,
+        sgd_rate: float = 0.37,
         sgd_momentum: float = 0.85,
+        bias_factor: float = 8.0,
         weight_decay: float = 1.3e-3,
     ) -> None:
         dense = {"momentum": sgd_momentum, "orthogonal": False}
-        factor = self.BIAS_FACTOR
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in params if p.ndim == 4], "lr": lr},
-            {"params": [p for p in params if p.ndim == 2], "lr": sgd_lr, **dense},
-            {"params": [p for p in params if p.ndim == 1], "lr": factor * sgd_lr, **dense},
+            {"params": [p for p in params if p.ndim == 4], "lr": learning_rate},
+            {"params": [p for p in params if p.ndim == 2], "lr": sgd_rate, **dense},
+            {"params": [p for p in params if p.ndim == 1], "lr": bias_factor * sgd_rate, **dense},
         ]
-        groups[2]["weight_decay"] = weight_decay / factor
+        groups[2]["weight_decay"] = weight_decay / bias_factor
         defaults = {"momentum": momentum, "weight_decay": weight_decay, "orthogonal": True}
-        super().__init__(groups, **defaults)
+        super().__init__(groups, **defaults, steps=newton_schulz_steps)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -162,14 +167,14 @@ class Muon(Optimizer):
                 if "momentum" not in buffers:
                     buffers["momentum"] = torch.zeros_like(p)
                 if group["orthogonal"]:
-                    _turn(p, p.grad, buffers["momentum"], group)
+                    _turn_filters(p, p.grad, buffers["momentum"], group)
                 else:
                     _nesterov(p, p.grad, buffers["momentum"], group)
 
 
-def _turn(p: Tensor, g: Tensor, buffer: Tensor, group: dict[str, Any]) -> None:
+def _turn_filters(p: Tensor, g: Tensor, buffer: Tensor, group: dict[str, Any]) -> None:
     buffer.mul_(group["momentum"]).add_(g)
-    update = orthogonalize(g.add(buffer, alpha=group["momentum"]).flatten(1))
+    update = orthogonalize(g.add(buffer, alpha=group["momentum"]).flatten(1), group["steps"])
     p.mul_(math.sqrt(len(p)) / p.norm()).sub_(update.view_as(p), alpha=group["lr"])
 
 
@@ -179,48 +184,14 @@ def _nesterov(p: Tensor, g: Tensor, buffer: Tensor, group: dict[str, Any]) -> No
     p.sub_(g.add(buffer, alpha=group["momentum"]), alpha=group["lr"])
 
 
-def constant(done: float) -> float:
-    """Share of the learning rate after the share `done` of the steps: all of it."""
-    return 1.0
+# Which class carries out the settings of which kind.
+OPTIMIZERS: dict[type, type[Any]] = {recipes.Adam: Adam, recipes.SGD: SGD, recipes.Muon: Muon}
 
 
-def triangle(done: float, start: float = 0.2, peak: float = 0.23, end: float = 0.07) -> float:
-    """Share of the learning rate: straight up from `start` to 1 at `peak`, straight down to `end`.
-
-    >>> [round(triangle(t), 3) for t in (0, 0.115, 0.23, 0.615, 1)]
-    [0.2, 0.6, 1.0, 0.535, 0.07]
-    """
-    if done < peak:
-        return start + (1 - start) * done / peak
-    return end + (1 - end) * (1 - done) / (1 - peak)
-
-
-def to_zero(done: float) -> float:
-    """Share of the learning rate: as `triangle`, but down to 0.
-
-    >>> [round(to_zero(t), 3) for t in (0, 0.115, 0.23, 0.615, 1)]
-    [0.2, 0.6, 1.0, 0.5, 0.0]
-    """
-    return triangle(done, end=0.0)
-
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": constant,
-    "triangle": triangle,
-    "to_zero": to_zero,
-}
-
-
-def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> Optimizer:
-    """Make the optimiser that the recipe names; `set_rate` moves its rates from step to step."""
+def make_optimizer(settings: recipes.Optimizer, model: torch.nn.Module) -> Optimizer:
+    """Make the optimiser of a recipe; `set_rate` moves its rates from step to step."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer: Optimizer
-    if recipe.optimizer == "muon":
-        optimizer = Muon(trained, lr=recipe.learning_rate, sgd_lr=recipe.sgd_rate)
-    elif recipe.optimizer == "sgd":
-        optimizer = SGD(trained, lr=recipe.learning_rate)
-    else:
-        optimizer = Adam(trained, lr=recipe.learning_rate)
+    optimizer: Optimizer = OPTIMIZERS[type(settings)](trained, **asdict(settings))
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer

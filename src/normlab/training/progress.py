@@ -7,7 +7,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from normlab.training.loop import Plan, State
+from normlab.training.state import Plan, State
 
 
 def epoch_line(row: dict[str, Any], batches: int, seconds: float) -> str:

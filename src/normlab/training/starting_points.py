@@ -23,10 +23,11 @@ from normlab.core.files import digest, read_tensors, write_tensors
 from normlab.data.batches import split_validation
 from normlab.data.images import ImageData
 from normlab.errors import DataError, UserError
-from normlab.evaluation.population import normalizers, population_moments, set_statistics
+from normlab.evaluation.forward import normalizers
+from normlab.evaluation.population import population_moments, set_statistics
 from normlab.layers import BatchNorm
 from normlab.recipes import Recipe
-from normlab.runs.run import STATISTICS, Run, Start, Task, open_run
+from normlab.runs import STATISTICS, Run, Start, Task, open_run
 
 START = "start.safetensors"
 
@@ -68,21 +69,23 @@ def choose_recipe(run: Run | None, recipe: str | Recipe | None, changes: dict[st
         UserError: the recipe, or a change to it, is for another network or normaliser.
     """
     if run is None:
-        return recipes.get(recipes.DEFAULT if recipe is None else recipe).override(**changes)
+        return recipes.get(recipes.DEFAULT if recipe is None else recipe).with_settings(changes)
     theirs = run.task.recipe
-    chosen = (theirs if recipe is None else recipes.get(recipe)).override(**changes)
-    if chosen.model != theirs.model:
+    chosen = (theirs if recipe is None else recipes.get(recipe)).with_settings(changes)
+    if chosen.model.name != theirs.model.name:
         raise UserError(
-            f"recipe {chosen.name!r} trains the network {chosen.model!r}, run {run.path} holds "
-            f"{theirs.model!r}: name a recipe for that network, or none for the run's own"
+            f"recipe {chosen.name!r} trains the network {chosen.model.name!r}, "
+            f"run {run.path} holds {theirs.model.name!r}: name a recipe for that network, "
+            "or none for the run's own"
         )
+    fixed = theirs.settings()
     for key in ("norm", "norm_position"):
-        if changes.get(key) not in (None, getattr(theirs, key)):
+        if changes.get(key, fixed[key]) != fixed[key]:
             raise UserError(
-                f"{key}={changes[key]!r}: run {run.path} has {getattr(theirs, key)!r}, which "
+                f"{key}={changes[key]!r}: run {run.path} has {fixed[key]!r}, which "
                 "cannot be changed in a trained network: leave it out"
             )
-    return replace(chosen, norm=theirs.norm, norm_position=theirs.norm_position)
+    return replace(chosen, norm=theirs.norm)
 
 
 def plan_start(

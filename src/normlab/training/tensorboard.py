@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from normlab.errors import UserError
-from normlab.training.loop import Plan, State
+from normlab.training.state import Plan, State
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -473,7 +473,7 @@ SCRIPT = """
 
 
 def start(url):
-    path = [str(Path(__file__).parent), str(Path(normlab.__file__).parents[1])]
+    path = [str(Path(__file__).parents[2]), str(Path(normlab.__file__).parents[1])]
     script = SCRIPT.format(path=path, url=url, sha256=SHA256, size=len(ARCHIVE))
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)],

@@ -1,0 +1,43 @@
+"""`normlab evaluate`: a run scored on the test images, with plots and its mistakes."""
+
+import json
+
+import click
+
+from normlab.cli.options import DATA, JSON
+
+
+@click.command()
+@click.argument("run", required=False)
+@DATA
+@click.option("--weights", default="last", show_default=True, help="last, best or recalibrated.")
+@click.option(
+    "--views",
+    default="single",
+    show_default=True,
+    help="Versions of each picture to answer from: single, flip (2) or shift (6).",
+)
+@JSON
+def evaluate(run: str | None, data: str | None, weights: str, views: str, as_json: bool) -> None:
+    """Score RUN (by default the latest) on the test images, with plots and its mistakes."""
+    from normlab.api.run import open_run
+    from normlab.reports.run_report import write_evaluation
+
+    opened = open_run(run)
+    images = opened.task.load(data)
+    evaluation = opened.evaluate(images, weights=weights, views=views)
+    name = weights if views == "single" else f"{weights}-{views}"
+    folder = opened.path / f"evaluation-{name}"
+    write_evaluation(evaluation, images, folder)
+    if views != "single":
+        click.echo(f"Views: {views}; not comparable with figures from a single view")
+    click.echo(str(evaluation))
+    click.echo(f"Balanced accuracy: {evaluation.balanced_accuracy:.4f}")
+    width = max(map(len, evaluation.class_names))
+    for name, accuracy in zip(evaluation.class_names, evaluation.class_accuracy, strict=True):
+        click.echo(f"  {name:<{width}}  {accuracy:.3f}")
+    for limit in evaluation.limits:
+        click.echo(f"Limit: {limit}")
+    click.echo(f"Report: {folder / 'report.html'}")
+    if as_json:
+        click.echo(json.dumps(evaluation.as_dict()))

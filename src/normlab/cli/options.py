@@ -1,0 +1,87 @@
+"""Options that come from the settings of a recipe, and what several commands share."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+from normlab.errors import UserError
+from normlab.recipes import SETTINGS
+from normlab.recipes.settings import Setting
+
+DATA = click.option(
+    "--data",
+    metavar="DATA",
+    help="cifar10 (the default), sample (a few hundred images, no network), a folder of pictures, "
+    "a .npz, a .parquet, or an archive or folder that holds CIFAR-10.",
+)
+IMAGE_SIZE = click.option(
+    "--image-size", type=click.IntRange(8, 512), help="Pixels a side of pictures; 32 by default."
+)
+SKIP_BAD = click.option("--skip-bad", is_flag=True, help="Leave out pictures that cannot be used.")
+JSON = click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
+SECTION = "Settings of the recipe, instead of its own"
+
+
+class SettingType(click.ParamType[Any]):
+    """The value of a setting, read and checked by its declaration."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.name = {int: "integer", float: "float", str: "name"}[setting.kind]
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> Any:
+        try:
+            return (self.setting.parse(value),) if isinstance(value, str) else value
+        except UserError as e:
+            self.fail(str(e), parameter, context)
+
+
+class SettingOption(click.Option):
+    """An option that replaces a setting of the recipe."""
+
+
+class RecipeCommand(click.Command):
+    """A command whose help lists the recipe's settings in a section of their own."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        parameters = self.get_params(context)
+        for title, wanted in (("Options", False), (SECTION, True)):
+            rows = [
+                record
+                for parameter in parameters
+                if isinstance(parameter, click.Option)
+                if isinstance(parameter, SettingOption) is wanted
+                if (record := parameter.get_help_record(context)) is not None
+            ]
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add an option for every setting that a recipe may have; `given_settings` reads them."""
+    for setting in reversed(SETTINGS.values()):
+        function = _option(setting)(function)
+    return function
+
+
+def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among a command's options that were given, by their flat names."""
+    found = {name: options.get(name) for name in SETTINGS}
+    return {
+        name: value[0] if isinstance(value, tuple) else value
+        for name, value in found.items()
+        if value is not None
+    }
+
+
+def _option(setting: Setting) -> Callable[..., Any]:
+    name = setting.name.replace("_", "-")
+    text = setting.help
+    if setting.names:
+        text = f"{text.rstrip('.')}: {', '.join(setting.names)}."
+    if setting.kind is bool:
+        return click.option(f"--{name}/--no-{name}", default=None, help=text, cls=SettingOption)
+    return click.option(f"--{name}", type=SettingType(setting), help=text, cls=SettingOption)

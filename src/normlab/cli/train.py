@@ -1,0 +1,159 @@
+"""`normlab train`: a recipe trained, scored once and kept as a run."""
+
+import json
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from normlab.cli.options import (
+    DATA,
+    IMAGE_SIZE,
+    JSON,
+    SKIP_BAD,
+    RecipeCommand,
+    given_settings,
+    recipe_options,
+)
+
+if TYPE_CHECKING:
+    from normlab.runs import Run
+    from normlab.training.state import Observer
+
+
+@click.command(cls=RecipeCommand)
+@click.argument("recipe", required=False)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="The seed of every random draw: initial weights, order, augmentation, dropout.",
+)
+@click.option("--threads", type=int, help="CPU threads; all cores by default.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@DATA
+@IMAGE_SIZE
+@SKIP_BAD
+@click.option("--from", "start", metavar="RUN", help="Start from this finished run's network.")
+@click.option("--freeze", is_flag=True, help="With --from: only the output layer learns.")
+@click.option("--statistics", help="With --from: keep, adapt or recalibrate the normalisers'.")
+@click.option("--out", type=click.Path(path_type=Path), help="The run's folder, new or empty.")
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into the run, too.")
+@click.option("--three-way", is_flag=True, help="Score each epoch with three kinds of statistics.")
+@click.option("--record", is_flag=True, help="Keep what each layer sees, for `normlab inspect`.")
+@click.option("--layers", metavar="NAME,…", help="With --record: only these layers.")
+@click.option("--resume", metavar="RUN", help="Go on with an interrupted run.")
+@click.option("--allow-changes", is_flag=True, help="With --resume: although something differs.")
+@JSON
+@recipe_options
+@click.pass_context
+def train(
+    context: click.Context,
+    /,
+    recipe: str | None,
+    seed: int,
+    threads: int | None,
+    device: str,
+    data: str | None,
+    image_size: int | None,
+    skip_bad: bool,
+    start: str | None,
+    freeze: bool,
+    statistics: str | None,
+    out: Path | None,
+    tensorboard: bool,
+    three_way: bool,
+    record: bool,
+    layers: str | None,
+    resume: str | None,
+    allow_changes: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Train RECIPE, score it once on the test images, and keep it as a run.
+
+    Options override the recipe; `normlab recipes` lists recipes. With --from, RECIPE is by default
+    the recipe of that run.
+    """
+    from normlab.api.train import resume as go_on
+    from normlab.api.train import train as begin
+
+    if layers is not None and not record:
+        raise click.UsageError("--layers says which layers --record keeps: add --record")
+    observer = _progress()
+    observers: list[Observer] = [observer]
+    if tensorboard:
+        from normlab.training.tensorboard import TensorBoard
+
+        observers.append(TensorBoard())
+    install_seconds = os.environ.get("NORMLAB_INSTALL_SECONDS")
+    with observer if isinstance(observer, AbstractContextManager) else nullcontext():
+        if resume is not None:
+            _refuse_with_resume(context)
+            run = go_on(
+                resume,
+                data=data,
+                allow_changes=allow_changes,
+                record=record,
+                three_way=three_way,
+                observers=tuple(observers),
+            )
+        else:
+            run = begin(
+                recipe,
+                data=data,
+                image_size=image_size,
+                skip_bad=skip_bad,
+                start=start,
+                freeze=freeze,
+                statistics=statistics,
+                record=record if layers is None else layers.split(","),
+                three_way=three_way,
+                out=out,
+                seed=seed,
+                threads=threads,
+                device=device,
+                observers=tuple(observers),
+                settings=given_settings(settings),
+            )
+    _close(run, float(install_seconds) if install_seconds else None, as_json)
+
+
+def _refuse_with_resume(context: click.Context) -> None:
+    """A resumed run is decided by its folder; options that would change it are a mistake."""
+    allowed = {
+        "resume",
+        "data",
+        "allow_changes",
+        "tensorboard",
+        "three_way",
+        "record",
+        "as_json",
+    }
+    for name in context.params:
+        given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        if given and name not in allowed:
+            option = {"recipe": name, "start": "--from"}.get(name, f"--{name.replace('_', '-')}")
+            raise click.UsageError(f"{option} cannot be combined with --resume", context)
+
+
+def _progress() -> Any:
+    from rich.console import Console
+
+    from normlab.training.progress import Bar, Lines
+
+    console = Console(stderr=True)
+    return Bar(console) if console.is_terminal and sys.stdout.isatty() else Lines()
+
+
+def _close(run: "Run", install_seconds: float | None, as_json: bool) -> None:
+    from normlab.reports.run_report import closing_lines
+
+    for line in closing_lines(run, install_seconds):
+        click.echo(line)
+    if as_json:
+        click.echo(json.dumps(run.result))

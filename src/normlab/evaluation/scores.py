@@ -1,0 +1,105 @@
+"""The only way to a score: which weights, on which images, with which statistics.
+
+A batch-normalised network answers differently with the statistics of the batch at hand, with the
+running ones, and with those of a whole population of images (`normlab.evaluation.population`).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from normlab.data.batches import EVALUATION_BATCH
+from normlab.errors import UserError, nearest
+from normlab.evaluation.forward import Images, logits_of, untouched
+from normlab.evaluation.metrics import cross_entropy, right
+from normlab.evaluation.population import population_moments, set_statistics
+
+STATISTICS = ("running", "batch", "population")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean cross-entropy in nats, and accuracy."""
+
+    loss: float
+    accuracy: float
+
+
+def score(
+    model: nn.Module,
+    images: Images,
+    labels: NDArray[np.integer],
+    *,
+    statistics: str = "running",
+    views: str = "single",
+    population: Images | None = None,
+    batch_size: int = EVALUATION_BATCH,
+) -> Score:
+    """Score a network as it is; it stays as it was.
+
+    Args:
+        images: (N, H, W, 3) uint8, or (N, C, *) ready for the network.
+        labels: (N,).
+        statistics: `running`, `batch` (each batch of `batch_size` images normalised by its own) or
+            `population` (of `population`, pooled).
+        views: see `normlab.data.augment.views_of`.
+        population: images that population statistics are taken from, without their labels: those
+            of the training set, as a rule. None: `images` themselves.
+
+    Raises:
+        UserError: unknown statistics, or a batch with fewer than two images.
+    """
+    if statistics not in STATISTICS:
+        raise UserError(f"unknown statistics {nearest(statistics, STATISTICS)}")
+    truth = torch.as_tensor(np.asarray(labels, np.int64))
+    with untouched(model):
+        if statistics == "population":
+            chosen = images if population is None else population
+            set_statistics(model, population_moments(model, chosen))
+        own = statistics == "batch"
+        size = batch_size if own else EVALUATION_BATCH
+        logits = logits_of(model, images, size, views=views, own_statistics=own)
+    return Score(cross_entropy(logits, truth), right(logits, truth).double().mean().item())
+
+
+@dataclass(frozen=True)
+class ThreeWay:
+    """The same weights on the same images with three kinds of statistics.
+
+    Attributes:
+        batch: each batch of `batch_size` images normalised by its own statistics.
+        running: with the running statistics, as in every evaluation.
+        population: with population statistics.
+        count: images scored.
+    """
+
+    batch: Score
+    running: Score
+    population: Score
+    count: int
+    batch_size: int
+
+
+def three_way(
+    model: nn.Module,
+    images: Images,
+    labels: NDArray[np.integer],
+    *,
+    population: Images | None = None,
+    batch_size: int = 32,
+) -> ThreeWay:
+    """Score `images` with batch, running and population statistics; see `score`.
+
+    Raises:
+        UserError: a batch with fewer than two images.
+    """
+    scores = {
+        kind: score(
+            model, images, labels, statistics=kind, population=population, batch_size=batch_size
+        )
+        for kind in STATISTICS
+    }
+    return ThreeWay(**scores, count=len(labels), batch_size=batch_size)

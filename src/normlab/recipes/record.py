@@ -1,0 +1,281 @@
+"""The record that decides the weights: a recipe, in parts.
+
+Every number that decides the weights stands here, but for the data and the seed. Its settings have
+flat names for people (`learning_rate`), and a place in a part for code (`optimizer.learning_rate`).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from normlab.errors import UserError, nearest
+from normlab.recipes.families import MODELS, NORMS
+from normlab.recipes.optimizers import OPTIMIZERS, Adam, Optimizer
+from normlab.recipes.schedules import SCHEDULES, Constant, Schedule, ToZero
+from normlab.recipes.settings import Setting, check_settings, in_range, setting, settings_of
+
+_SHARE = {"allowed": in_range(0, 1, high_open=True), "remedy": "choose a share in [0, 1)"}
+_WHOLE = {"allowed": in_range(1, 10**9), "remedy": "choose 1 or more"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The network.
+
+    Attributes:
+        logit_scale: what the network's last answers are multiplied by. The fast networks take
+            maxima, which are large: without 1/3 their first logits are, too, and the first steps
+            go to waste.
+    """
+
+    name: str = setting("notebook", "The network.", name="model", names=tuple(MODELS))
+    logit_scale: float = setting(
+        1.0,
+        "Factor of the network's last answers.",
+        allowed=in_range(0, float("inf"), low_open=True),
+        remedy="choose a finite factor above 0",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """The normaliser in every place that has one.
+
+    Attributes:
+        position: None for where the network was designed to have it.
+        momentum: m of batch normalisation, as Keras understands it: running ← m·running +
+            (1 − m)·batch. It hangs together with the number of steps: a run of some hundred steps
+            ends before 0.99 has forgotten its first weights.
+        epsilon: ε, added to the variance.
+    """
+
+    name: str = setting("batch", "The normaliser.", name="norm", names=tuple(NORMS))
+    position: str | None = setting(
+        None,
+        "Where the normaliser stands, seen from the activation.",
+        name="norm_position",
+        names=("before", "after"),
+    )
+    momentum: float = setting(
+        0.99,
+        "Batch normalisation's weight of the old running statistics.",
+        name="norm_momentum",
+        allowed=in_range(0, 1),
+        remedy="choose a share in [0, 1]",
+    )
+    epsilon: float = setting(
+        1e-3,
+        "ε of the normaliser, added to the variance.",
+        name="norm_epsilon",
+        allowed=in_range(0, float("inf")),
+        remedy="choose a finite number, 0 or more",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """How training images are changed before they are seen."""
+
+    flip: bool = setting(False, "Mirror half of the images, the other half in the next epoch.")
+    shift: int = setting(
+        0,
+        "Move images by up to so many pixels.",
+        allowed=in_range(0, 8),
+        remedy="choose 0 to 8 pixels",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaging:
+    """An average of the weights over the steps, scored and kept in place of the last ones."""
+
+    decay: float = setting(
+        0.0,
+        "Score and keep averaged weights; their decay a step, such as 0.999.",
+        name="ema",
+        allowed=in_range(0, 1, high_open=True),
+        remedy="choose a decay in [0, 1), such as 0.999",
+    )
+
+
+# The kinds that each part comes in. Of several kinds each has settings of its own.
+PARTS: dict[str, Mapping[str, type[Any]]] = {
+    "model": {"": Model},
+    "norm": {"": Norm},
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "augmentation": {"": Augmentation},
+    "averaging": {"": Averaging},
+}
+# Settings that hang together with a network's design: changing the network changes them, too.
+ORDINARY: dict[str, Any] = {"logit_scale": 1.0, "norm_momentum": 0.99}
+USUAL: dict[str, dict[str, Any]] = {
+    name: {"logit_scale": 1 / 3, "norm_momentum": 0.6}
+    for name in ("fast", "fast-wide", "fast-wider")
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides the weights, but for the data and the seed.
+
+    Attributes:
+        name: of the recipe function.
+        epochs: passes over the training images.
+        half_size: share of the steps, the first ones, at half the images' height and width.
+        validation: share of the training images, the last ones, held out; 0 for none.
+        patience: stop after so many epochs without a lower validation loss; None for never.
+
+    Raises:
+        UserError: a value out of its range, or an unknown name.
+    """
+
+    name: str
+    model: Model = field(default_factory=Model)
+    norm: Norm = field(default_factory=Norm)
+    optimizer: Optimizer = field(default_factory=Adam)
+    schedule: Schedule = field(default_factory=Constant)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    averaging: Averaging = field(default_factory=Averaging)
+    epochs: int = setting(25, "Passes over the training images.", **_WHOLE)
+    batch_size: int = setting(32, "Images a step.", **_WHOLE)
+    label_smoothing: float = setting(
+        0.0, "Share of the target that is spread evenly over all classes.", **_SHARE
+    )
+    half_size: float = setting(
+        0.0,
+        "Share of the steps, the first ones, at half the images' size.",
+        allowed=in_range(0, 1),
+        remedy="choose a share in [0, 1]",
+    )
+    validation: float = setting(
+        0.1, "Share of the training images, the last ones, to hold out.", **_SHARE
+    )
+    patience: int | None = setting(
+        None, "Stop after so many epochs without a better val_loss.", **_WHOLE
+    )
+
+    def __post_init__(self) -> None:
+        for part in (self, *self._parts().values()):
+            check_settings(part)
+        if self.patience is not None and self.validation == 0:
+            raise UserError(f"patience={self.patience}: it needs --validation above 0")
+
+    def _parts(self) -> dict[str, Any]:
+        return {part: getattr(self, part) for part in PARTS}
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting of this recipe by its flat name; those of other kinds of a part are not."""
+        values: dict[str, Any] = {}
+        for part, held in self._parts().items():
+            if len(PARTS[part]) > 1:
+                values[part] = held.name
+            values |= {s.name: getattr(held, key) for key, s in settings_of(type(held)).items()}
+        return values | {key: getattr(self, key) for key in settings_of(Recipe)}
+
+    def override(self, **changes: Any) -> "Recipe":
+        """Return this recipe with the given settings replaced; None leaves one as it is.
+
+        Raises:
+            UserError: as `with_settings`.
+        """
+        return self.with_settings({k: v for k, v in changes.items() if v is not None})
+
+    def with_settings(self, changes: Mapping[str, Any]) -> "Recipe":
+        """Return this recipe with settings replaced, by their flat names.
+
+        A part that becomes another kind keeps the settings that both kinds have. Another network
+        brings the settings that hang together with its design, unless `changes` name them.
+
+        Raises:
+            UserError: an unknown setting, one that the chosen kind of a part does not have, or a
+                value out of its range.
+        """
+        for key in changes:
+            if key not in SETTINGS:
+                raise UserError(f"unknown recipe setting {nearest(key, SETTINGS)}")
+        model = changes.get("model", self.model.name)
+        if model != self.model.name:
+            changes = {**USUAL.get(model, ORDINARY), **changes}
+        parts = {part: _changed(part, held, changes) for part, held in self._parts().items()}
+        return replace(
+            self, **parts, **{k: v for k, v in changes.items() if k in settings_of(Recipe)}
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as nested JSON."""
+        values = asdict(self)
+        for part, held in self._parts().items():
+            if len(PARTS[part]) > 1:
+                values[part] = {"name": held.name, **values[part]}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Recipe":
+        """Read what `as_dict` writes, or wrote in any release before.
+
+        Raises:
+            UserError: no recipe, an unknown key or a value out of its range.
+        """
+        if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+            raise UserError("this recipe has no name: it is not one that normlab wrote")
+        flat: dict[str, Any] = {}
+        for key, value in values.items():
+            if key in PARTS and isinstance(value, dict):
+                flat |= _flat(key, value)
+            elif key != "name":
+                flat[key] = value
+        if isinstance(values.get("optimizer"), str) and values["optimizer"] != "muon":
+            flat.pop("sgd_rate", None)  # before 0.2 it stood in every recipe
+        return cls(name=values["name"]).with_settings(flat)
+
+
+def _changed(part: str, held: Any, changes: Mapping[str, Any]) -> Any:
+    """A part of a recipe with the changes that concern it."""
+    kinds, kind = PARTS[part], type(held)
+    if len(kinds) > 1 and part in changes:
+        if changes[part] not in kinds:
+            raise UserError(f"unknown {part} {nearest(str(changes[part]), kinds)}")
+        kind = kinds[changes[part]]
+    declared = settings_of(kind)
+    mine = {s.name for s in declared.values()}
+    for other in kinds.values():
+        for s in settings_of(other).values():
+            if s.name in changes and s.name not in mine:
+                raise UserError(
+                    f"{s.name}={changes[s.name]}: {kind.name} has no such setting: leave it out, "
+                    f"or choose another {part}"
+                )
+    shared = {key: getattr(held, key) for key in declared if key in settings_of(type(held))}
+    return kind(**shared | {k: changes[s.name] for k, s in declared.items() if s.name in changes})
+
+
+def _flat(part: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a part's JSON by their flat names; unknown keys keep their place's name."""
+    names: dict[str, str] = {"name": part} if len(PARTS[part]) > 1 else {}
+    for kind in PARTS[part].values():
+        names |= {key: s.name for key, s in settings_of(kind).items()}
+    if part == "schedule" and values.get("name") == ToZero.name:
+        values = {key: value for key, value in values.items() if key != "end"}
+    return {names.get(key, f"{part}.{key}"): value for key, value in values.items()}
+
+
+def _all_settings() -> Iterator[Setting]:
+    for part, kinds in PARTS.items():
+        if len(kinds) > 1:
+            yield Setting(
+                name=part,
+                kind=str,
+                optional=False,
+                help=f"The {part}.",
+                names=tuple(kinds),
+                allowed=lambda value: True,
+                remedy="",
+            )
+        for kind in kinds.values():
+            yield from settings_of(kind).values()
+    yield from settings_of(Recipe).values()
+
+
+# Every setting that a recipe may have, by its flat name.
+SETTINGS: dict[str, Setting] = {s.name: s for s in _all_settings()}

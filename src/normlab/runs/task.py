@@ -1,0 +1,98 @@
+"""What was asked for: all that decides the weights of a run."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from msgspec import Meta
+from torch import nn
+
+from normlab.core.records import as_object, typed
+from normlab.data import ImageData, load
+from normlab.recipes import Recipe
+from normlab.recipes.families import MODELS
+
+STATISTICS = ("keep", "adapt", "recalibrate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Which run a training starts from, and how; see `normlab.training.starting_points`.
+
+    Attributes:
+        run: its folder, as it was named.
+        weights_sha256: of the weights taken from it.
+        head: `kept` or `new`, the output layer.
+        freeze: whether the output layer alone learns.
+        statistics: `keep`, `adapt` or `recalibrate`.
+    """
+
+    run: str
+    weights_sha256: str
+    head: str
+    freeze: bool
+    statistics: str
+
+    def __str__(self) -> str:
+        statistics = {"keep": "kept", "adapt": "adapting", "recalibrate": "recalibrated, then kept"}
+        return (
+            f"run {self.run}: body {'frozen' if self.freeze else 'learning on'}, statistics "
+            f"{statistics.get(self.statistics, self.statistics)}, output layer {self.head}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What `recipe.json` holds: all that decides the weights."""
+
+    recipe: Recipe
+    seed: Annotated[int, Meta(ge=0, lt=2**63)]
+    data: str
+    data_sha256: str
+    class_names: tuple[str, ...]
+    image_size: Annotated[int, Meta(ge=1)]
+    skip_bad: bool = False
+    start: Start | None = None
+
+    def load(self, data: str | Path | Mapping[str, Any] | ImageData | None = None) -> ImageData:
+        """The run's data, or `data`, with pictures read as the run's were."""
+        chosen = self.data if data is None else data
+        return load(chosen, image_size=self.image_size, skip_bad=self.skip_bad)
+
+    def build(self) -> nn.Module:
+        """Make the network with its initial values."""
+        model, norm = self.recipe.model, self.recipe.norm
+        network: nn.Module = MODELS[model.name](
+            num_classes=len(self.class_names),
+            image_size=self.image_size,
+            norm=norm.name,
+            norm_position=norm.position,
+            norm_momentum=norm.momentum,
+            norm_epsilon=norm.epsilon,
+            logit_scale=model.logit_scale,
+            seed=self.seed,
+        )
+        return network
+
+    def as_dict(self) -> dict[str, Any]:
+        values = {
+            "recipe": self.recipe.as_dict(),
+            "seed": self.seed,
+            "data": self.data,
+            "data_sha256": self.data_sha256,
+            "class_names": list(self.class_names),
+            "image_size": self.image_size,
+            "skip_bad": self.skip_bad,
+        }
+        return values if self.start is None else {**values, "start": asdict(self.start)}
+
+    @classmethod
+    def from_dict(cls, values: Any, where: object = "this task") -> "Task":
+        """Read what `as_dict` writes, or wrote in any release before.
+
+        Raises:
+            UserError: a key is missing, or a value is of another kind or out of its range.
+        """
+        recipe = Recipe.from_dict(as_object(values, where).get("recipe"))
+        return typed(values, cls, where, recipe=recipe)

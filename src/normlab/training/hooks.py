@@ -1,0 +1,177 @@
+"""What happens around the steps, each thing a hook, in the one order that `make_hooks` declares."""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from normlab.errors import NonFiniteError, UserError
+from normlab.evaluation.population import evenly
+from normlab.evaluation.scores import score, three_way
+from normlab.training.averaging import averaged, update, use_average
+from normlab.training.state import Hook, Plan, State, StepResult, Totals
+
+FEW_EPOCHS, PARTS = 4, 20  # in a training of so few epochs, so many parts of each are noted
+
+
+def make_hooks(plan: Plan, extra: Sequence[Hook] = ()) -> list[Hook]:
+    """The hooks that a plan asks for, in order: averages, the epoch's row, what is added to the
+    row, the clock, what depends on a whole row.
+
+    Args:
+        extra: hooks that add to an epoch's row, such as `ThreeWayScores`.
+    """
+    recipe = plan.recipe
+    hooks: list[Hook] = []
+    if recipe.averaging.decay:
+        hooks.append(Average(recipe.averaging.decay))
+    if recipe.epochs <= FEW_EPOCHS:
+        hooks.append(EpochParts())
+    hooks.append(EpochRow())
+    if len(plan.validation):
+        hooks.append(Validation())
+    hooks += [*extra, Clock()]
+    if recipe.patience is not None:
+        hooks.append(Patience(recipe.patience))
+    return hooks
+
+
+class Average(Hook):
+    """Moves the average after each step, and leaves it in the model at the end."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+
+    def before_training(self, plan: Plan, state: State) -> None:
+        self.images = plan.train.images
+
+    def after_step(self, state: State, done: StepResult) -> None:
+        update(state.average, state.model, self.decay, state.step)
+
+    def after_training(self, state: State) -> None:
+        use_average(state.model, state.average, self.images)
+
+
+class EpochParts(Hook):
+    """Notes loss and accuracy of each twentieth of an epoch."""
+
+    def after_step(self, state: State, done: StepResult) -> None:
+        state.part.add(done.loss, done.correct, done.images)
+        if done.batch * PARTS // done.batches > (done.batch - 1) * PARTS // done.batches:
+            share = done.batch / done.batches
+            state.parts.append([share, state.part.mean_loss, state.part.accuracy])
+            state.part = Totals()
+
+
+class EpochRow(Hook):
+    """Sums losses and right answers, and turns them into the epoch's row in the history."""
+
+    def after_step(self, state: State, done: StepResult) -> None:
+        state.totals.add(done.loss, done.correct, done.images)
+        if not done.ends_epoch:
+            return
+        row: dict[str, Any] = {
+            "epoch": done.epoch + 1,
+            "steps": state.step,
+            "loss": state.totals.mean_loss,
+            "accuracy": state.totals.accuracy,
+            "val_loss": None,
+            "val_accuracy": None,
+        }
+        if state.parts:
+            row["parts"] = state.parts
+        state.history.append(row)
+        state.totals, state.part, state.parts = Totals(), Totals(), []
+
+
+class Validation(Hook):
+    """Scores the weights that would be kept, and remembers the best of them.
+
+    Raises:
+        NonFiniteError: the validation loss is NaN or infinite.
+    """
+
+    def before_training(self, plan: Plan, state: State) -> None:
+        self.plan = plan
+
+    def after_step(self, state: State, done: StepResult) -> None:
+        if not done.ends_epoch:
+            return
+        with averaged(state.model, state.average, self.plan.train.images):
+            held_out = self.plan.validation
+            found = score(state.model, held_out.images, held_out.labels)
+            if not math.isfinite(found.loss):
+                raise NonFiniteError(
+                    f"the validation loss is {found.loss} after epoch {done.epoch + 1}: training "
+                    "stopped there; try a lower --learning-rate than "
+                    f"{self.plan.recipe.optimizer.learning_rate:g}"
+                )
+            state.history[-1] |= {"val_loss": found.loss, "val_accuracy": found.accuracy}
+            if found.loss < state.best_val_loss:
+                state.best_val_loss, state.best_epoch = found.loss, done.epoch + 1
+                state.best_weights = {k: v.clone() for k, v in state.model.state_dict().items()}
+
+
+class ThreeWayScores(Hook):
+    """Adds to each epoch what the validation images score with the other kinds of statistics.
+
+    `val_loss` and `val_accuracy` are the running statistics' already. Population statistics come
+    from at most 4,096 of the training images.
+
+    Raises:
+        UserError: no validation images.
+    """
+
+    def before_training(self, plan: Plan, state: State) -> None:
+        if not len(plan.validation):
+            raise UserError("--three-way needs validation images: use --validation above 0")
+        self.plan = plan
+        self.population = evenly(plan.train.images)
+
+    def after_step(self, state: State, done: StepResult) -> None:
+        if not done.ends_epoch:
+            return
+        with averaged(state.model, state.average, self.plan.train.images):
+            scores = three_way(
+                state.model,
+                self.plan.validation.images,
+                self.plan.validation.labels,
+                population=self.population,
+                batch_size=self.plan.recipe.batch_size,
+            )
+        state.history[-1] |= {
+            "val_loss_batch": scores.batch.loss,
+            "val_accuracy_batch": scores.batch.accuracy,
+            "val_loss_population": scores.population.loss,
+            "val_accuracy_population": scores.population.accuracy,
+        }
+
+
+class Clock(Hook):
+    """Tells the seconds of the training, validation included, also of a resumed one."""
+
+    def before_training(self, plan: Plan, state: State) -> None:
+        self.started = time.perf_counter() - state.seconds
+
+    def after_step(self, state: State, done: StepResult) -> None:
+        state.seconds = time.perf_counter() - self.started
+        if done.ends_epoch:
+            state.history[-1]["seconds"] = state.seconds
+
+
+class Patience(Hook):
+    """Stops after so many epochs without a lower validation loss."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def before_training(self, plan: Plan, state: State) -> None:
+        self._look(state)
+
+    def after_step(self, state: State, done: StepResult) -> None:
+        if done.ends_epoch:
+            self._look(state)
+
+    def _look(self, state: State) -> None:
+        if state.best_epoch is not None:
+            state.stopped = len(state.history) - state.best_epoch >= self.epochs

@@ -1,0 +1,165 @@
+"""What a training is about to do, and what it remembers from one step to the next."""
+
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from normlab.core.text import counted
+from normlab.data.batches import Split, batch_bounds
+from normlab.recipes import Recipe
+from normlab.training.optimisers import Optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is about to happen; told to hooks and observers before the first step."""
+
+    recipe: Recipe
+    folder: Path | None  # None in a study, whose runs leave no folder
+    seed: int
+    threads: int
+    train: Split
+    validation: Split
+    start: str = ""  # in words, where the training starts from another run
+
+    @cached_property
+    def bounds(self) -> list[tuple[int, int]]:
+        """Where each batch of an epoch begins and ends in the order of the images."""
+        return batch_bounds(len(self.train), self.recipe.batch_size, join_single=True)
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.epochs * len(self.bounds)
+
+    def describe(self) -> str:
+        """A line; one more for a start from another run, and for a last batch of a single image."""
+        text = (
+            f"{self.recipe.name}: norm {self.recipe.norm.name}, seed {self.seed}, "
+            f"{len(self.train):,} training and {len(self.validation):,} validation images, "
+            f"{counted(self.recipe.epochs, 'epoch')} of {counted(len(self.bounds), 'step')}, "
+            f"{counted(self.threads, 'thread')}"
+            + (f", into {self.folder}" if self.folder else "")
+            + (f"\nStart: {self.start}" if self.start else "")
+        )
+        if self.bounds[-1][1] - self.bounds[-1][0] > self.recipe.batch_size:
+            text += "\nThe last batch, of one image, joins the one before it: one has no variance."
+        return text
+
+
+@dataclass
+class Totals:
+    """Sums over the images of an epoch so far."""
+
+    loss: float = 0.0
+    correct: int = 0
+    images: int = 0
+
+    def add(self, loss: float, correct: int, images: int) -> None:
+        self.loss += loss * images
+        self.correct += correct
+        self.images += images
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / self.images
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.images
+
+
+@dataclass
+class State:
+    """Everything that a training remembers from one step to the next.
+
+    Randomness is not part of it: every draw is a function of the seed and of `step`.
+
+    Attributes:
+        step: steps done.
+        seconds: spent so far, validation included.
+        totals: of the epoch so far; `part` of its present part.
+        parts: of the epoch so far, each the share done, loss and accuracy.
+        history: one row an epoch.
+        best_epoch: from 1; None before the first validation.
+        average: averaged parameters by name; empty without averaging.
+        stopped: no further step is wanted.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    step: int = 0
+    seconds: float = 0.0
+    totals: Totals = field(default_factory=Totals)
+    part: Totals = field(default_factory=Totals)
+    parts: list[list[float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int | None = None
+    best_val_loss: float = float("inf")
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
+    stopped: bool = False
+
+    def loop_state(self) -> dict[str, Any]:
+        """The part that is not tensors, as JSON."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "totals": asdict(self.totals),
+            "part": asdict(self.part),
+            "parts": self.parts,
+            "history": self.history,
+            "best_epoch": self.best_epoch,
+        }
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step done: where it stands in its epoch, and how its batch fared.
+
+    Attributes:
+        epoch: from 0.
+        batch: from 1.
+        batches: of the epoch.
+        loss: mean over the batch.
+        correct: right answers among its `images`.
+    """
+
+    epoch: int
+    batch: int
+    batches: int
+    loss: float
+    correct: int
+    images: int
+
+    @property
+    def ends_epoch(self) -> bool:
+        return self.batch == self.batches
+
+
+class Hook:
+    """A part of the training itself: it may change `state`. Every method does nothing by default.
+
+    `normlab.training.hooks.make_hooks` puts them in order.
+    """
+
+    def before_training(self, plan: Plan, state: State) -> None:
+        """The first step is next, or in a resumed run the next one."""
+
+    def after_step(self, state: State, done: StepResult) -> None:
+        """A step is done."""
+
+    def after_training(self, state: State) -> None:
+        """The last step is done."""
+
+
+class Observer(Protocol):
+    """What is told of a training while it goes on. It only reads."""
+
+    def before_training(self, plan: Plan) -> None:
+        """The first step is next."""
+
+    def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
+        """`batch` of `batches` of `epoch` (from 0) is done; after the last one, so is the epoch."""
