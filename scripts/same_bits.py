@@ -35,8 +35,9 @@ folder = pathlib.Path(tempfile.mkdtemp(dir=sys.argv[1]))
 for number, (recipe, changes) in enumerate(cases):
     changes = {"epochs": 2, **changes}
     try:
+        out = folder / str(number)
         run = normlab.train(
-            recipe, data="sample", threads=1, out=folder / str(number), observers=(Quiet(),), **changes
+            recipe, data="sample", threads=1, out=out, observers=(Quiet(),), **changes
         )
     except normlab.UserError:  # instance normalisation of a vector
         print(json.dumps([f"{recipe} {changes}", "refused", []]), flush=True)

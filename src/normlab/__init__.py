@@ -12,6 +12,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normlab.api.compare import Study as Study
+    from normlab.api.compare import compare as compare
+    from normlab.api.compare import open_study as open_study
     from normlab.api.run import Evaluation as Evaluation
     from normlab.api.run import Run as Run
     from normlab.api.run import evaluate as evaluate
@@ -35,9 +38,6 @@ if TYPE_CHECKING:
     from normlab.reports.inspection_report import Inspection as Inspection
     from normlab.reports.inspection_report import inspect as inspect
     from normlab.study import Arm as Arm
-    from normlab.study import Study as Study
-    from normlab.study import compare as compare
-    from normlab.study import open_study as open_study
 
 _HOMES = {
     "Arm": "study",
@@ -52,16 +52,16 @@ _HOMES = {
     "NormlabError": "errors",
     "Recipe": "recipes",
     "Run": "api.run",
-    "Study": "study",
+    "Study": "api.compare",
     "ThreeWay": "evaluation.scores",
     "UserError": "errors",
-    "compare": "study",
+    "compare": "api.compare",
     "doctor": "diagnosis",
     "evaluate": "api.run",
     "inspect": "reports.inspection_report",
     "load": "data",
     "open_run": "api.run",
-    "open_study": "study",
+    "open_study": "api.compare",
     "recalibrate": "evaluation.recalibration",
     "resume": "api.train",
     "three_way": "evaluation.scores",

@@ -17,7 +17,7 @@ import normlab
 from cifar_files import ARRAYS, TINY, python_version, write_folder
 from faults import Faults
 from normlab.__main__ import run as command
-from normlab.data.cache import read_cache
+from normlab.data.cifar10.cache import read_cache
 from normlab.data.cifar10.fetching import fetch
 from normlab.data.cifar10.sources import LocalCopy
 from normlab.data.pictures import decoding

@@ -83,7 +83,8 @@ def compare(
     Every arm is trained from the same seeds. Stop it when you like: the same command goes on.
     More --seeds add pairs, which counts as a further look at the data.
     """
-    from normlab import recipes, study
+    from normlab import recipes
+    from normlab.api import compare as study
 
     if show is not None:
         _refuse_with_show(context)

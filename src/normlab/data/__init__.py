@@ -1,6 +1,6 @@
 """Data sets: CIFAR-10 from wherever it can be had, its sample, and data of your own."""
 
-from normlab.data.cache import Info, Verified, info, verify
+from normlab.data.cifar10.cache import Info, Verified, info, verify
 from normlab.data.cifar10.fetching import Fetched, fetch
 from normlab.data.images import ImageData
 from normlab.data.loading import load

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from numpy.typing import ArrayLike
 
-from normlab.data.cache import read_cache
 from normlab.data.cifar10 import layouts as cifar10
+from normlab.data.cifar10.cache import read_cache
 from normlab.data.cifar10.fetching import fetch
 from normlab.data.images import ImageData, from_mapping
 from normlab.data.npz import read_npz

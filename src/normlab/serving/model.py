@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from normlab.data import load
-from normlab.data.cache import read_cache
+from normlab.data.cifar10.cache import read_cache
 from normlab.data.cifar10.layouts import CLASS_NAMES
 from normlab.data.images import Labels, Pixels
 from normlab.data.pictures.reading import to_square

@@ -8,7 +8,6 @@ result.json, report.html, runs.csv, *.png, *.svg     once all runs are done
 
 from normlab.study.arms import Arm
 from normlab.study.design import Design
-from normlab.study.experiment import compare
 from normlab.study.result import Study, open_study
 
-__all__ = ["Arm", "Design", "Study", "compare", "open_study"]
+__all__ = ["Arm", "Design", "Study", "open_study"]

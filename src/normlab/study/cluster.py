@@ -6,9 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from normlab.errors import UserError
-from normlab.study.runner import WorkerDied
 
 TIMEOUT = "10s"
+
+
+class WorkerDied(RuntimeError):
+    """A worker of a cluster died under a run, more often than its scheduler puts up with."""
 
 
 @contextmanager

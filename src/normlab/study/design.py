@@ -64,6 +64,7 @@ class Design:
         thresholds: validation accuracies whose steps are counted.
         checks: at least so many checks of validation accuracy a run, evenly spread.
         environment: where the study began; every run notes its own.
+        data_name: what the data are called, wherever they lie; empty in studies before 0.2.
     """
 
     recipe: Recipe
@@ -82,6 +83,7 @@ class Design:
     train_images: int
     test_images: int
     environment: dict[str, Any]
+    data_name: str = ""
     skip_bad: bool = False
     tuning: Tuning | None = None
     looks: tuple[int, ...] = ()
@@ -188,7 +190,7 @@ def differences(then: Design, now: Design) -> list[str]:
     was, asked = then.as_dict(), now.as_dict()
     found = []
     for key in was:
-        if key in ("seeds", "looks", "data", "environment", "outcomes"):
+        if key in ("seeds", "looks", "data", "data_name", "environment", "outcomes"):
             continue
         if key == "recipe":
             old, new = then.recipe.settings(), now.recipe.settings()

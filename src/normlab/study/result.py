@@ -3,13 +3,13 @@
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from normlab.core.streams import stream
 from normlab.errors import UserError
-from normlab.evaluation.evaluation import CIFAR10_LIMITS, OWN_LIMITS
+from normlab.evaluation.evaluation import limits_of
 from normlab.statistics import (
     Comparison,
     Contrast,
@@ -23,9 +23,6 @@ from normlab.study import outcomes as runs
 from normlab.study.arms import Arm
 from normlab.study.design import Design, load
 from normlab.study.outcomes import Outcome
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 RUNS = "runs"
 TUNING = "tuning"
@@ -172,7 +169,7 @@ class Study:
     @property
     def limits(self) -> tuple[str, ...]:
         """Of the data set."""
-        return CIFAR10_LIMITS if self.design.data in ("cifar10", "sample") else OWN_LIMITS
+        return limits_of(self.design.data_name or self.design.data)
 
     @property
     def environments(self) -> list[dict[str, Any]]:
@@ -192,18 +189,6 @@ class Study:
             "tuning": None if self.design.tuning is None else asdict(self.design.tuning),
             "given_up": self.given_up,
         }
-
-    @property
-    def figures(self) -> "dict[str, Figure]":
-        """Every picture of the report, by its file's name; the study must be complete."""
-        from normlab.reports.study_figures import draw_all
-
-        return draw_all(self)
-
-    def _repr_html_(self) -> str:
-        from normlab.reports.study_report import summary_html
-
-        return summary_html(self)
 
 
 def open_study(path: str | Path, given_up: dict[str, str] | None = None) -> Study:

@@ -27,13 +27,9 @@ from normlab.data import ImageData
 from normlab.data import load as load_data
 from normlab.errors import DataError
 from normlab.runs import Task
+from normlab.study.cluster import WorkerDied, dask_backend
 from normlab.study.outcomes import Outcome, train_one
 from normlab.training.loop import Interrupted
-
-
-class WorkerDied(RuntimeError):
-    """A worker of a cluster died under a run, more often than its scheduler puts up with."""
-
 
 ATTEMPTS = 3
 _T = TypeVar("_T")
@@ -96,8 +92,6 @@ class Pool:
         """
         how: dict[str, Any] = {"batch_size": 1, "return_as": "generator_unordered"}
         if self.scheduler is not None:
-            from normlab.study.cluster import dask_backend
-
             with dask_backend(self.scheduler) as backend, parallel_config(backend=backend):
                 width = 1 if alone else effective_n_jobs(-1)
                 yield Parallel(n_jobs=-1, pre_dispatch=width, **how), width

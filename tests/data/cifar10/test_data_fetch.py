@@ -22,8 +22,9 @@ import pytest
 import normlab
 from cifar_files import ARRAYS, TINY, npm_version, python_version, send, serving, tar, write_folder
 from normlab.data import cache
-from normlab.data.cache import cache_folder, info, read_cache, verify
+from normlab.data.cache import cache_folder
 from normlab.data.cifar10 import sources
+from normlab.data.cifar10.cache import info, read_cache, verify
 from normlab.data.cifar10.download import Limits
 from normlab.data.cifar10.fetching import fetch
 from normlab.data.cifar10.sources import Archive, LocalCopy, NpmPackage

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from normlab.data.cache import Report, is_good, location, write_cache, writing
+from normlab.data.cache import Report, write_cache, writing
 from normlab.data.cifar10 import layouts as cifar10
+from normlab.data.cifar10.cache import FOLDER, is_good, location
 from normlab.data.cifar10.download import Limits
 from normlab.data.cifar10.layouts import CIFAR10, Arrays, Reference
 from normlab.data.cifar10.sources import LocalCopy, Source, default_sources, own_copies
@@ -56,7 +57,7 @@ def fetch(
     if path is not None:
         sources = [LocalCopy(Path(path).expanduser())]
     if path is not None or not is_good(reference):
-        with writing(report) as work:
+        with writing(report, FOLDER) as work:
             # Another process may have done it while this one waited.
             if path is not None or not is_good(reference, report):
                 if sources is None:

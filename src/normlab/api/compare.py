@@ -1,4 +1,4 @@
-"""The verb of this package: from arms and seeds to a `Study`."""
+"""From arms and seeds to a `Study`: plan, trials, runs, report."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from normlab import recipes
 from normlab.core.environment import cores, describe, resolve_threads
@@ -15,13 +16,16 @@ from normlab.data import load as load_data
 from normlab.data.batches import split_validation
 from normlab.errors import UserError
 from normlab.recipes import Recipe
+from normlab.reports.study_figures import draw_all
+from normlab.reports.study_report import summary_html, write_report
 from normlab.statistics.verdict import MARGIN
 from normlab.study import design as plans
 from normlab.study import outcomes as runs
+from normlab.study import result
 from normlab.study.arms import Arm, check_arm, make_arms
 from normlab.study.design import Design, default_contrasts, enough_pairs
 from normlab.study.progress import Lines, Progress
-from normlab.study.result import RUNS, TUNING, Study, open_study
+from normlab.study.result import RUNS, TUNING
 from normlab.study.runner import Job, Pool, Reporter, run_all
 from normlab.study.tuning import choose, parse_tuning, trials
 from normlab.training.loop import Interrupted
@@ -29,6 +33,29 @@ from normlab.training.loop import Interrupted
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8)
 CHECKS = 10
 STUDIES = Path("studies")
+
+
+class Study(result.Study):
+    """A study's folder, opened; it draws itself, and shows itself in a notebook cell."""
+
+    @property
+    def figures(self) -> dict[str, Figure]:
+        """Every picture of the report, by its file's name; the study must be complete."""
+        return draw_all(self)
+
+    def _repr_html_(self) -> str:
+        return summary_html(self)
+
+
+def open_study(path: str | Path, given_up: dict[str, str] | None = None) -> Study:
+    """Read a study's folder.
+
+    Raises:
+        UserError: it is none.
+        DataError: a file in it is damaged.
+    """
+    found = result.open_study(path, given_up)
+    return Study(found.path, found.design, found.outcomes, found.given_up)
 
 
 def compare(
@@ -142,6 +169,7 @@ def _design(
         seeds=enough_pairs(len(named)) if seeds is None else seeds,
         data=data,
         data_sha256=images.sha256,
+        data_name=images.name,
         class_names=images.class_names,
         image_size=size,
         train_images=len(images.y_train),
@@ -218,8 +246,6 @@ def _work(
         ) from None
     study = open_study(folder, given_up)
     if study.complete:
-        from normlab.reports.study_report import write_report
-
         write_report(study)
     return study
 
