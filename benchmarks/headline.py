@@ -21,8 +21,9 @@ import normlab
 from benchmarks.others import Others, is_quiet
 from normlab import kernels, recipes
 from normlab.core.files import write_json
+from normlab.core.records import read_json
 from normlab.errors import UserError
-from normlab.runs import Run, read_json
+from normlab.runs import Run
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "headline"
 
@@ -66,7 +67,7 @@ def main() -> None:
         recipe = recipes.get(arguments.recipe).override(norm=arguments.norm)
     except UserError as e:
         parser.error(str(e))
-    name = recipe.name if recipe.norm == "batch" else f"{recipe.name}-{recipe.norm}"
+    name = recipe.name if recipe.norm.name == "batch" else f"{recipe.name}-{recipe.norm.name}"
     folder = RESULTS / (f"{name}-no-kernels" if arguments.no_kernels else name)
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(arguments.first, arguments.seeds):

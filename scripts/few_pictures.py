@@ -24,7 +24,8 @@ from PIL import Image
 
 import normlab
 from normlab.core.files import write_json
-from normlab.runs import Run, read_json
+from normlab.core.records import read_json
+from normlab.runs import Run
 from normlab.statistics import Contrast, compare
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "few-pictures"

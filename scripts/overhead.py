@@ -23,26 +23,29 @@ from normlab.data import load
 from normlab.inspection.recording import Recorder
 from normlab.runs import Task
 from normlab.training import checkpoint
+from normlab.training.hooks import make_hooks
 from normlab.training.loop import fit
 from normlab.training.preparation import make_plan, new_state
-from normlab.training.state import Observer, Plan, State
 
 SAVES = 5
 
 
 class Timed:
-    """An observer whose processor seconds are added up."""
+    """A hook or an observer whose processor seconds are added up."""
 
-    def __init__(self, observer: Observer) -> None:
-        self.observer, self.seconds = observer, 0.0
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.seconds = inner, 0.0
 
-    def before_training(self, plan: Plan) -> None:
-        self.observer.before_training(plan)
+    def before_training(self, *arguments: Any) -> None:
+        self.inner.before_training(*arguments)
 
-    def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
+    def after_step(self, *arguments: Any) -> None:
         began = time.process_time()
-        self.observer.after_step(state, epoch, batch, batches)
+        self.inner.after_step(*arguments)
         self.seconds += time.process_time() - began
+
+    def after_training(self, *arguments: Any) -> None:
+        self.inner.after_training(*arguments)
 
 
 def measure(name: str, epochs: int | None, data: str) -> dict[str, Any]:
@@ -55,10 +58,10 @@ def measure(name: str, epochs: int | None, data: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, settings(1, device):
         plan = make_plan(task, images, 1, Path(folder))
         state = new_state(task, images, device)
-        recorder, keeper = Timed(Recorder()), Timed(checkpoint.Keeper(Path(folder)))
+        recorder, kept = Timed(Recorder()), Timed(checkpoint.Checkpoints(Path(folder)))
         began = time.process_time()
-        fit(plan, state, device, (recorder, keeper))
-        total = time.process_time() - began - recorder.seconds - keeper.seconds
+        fit(plan, state, device, (recorder,), hooks=[*make_hooks(plan), kept])
+        total = time.process_time() - began - recorder.seconds - kept.seconds
         saves = []
         for _ in range(SAVES):
             began, clock = time.process_time(), time.perf_counter()

@@ -56,11 +56,13 @@ def main() -> None:
     device = torch.device("cpu")
     with settings(arguments.threads, device):
         started, processor = time.perf_counter(), time.process_time()
-        model = partial(MODELS[recipe.model], **network)(norm=recipe.norm, seed=arguments.seed)
+        model = partial(MODELS[recipe.model.name], **network)(
+            norm=recipe.norm.name, seed=arguments.seed
+        )
         model.to(memory_format=torch.channels_last)
         if hasattr(model, "fit_to"):
             model.fit_to(train.images)
-        state = State(model=model, optimizer=make_optimizer(recipe, model))
+        state = State(model=model, optimizer=make_optimizer(recipe.optimizer, model))
         plan = Plan(
             recipe=recipe,
             folder=Path(),
@@ -71,14 +73,14 @@ def main() -> None:
         )
         fit(plan, state, device)
         seconds, processor = time.perf_counter() - started, time.process_time() - processor
-        loss, accuracy = score(model, validation, device)
-        seen = logits_of(model, validation.images, device, views="shift").argmax(1).numpy()
+        found = score(model, validation.images, validation.labels)
+        seen = logits_of(model, validation.images, views="shift").argmax(1).numpy()
     line = {
         "recipe": recipe.as_dict() | network,
         "seed": arguments.seed,
-        "val_accuracy": accuracy,
+        "val_accuracy": found.accuracy,
         "val_accuracy_shift": float((seen == validation.labels).mean()),
-        "val_loss": loss,
+        "val_loss": found.loss,
         "seconds": round(seconds, 1),
         "processor_seconds": round(processor, 1),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
@@ -87,7 +89,11 @@ def main() -> None:
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with open(RESULTS, "a", encoding="utf-8") as f:
         f.write(json.dumps(line) + "\n")
-    print(f"{accuracy:.4f} {seconds:.1f} s {processor:.1f} cpu-s", arguments.settings, flush=True)
+    print(
+        f"{found.accuracy:.4f} {seconds:.1f} s {processor:.1f} cpu-s",
+        arguments.settings,
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from benchmarks.peers.stock_layers import stock
 from normlab import recipes
 from normlab.evaluation.forward import logits_of
 from normlab.recipes import Recipe
-from normlab.training.checkpoint import Keeper
+from normlab.training.checkpoint import Checkpoints
+from normlab.training.hooks import make_hooks
 from normlab.training.loop import fit
 from normlab.training.optimisers import make_optimizer
 from normlab.training.preparation import make_plan, new_state
@@ -36,7 +37,7 @@ def training(options: Options) -> Contestant:
     def run(repeats: int) -> Notes:
         nonlocal seed
         with allowed_kernels(options):
-            notes = _train(options, recipes.fast79(), seed)
+            notes = _train(options, recipes.get("fast79"), seed)
         seed += 1
         return notes
 
@@ -51,9 +52,10 @@ def _train(options: Options, recipe: Recipe, seed: int) -> Notes:
     state = new_state(task, images, CPU)
     if options.extra["layers"] == "stock":
         state.model = stock(state.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        state.optimizer = make_optimizer(recipe, state.model)
+        state.optimizer = make_optimizer(recipe.optimizer, state.model)
     state.seconds = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as scratch:
-        fit(plan, state, CPU, [Keeper(Path(scratch), saved_at=state.seconds)])
+        kept = Checkpoints(Path(scratch), saved_at=state.seconds)
+        fit(plan, state, CPU, hooks=[*make_hooks(plan), kept])
     right = logits_of(state.model, images.x_test).argmax(1).numpy() == images.y_test
     return {"seconds": state.seconds, "seed": seed, "test_accuracy": float(right.mean())}

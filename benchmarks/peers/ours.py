@@ -26,7 +26,7 @@ from benchmarks.peers.stock_layers import stock
 from normlab import kernels, recipes
 from normlab.core.streams import stream
 from normlab.data import ImageData, load
-from normlab.data.batches import Batches, split_validation, to_input
+from normlab.data.batches import split_validation, to_input
 from normlab.evaluation.scores import score
 from normlab.kernels.memory import keep_freed_memory
 from normlab.recipes import Recipe
@@ -72,11 +72,11 @@ def make_task(options: Options, recipe: Recipe, seed: int = 0) -> tuple[Task, Im
 def training(options: Options) -> Contestant:
     """The body of `normlab.training.loop.fit`, step by step."""
     model, about = start(options, "notebook")
-    recipe = recipes.notebook().override(batch_size=options.extra["batch"])
+    recipe = recipes.get("notebook").override(batch_size=options.extra["batch"])
     task, images = make_task(options, recipe)
-    optimizer = make_optimizer(recipe, model)
+    optimizer = make_optimizer(recipe.optimizer, model)
     plan = make_plan(task, images, options.threads)
-    data = Batches(plan.train, plan.bounds, plan.steps, recipe, 0, CPU)
+    data = plan.batches(CPU)
     done = 0
 
     def run(repeats: int) -> None:
@@ -94,13 +94,13 @@ def training(options: Options) -> Contestant:
 def validation(options: Options) -> Contestant:
     """What `fit` does after an epoch."""
     model, about = start(options, "notebook")
-    _, images = make_task(options, recipes.notebook())
+    _, images = make_task(options, recipes.get("notebook"))
     _, held_out = split_validation(images.x_train, images.y_train, 0.1)
 
     def run(repeats: int) -> None:
         with allowed_kernels(options):
             for _ in range(repeats):
-                score(model, held_out, CPU)
+                score(model, held_out.images, held_out.labels)
 
     return Contestant({"": Case(run, len(held_out))}, answer_with(model, options), about)
 

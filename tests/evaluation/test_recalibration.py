@@ -18,7 +18,6 @@ from normlab.evaluation.forward import normalizers, untouched
 from normlab.evaluation.population import Moments, pool, population_moments, set_statistics
 from normlab.evaluation.scores import three_way
 from normlab.models import NotebookNet
-from normlab.training.hooks import ThreeWayScores
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +193,7 @@ def test_three_way_changes_no_bit_of_the_training(
     }
     options = {"data": data, "epochs": 2, "threads": 1, "validation": 0.2}
     plain = normlab.train("notebook", out=tmp_path / "plain", **options)
-    scores = (ThreeWayScores(),)
-    observed = normlab.train("notebook", out=tmp_path / "three", observers=scores, **options)
+    observed = normlab.train("notebook", out=tmp_path / "three", three_way=True, **options)
     for name in ("last", "best"):
         a, b = ((r.path / f"{name}.safetensors").read_bytes() for r in (plain, observed))
         assert a == b
@@ -203,9 +201,9 @@ def test_three_way_changes_no_bit_of_the_training(
     for before, after in zip(plain.history, observed.history, strict=True):
         assert after.keys() - before.keys() == added
         assert all(after[k] == before[k] for k in before if k != "seconds")
-    with pytest.raises(UserError, match="needs validation images"):
+    with pytest.raises(UserError, match="holds out none"):
         normlab.train(
-            "notebook", observers=scores, out=tmp_path / "x", **{**options, "validation": 0.0}
+            "notebook", three_way=True, out=tmp_path / "x", **{**options, "validation": 0.0}
         )
 
 

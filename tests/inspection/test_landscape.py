@@ -80,7 +80,7 @@ def test_the_measures_are_those_of_the_formulas(images: normlab.ImageData) -> No
             thetas[state.step] = np.concatenate(parts)
 
     walker = Walker([1], SIZES, batch=30)
-    state = State(model, make_optimizer(plan.recipe, model))
+    state = State(model, make_optimizer(plan.recipe.optimizer, model))
     with pytest.raises(EndOfReplay):  # it ends the replay where it has all it needs
         fit(plan, state, torch.device("cpu"), (Keep(), walker))
     assert state.step == 2
@@ -115,7 +115,7 @@ def test_the_walks_leave_no_trace(images: normlab.ImageData) -> None:
 
     for observers in ((Keep(),), (Walker([1, 2, 3], SIZES, batch=20), Keep())):
         model = SigmoidNet(image_size=32)
-        state = State(model, make_optimizer(plan.recipe, model))
+        state = State(model, make_optimizer(plan.recipe.optimizer, model))
         with contextlib.suppress(EndOfReplay):
             fit(plan, state, torch.device("cpu"), observers)
     assert all(plain == walked for plain, walked in seen.values())

@@ -166,7 +166,7 @@ def test_an_imported_model_answers_as_in_keras(
     np.testing.assert_allclose(run.evaluate().probabilities, expected, rtol=0, atol=1e-5)
     assert run.result is not None
     assert run.result["imported_from"]["file"] == name
-    assert run.task.recipe.norm == ("none" if name == "none.keras" else "batch")
+    assert run.task.recipe.norm.name == ("none" if name == "none.keras" else "batch")
 
 
 def test_a_file_that_keras_2_15_wrote_itself() -> None:

@@ -11,7 +11,7 @@ from normlab.models import MODELS, SigmoidNet
 
 def test_its_layers_are_the_papers() -> None:
     recipe = recipes.get("paper-sigmoid")
-    assert MODELS[recipe.model] is SigmoidNet
+    assert MODELS[recipe.model.name] is SigmoidNet
     assert recipe.batch_size == 60
     steps = recipe.epochs * 60_000 * (1 - recipe.validation) / 60  # on MNIST
     assert 50_000 <= steps < 51_000

@@ -276,7 +276,11 @@ def test_trials_are_equal_and_use_seeds_that_no_pair_has() -> None:
     assert len(jobs) == 2 * 3 * 2
     assert {job.seed for job in jobs} == {1_000_000_000, 1_000_000_001}
     assert not any(job.test for job in jobs)
-    assert sorted({job.task.recipe.learning_rate for job in jobs}) == [0.0005, 0.001, 0.002]
+    assert sorted({job.task.recipe.optimizer.learning_rate for job in jobs}) == [
+        0.0005,
+        0.001,
+        0.002,
+    ]
     with pytest.raises(UserError, match="tune=epochs=1,2: 'epochs' is none of learning_rate"):
         parse_tuning("epochs=1,2")
     with pytest.raises(UserError, match="give two or more factors above 0"):

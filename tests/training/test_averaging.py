@@ -119,7 +119,7 @@ def test_the_command(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "train notebook --data sample --epochs 1 --ema 0.9 --threads 1 --out r --json"
     assert command(words.split()) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 12
-    assert json.loads(Path("r/recipe.json").read_text())["recipe"]["ema"] == 0.9
+    assert json.loads(Path("r/recipe.json").read_text())["recipe"]["averaging"]["decay"] == 0.9
     assert command(["train", "--ema", "1.0"]) == 2
     assert "ema=1.0: choose a decay in [0, 1), such as 0.999" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"ema=-0\.1"):

@@ -16,7 +16,7 @@ from normlab.models.fast import Whitening, patches_of
 from normlab.recipes import fast79, notebook
 from normlab.reports.plots import plot_curve
 from normlab.training.loop import Interrupted
-from normlab.training.optimisers import Muon, make_optimizer, orthogonalize, set_rate, triangle
+from normlab.training.optimisers import Muon, make_optimizer, orthogonalize, set_rate
 from normlab.training.state import Plan, State
 from normlab.training.step import train_step
 
@@ -168,17 +168,17 @@ def test_views() -> None:
 
 
 def test_set_rate_follows_the_triangle() -> None:
-    optimizer = make_optimizer(fast79(), FastNet())
+    optimizer = make_optimizer(fast79().optimizer, FastNet())
     whole = [group["lr"] for group in optimizer.param_groups]
-    assert [triangle(t) for t in (0.0, 0.23, 1.0)] == pytest.approx([0.2, 1.0, 0.07])
+    assert [fast79().schedule.share(t) for t in (0.0, 0.23, 1.0)] == pytest.approx([0.2, 1.0, 0.07])
     for _ in range(2):  # the share is of the first rate, not of the last one
-        set_rate(optimizer, triangle(0.115))
+        set_rate(optimizer, fast79().schedule.share(0.115))
         assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.6 * r for r in whole])
 
 
 def test_dense_weights_and_biases_follow_torch_sgd() -> None:
     ours, theirs = ([torch.nn.Parameter(pixels(5, 4)), torch.nn.Parameter(pixels(4))] for _ in "ab")
-    muon = Muon(ours, sgd_lr=0.1, sgd_momentum=0.8, weight_decay=0.02)
+    muon = Muon(ours, sgd_rate=0.1, sgd_momentum=0.8, weight_decay=0.02)
     sgd = torch.optim.SGD(
         [
             {"params": theirs[:1], "lr": 0.1, "weight_decay": 0.02},
@@ -209,7 +209,7 @@ def test_muon_turns_kernels_of_unit_filters() -> None:
     kernel = torch.nn.Parameter(pixels(16, 4, 3, 3))
     start = kernel.detach() * 4 / kernel.detach().norm()
     kernel.grad = pixels(16, 4, 3, 3, seed=1)
-    Muon([kernel], lr=0.1).step()
+    Muon([kernel], learning_rate=0.1).step()
     step = (start - kernel.detach()).flatten(1) / 0.1
     assert torch.linalg.svdvals(step).max() < 1.5
 
@@ -219,7 +219,7 @@ def test_label_smoothing_is_in_the_loss() -> None:
     model.fit_to((pixels(20, 32, 32, 3) * 255).byte().numpy())
     log_p = torch.log_softmax(model(x).detach(), 1)
     expected = -(0.8 * log_p[torch.arange(8), labels] + 0.2 * log_p.mean(1)).mean()
-    optimizer = make_optimizer(fast79(), model)
+    optimizer = make_optimizer(fast79().optimizer, model)
     loss, _ = train_step(model, optimizer, x, labels, stream(0, "dropout"), 0.2)
     assert loss == pytest.approx(expected.item(), rel=1e-5)
 

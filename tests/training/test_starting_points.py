@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 import normlab
 from normlab.cli import cli
 from normlab.core.files import read_tensors, write_tensors
-from normlab.data.batches import Batches, split_validation, to_input
+from normlab.data.batches import split_validation, to_input
 from normlab.runs import Run
 from normlab.training.loop import Interrupted
 from normlab.training.preparation import make_plan, new_state
@@ -121,8 +121,7 @@ def test_a_frozen_body_is_run_with_its_running_statistics_while_the_head_learns(
     body.output = torch.nn.Identity()
     head = run.task.build().output.weight.detach().requires_grad_()
     cpu = torch.device("cpu")
-    batches = Batches(plan.train, plan.bounds, plan.steps, plan.recipe, 0, cpu)
-    schedule = normlab.training.optimisers.SCHEDULES[plan.recipe.schedule]
+    batches, schedule = plan.batches(cpu), plan.recipe.schedule
     for step in range(plan.steps):
         x, labels = batches(step)
         with torch.no_grad():
@@ -130,7 +129,7 @@ def test_a_frozen_body_is_run_with_its_running_statistics_while_the_head_learns(
         loss = cross_entropy(features @ head.T, labels, label_smoothing=0.1)
         (g,) = torch.autograd.grad(loss, head)
         with torch.no_grad():
-            head -= plan.recipe.learning_rate * schedule(step / plan.steps) * g
+            head -= plan.recipe.optimizer.learning_rate * schedule.share(step / plan.steps) * g
     torch.testing.assert_close(run.model().output.weight, head, atol=1e-6, rtol=1e-5)
 
 
@@ -138,7 +137,7 @@ def test_recalibrated_statistics_are_those_of_the_training_images(
     tmp_path: Path, source: Run
 ) -> None:
     """The first layer that sees pixels: against NumPy, validation images left out."""
-    if source.task.recipe.model != "notebook":
+    if source.task.recipe.model.name != "notebook":
         pytest.skip("the fast network's first normaliser sees no pixels")
     run = normlab.train(
         data=NEW, out=tmp_path / "r", start=source, statistics="recalibrate", **TINY
@@ -275,7 +274,9 @@ def test_what_does_not_fit_is_refused_by_name(fast: Run, tmp_path: Path, in_tmp:
 def test_a_network_without_batch_normalisation_can_be_started_from(in_tmp: Path) -> None:
     plain = normlab.train("notebook", norm="none", data=OLD, out="plain", **TINY)
     run = normlab.train("notebook", data=NEW, start=plain, freeze=True, out="r", **TINY)
-    assert run.task.recipe.norm == "none"  # the source's, where the recipe alone says otherwise
+    assert (
+        run.task.recipe.norm.name == "none"
+    )  # the source's, where the recipe alone says otherwise
     assert all(torch.equal(before, after) for _, before, after in states(plain, run))
 
 

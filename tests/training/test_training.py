@@ -447,7 +447,7 @@ def test_dropout_masks_are_exact_unbiased_and_from_the_given_generator() -> None
 @pytest.mark.parametrize("field", ["epochs", "batch_size", "learning_rate", "patience"])
 def test_recipes_refuse_values_out_of_range(field: str) -> None:
     with pytest.raises(normlab.UserError, match=rf"{field}=0"):
-        Recipe(name="x", **{field: 0})
+        Recipe(name="x").override(**{field: 0})
 
 
 def test_unknown_recipe_settings_fail() -> None:

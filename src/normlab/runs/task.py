@@ -47,7 +47,7 @@ class Task:
     """What `recipe.json` holds: all that decides the weights."""
 
     recipe: Recipe
-    seed: Annotated[int, Meta(ge=0, lt=2**63)]
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     data: str
     data_sha256: str
     class_names: tuple[str, ...]

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 
 from normlab.core.streams import stream
-from normlab.data.batches import Batches
 from normlab.errors import NonFiniteError, NormlabError
 from normlab.training.hooks import make_hooks
 from normlab.training.optimisers import set_rate
@@ -45,15 +44,7 @@ def fit(
     """
     hooks = make_hooks(plan) if hooks is None else hooks
     recipe, steps, bounds = plan.recipe, plan.steps, plan.bounds
-    batches = Batches(
-        plan.train,
-        bounds,
-        seed=plan.seed,
-        flip=recipe.augmentation.flip,
-        shift=recipe.augmentation.shift,
-        half_steps=recipe.half_size * steps,
-        device=device,
-    )
+    batches = plan.batches(device)
     for hook in hooks:
         hook.before_training(plan, state)
     for observer in observers:

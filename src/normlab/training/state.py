@@ -5,10 +5,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from normlab.core.text import counted
-from normlab.data.batches import Split, batch_bounds
+from normlab.data.batches import Batches, Split, batch_bounds
 from normlab.recipes import Recipe
 from normlab.training.optimisers import Optimizer
 
@@ -33,6 +34,18 @@ class Plan:
     @property
     def steps(self) -> int:
         return self.recipe.epochs * len(self.bounds)
+
+    def batches(self, device: torch.device | str = "cpu") -> Batches:
+        """The batches of every step, as the recipe cuts and augments them."""
+        return Batches(
+            self.train,
+            self.bounds,
+            seed=self.seed,
+            flip=self.recipe.augmentation.flip,
+            shift=self.recipe.augmentation.shift,
+            half_steps=self.recipe.half_size * self.steps,
+            device=device,
+        )
 
     def describe(self) -> str:
         """A line; one more for a start from another run, and for a last batch of a single image."""

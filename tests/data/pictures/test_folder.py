@@ -15,7 +15,7 @@ from normlab.data.pictures import decoding
 from normlab.data.pictures.collection import interleave
 from normlab.errors import DataError, UserError
 from normlab.evaluation.baselines import fit_logistic, score_baselines
-from normlab.evaluation.evaluation import macro_f1
+from normlab.evaluation.metrics import macro_f1
 
 
 @pytest.fixture(autouse=True)
