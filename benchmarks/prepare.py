@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.networks import build
-from normlab.core.environment import describe, settings
+from normlab.core.environment import describe_machine, settings
 from normlab.core.streams import stream
 from normlab.data import load
 from normlab.evaluation.forward import logits_of
@@ -36,7 +36,7 @@ def prepare(folder: Path, data: str, threads: int) -> dict[str, Any]:
             answers = logits_of(model, images.x_test[:CHECKED]).softmax(1)
             np.save(folder / f"{name}-answers.npy", answers.numpy())
         # Plain values: PyTorch's version is of a class that would bring PyTorch into the parent.
-        values: dict[str, Any] = json.loads(json.dumps(describe(threads, device)))
+        values: dict[str, Any] = json.loads(json.dumps(describe_machine(threads, device)))
         return {**values, "data": images.name}
 
 

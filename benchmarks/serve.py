@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from benchmarks.others import Others
-from normlab.core.environment import cores, describe
+from normlab.core.environment import cores, describe_machine
 from normlab.data import load
 
 BOUNDARY = "picture"
@@ -151,7 +151,7 @@ def main() -> None:
     finally:
         server.terminate()
         server.wait()
-    machine = describe(cores(), torch.device("cpu"))
+    machine = describe_machine(cores(), torch.device("cpu"))
     result = {
         "command": f"python -m benchmarks.serve MODEL --seconds {options.seconds:g}",
         "model": Path(options.model).name,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.others import Others, is_quiet
-from normlab.core.environment import cores, describe
+from normlab.core.environment import cores, describe_machine
 
 
 def train(recipe: str, seed: int, threads: int, folder: Path) -> subprocess.Popen[bytes]:
@@ -79,7 +79,7 @@ def main() -> None:
         "ratio": {"median": statistics.median(ratios), "all": ratios},
         "others_share": share,
         "quiet": is_quiet(share),
-        "machine": describe(runs, torch.device("cpu")),
+        "machine": describe_machine(runs, torch.device("cpu")),
     }
     print(json.dumps({k: result[k] for k in ("runs_an_hour", "ratio", "quiet")}, indent=1))
     if options.out:

@@ -1,6 +1,6 @@
 """Does the verdict keep its promise? Simulated studies of an arm with itself.
 
-Every simulated study draws both arms from the same distribution and goes through `compare`, the
+Every simulated study draws both arms from the same distribution and goes through `judge`, the
 function that real studies use. A winner may then be named in at most 5 % of studies, and the
 intervals must cover the true difference, zero, in at least 95 %, each within three Monte-Carlo
 standard errors of that limit. Covering more is allowed.
@@ -27,7 +27,7 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from normlab.statistics import Contrast, compare, level_of_look
+from normlab.statistics import Contrast, judge, level_of_look
 
 RESULT = Path(__file__).parents[1] / "docs" / "results" / "verdict-honesty.json"
 SEED = 20150211  # the day of arXiv 1502.03167
@@ -57,7 +57,7 @@ def simulate(arm: str, looks: tuple[int, ...], seed: list[int], studies: int) ->
         first, other = (ARMS[arm](generator, looks[-1]) for _ in range(2))
         for look, n in enumerate(looks):
             contrast = Contrast(arm, f"{arm} again", (first - other)[:n])
-            [result] = compare([contrast], look=look + 1, generator=generator)
+            [result] = judge([contrast], look=look + 1, generator=generator)
             lower, upper = result.interval
             outcome[study, look] = result.verdict in ("better", "worse"), lower <= 0 <= upper
     return outcome

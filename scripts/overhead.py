@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from normlab import recipes
-from normlab.core.environment import describe, settings
+from normlab.core.environment import describe_machine, settings
 from normlab.data import load
 from normlab.inspection.recording import Recorder
 from normlab.runs import Task
@@ -78,7 +78,7 @@ def measure(name: str, epochs: int | None, data: str) -> dict[str, Any]:
         "checkpoint_cpu_seconds": round(save, 4),
         "checkpoint_clock_seconds": round(wait, 4),
         "checkpoint_share": round(wait / checkpoint.SECONDS_BETWEEN, 4),
-        "environment": describe(1, device),
+        "environment": describe_machine(1, device),
     }
 
 

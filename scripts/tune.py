@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from normlab import recipes
-from normlab.core.environment import describe, settings
+from normlab.core.environment import describe_machine, settings
 from normlab.data import load
 from normlab.data.batches import split_validation
 from normlab.evaluation.forward import logits_of
@@ -84,7 +84,7 @@ def main() -> None:
         "seconds": round(seconds, 1),
         "processor_seconds": round(processor, 1),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "environment": describe(arguments.threads, device),
+        "environment": describe_machine(arguments.threads, device),
     }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with open(RESULTS, "a", encoding="utf-8") as f:

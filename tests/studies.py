@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from normlab.core.environment import describe
+from normlab.core.environment import describe_machine
 from normlab.recipes import get
 from normlab.study import Study, open_study
 from normlab.study import design as plans
@@ -37,7 +37,7 @@ def make_design(names: Sequence[str] = ("batch", "none"), **fields: Any) -> Desi
         "image_size": 32,
         "train_images": 400,
         "test_images": TEST_IMAGES,
-        "environment": describe(1, torch.device("cpu")),
+        "environment": describe_machine(1, torch.device("cpu")),
     }
     return Design(**{**plan, **fields})
 

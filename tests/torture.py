@@ -372,13 +372,13 @@ def main() -> None:
     if options.out:
         import torch
 
-        from normlab.core.environment import describe
+        from normlab.core.environment import describe_machine
 
         done = {
             "seed": options.seed,
             "seconds": round(time.monotonic() - started),
             "counts": dict(sorted(counts.items())),
-            "environment": describe(1, torch.device("cpu")),
+            "environment": describe_machine(1, torch.device("cpu")),
         }
         options.out.write_text(json.dumps(done, indent=2, ensure_ascii=False) + "\n")
 

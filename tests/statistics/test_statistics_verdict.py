@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 
 from normlab.errors import UserError
-from normlab.statistics import Comparison, Contrast, compare, holm, level_of_look
+from normlab.statistics import Comparison, Contrast, holm, judge, level_of_look
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "verdict_honesty.py"
 
 
-def judge(differences: ArrayLike, look: int = 1, **options: float) -> Comparison:
+def verdict_of(differences: ArrayLike, look: int = 1, **options: float) -> Comparison:
     contrast = Contrast("batch", "none", differences)
-    [comparison] = compare([contrast], look=look, generator=np.random.default_rng(0), **options)
+    [comparison] = judge([contrast], look=look, generator=np.random.default_rng(0), **options)
     return comparison
 
 
@@ -45,12 +45,12 @@ SPREAD = np.array([-0.004, 0.003, -0.001, 0.002, -0.003, 0.003])
     ],
 )
 def test_verdicts(differences: np.ndarray, look: int, verdict: str) -> None:
-    assert judge(differences, look).verdict == verdict
+    assert verdict_of(differences, look).verdict == verdict
 
 
 @pytest.mark.parametrize("n", [1, 5, 6, 20, 24])
 def test_all_zero_is_no_difference(n: int) -> None:
-    comparison = judge(np.zeros(n))
+    comparison = verdict_of(np.zeros(n))
     assert comparison.verdict == "no_difference"
     assert comparison.p_value == 1
     assert comparison.interval == ((-1, 1) if n < 6 else (0, 0))
@@ -58,10 +58,10 @@ def test_all_zero_is_no_difference(n: int) -> None:
 
 
 def test_margin_decides_no_difference() -> None:
-    assert judge(SPREAD, margin=0.004).verdict == "no_difference"
-    assert judge(SPREAD, margin=0.001).verdict == "not_enough_seeds"
+    assert verdict_of(SPREAD, margin=0.004).verdict == "no_difference"
+    assert verdict_of(SPREAD, margin=0.001).verdict == "not_enough_seeds"
     with pytest.raises(UserError, match="margin is 0"):
-        judge(SPREAD, margin=0)
+        verdict_of(SPREAD, margin=0)
 
 
 @settings(deadline=None, max_examples=60)
@@ -75,7 +75,7 @@ def test_margin_decides_no_difference() -> None:
 )
 def test_verdict_interval_and_p_value_never_contradict(many: list[np.ndarray], look: int) -> None:
     contrasts = [Contrast("batch", str(arm), d) for arm, d in enumerate(many)]
-    for result in compare(contrasts, look=look, generator=np.random.default_rng(0)):
+    for result in judge(contrasts, look=look, generator=np.random.default_rng(0)):
         decided = result.verdict in ("better", "worse")
         lower, upper = result.interval
         assert decided == (lower > 0 or upper < 0)
@@ -106,34 +106,34 @@ def test_holm_by_hand() -> None:
 def test_holm_can_take_a_verdict_away() -> None:
     sure, weak = np.tile(SPREAD, 2) + 0.05, (np.arange(-3, 9) + 0.25) / 100
     generator = np.random.default_rng(0)
-    alone = compare([Contrast("a", "c", weak)], look=1, generator=generator)[0]
+    alone = judge([Contrast("a", "c", weak)], look=1, generator=generator)[0]
     assert 0.02 < alone.p_value <= 0.04
     assert alone.verdict == "better"
     two = [Contrast("a", "c", weak), Contrast("b", "c", weak)]
-    for result in compare(two, look=1, generator=generator):
+    for result in judge(two, look=1, generator=generator):
         assert (result.verdict, result.level) == ("not_enough_seeds", 0.02)
         assert result.p_unadjusted == alone.p_value
         assert result.p_value == pytest.approx(2 * alone.p_value)
     # behind a sure contrast the weak one keeps the whole level
-    results = compare([two[0], Contrast("b", "c", sure)], look=1, generator=generator)
+    results = judge([two[0], Contrast("b", "c", sure)], look=1, generator=generator)
     assert [(r.verdict, r.level) for r in results] == [("better", 0.04), ("better", 0.02)]
 
 
 def test_comparison_is_strict_json() -> None:
-    record = json.loads(json.dumps(dataclasses.asdict(judge([0.01])), allow_nan=False))
+    record = json.loads(json.dumps(dataclasses.asdict(verdict_of([0.01])), allow_nan=False))
     assert record["interval"] == [-1, 1]
     wanted = "first other n difference interval p_value verdict diverged sentence"
     assert set(wanted.split()) <= set(record)
 
 
 def test_sentences() -> None:
-    assert judge(SPREAD + 0.05).sentence == (
+    assert verdict_of(SPREAD + 0.05).sentence == (
         "batch is better than none: +5.00 points of test accuracy, 96 % interval +4.60 to +5.30, "
         "p = 0.031, 6 pairs, look 1. "
         "This holds for these 6 seeds, this training set and this test set."
     )
     contrast = Contrast("batch", "none", [0.69], diverged=(0, 1))
-    [single] = compare([contrast], look=2, generator=np.random.default_rng(0))
+    [single] = judge([contrast], look=2, generator=np.random.default_rng(0))
     assert single.sentence == (
         "1 pair cannot tell batch from none: +69.00 points of test accuracy, no 99.5 % interval "
         "from so few pairs, p = 1, 1 pair, look 2. "
@@ -141,9 +141,9 @@ def test_sentences() -> None:
         "Diverged and counted at chance: 1 of 1 runs of none. "
         "This holds for this seed, this training set and this test set."
     )
-    assert "Sure, but small: at most 0.5 points." in judge(SPREAD / 10 + 0.002).sentence
-    assert judge(SPREAD).sentence.startswith("batch and none differ by at most 0.5 points: ")
-    assert "too many looks" in judge(np.full(24, 0.1), look=12).sentence
+    assert "Sure, but small: at most 0.5 points." in verdict_of(SPREAD / 10 + 0.002).sentence
+    assert verdict_of(SPREAD).sentence.startswith("batch and none differ by at most 0.5 points: ")
+    assert "too many looks" in verdict_of(np.full(24, 0.1), look=12).sentence
 
 
 def test_simulated_studies_of_an_arm_with_itself_are_honest(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from normlab import recipes
-from normlab.core.environment import cores, describe, resolve_threads
+from normlab.core.environment import cores, describe_machine, resolve_threads
 from normlab.core.files import LOCK, locked, sweep
 from normlab.data import ImageData
 from normlab.data import load as load_data
@@ -176,7 +176,7 @@ def _design(
         test_images=len(images.y_test),
         tuning=parse_tuning(tune),
         thresholds=tuple(thresholds),
-        environment=describe(plan["threads"], torch.device("cpu")),
+        environment=describe_machine(plan["threads"], torch.device("cpu")),
         **plan,
     )
 

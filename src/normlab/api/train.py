@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from normlab.api.run import Run, open_run
-from normlab.core.environment import describe, resolve_device, resolve_threads
+from normlab.core.environment import describe_machine, resolve_device, resolve_threads
 from normlab.core.environment import settings as machine_settings
 from normlab.core.files import digest, is_finite, locked, write_json, write_tensors
 from normlab.data import ImageData, load
@@ -127,7 +127,7 @@ def train(
         with locked(folder):
             _claim(folder, task)
             starting_points.write_start(folder, task, weights)
-            write_json(folder / "environment.json", describe(threads, where))
+            write_json(folder / "environment.json", describe_machine(threads, where))
             state = new_state(task, images, where, weights)
             state.seconds = time.perf_counter() - started
             return _finish(Run(folder, task), images, data_seconds, state, where, observers, extra)
@@ -180,7 +180,7 @@ def resume(
     started = time.perf_counter()
     images = opened.task.load(data)
     data_seconds = time.perf_counter() - started
-    differs = _differences(opened, images, describe(threads, where))
+    differs = _differences(opened, images, describe_machine(threads, where))
     if differs and not allow_changes:
         raise UserError(
             f"run {str(opened.path)!r} began with other {'; '.join(differs)}: "

@@ -52,7 +52,7 @@ def resolve_device(device: str) -> torch.device:
     return found
 
 
-def describe(threads: int, device: torch.device) -> dict[str, Any]:
+def describe_machine(threads: int, device: torch.device) -> dict[str, Any]:
     """What a reader needs to judge a time or to repeat a run."""
     return {
         "normlab": version("normlab"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from normlab.core.environment import describe, resolve_device, resolve_threads
+from normlab.core.environment import describe_machine, resolve_device, resolve_threads
 from normlab.core.files import digest, write_json, write_tensors
 from normlab.core.sandbox import LimitError, limited
 from normlab.data import load
@@ -73,7 +73,9 @@ def import_model(
     network.load_state_dict(state, strict=False)  # Keras counts no batches
     folder = create_folder(out, "imported")
     write_json(folder / "recipe.json", task.as_dict())
-    write_json(folder / "environment.json", describe(resolve_threads(None), resolve_device("cpu")))
+    write_json(
+        folder / "environment.json", describe_machine(resolve_threads(None), resolve_device("cpu"))
+    )
     write_tensors(folder / "last.safetensors", network.state_dict())
     run = Run(folder, task)
     started = time.perf_counter()

@@ -56,17 +56,20 @@ class Inspection:
 
 
 def inspect(*runs: Run | str | Path) -> Inspection:
-    """Look at what the layers of one recorded run saw, or of more of one model side by side.
+    """Look at what the layers of one recorded run saw, or of two of one model side by side.
 
     Args:
         runs: with `record=True` trained, opened or by their folders.
 
     Raises:
-        UserError: no run, one that was not recorded, or two that have no layer in common.
+        UserError: no run or more than two, one that was not recorded, or two that have no layer in
+            common.
         DataError: a recording is damaged.
     """
-    if not runs:
-        raise UserError("nothing to inspect: give a run that was trained with record=True")
+    if not 1 <= len(runs) <= 2:
+        raise UserError(
+            f"{len(runs)} runs to inspect: give one that was recorded, or two to compare"
+        )
     opened = [run if isinstance(run, Run) else open_run(run) for run in runs]
     seen = tuple(inspected(run) for run in opened)
     if not shared_layers(seen, "weight"):

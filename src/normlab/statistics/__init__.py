@@ -17,8 +17,8 @@ from normlab.statistics.verdict import (
     Comparison,
     Contrast,
     Verdict,
-    compare,
     holm,
+    judge,
     level_of_look,
 )
 
@@ -30,9 +30,9 @@ __all__ = [
     "SignFlips",
     "Verdict",
     "accuracy_interval",
-    "compare",
     "describe",
     "holm",
+    "judge",
     "level_of_look",
     "mcnemar",
     "sign_flips",

@@ -63,7 +63,7 @@ class Comparison:
     sentence: str
 
 
-def compare(
+def judge(
     contrasts: Sequence[Contrast],
     *,
     look: int,

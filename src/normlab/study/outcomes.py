@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from normlab.core.environment import describe, settings
+from normlab.core.environment import describe_machine, settings
 from normlab.core.files import digest, write_json
 from normlab.core.records import read_json, typed
 from normlab.data import ImageData
@@ -160,7 +160,7 @@ def train_one(
         seconds=state.seconds,
         history=[{key: _finite(value) for key, value in row.items()} for row in state.history],
         weights_sha256=digest(state.model.state_dict()),
-        environment=describe(threads, device),
+        environment=describe_machine(threads, device),
     )
 
 

@@ -15,8 +15,8 @@ from normlab.statistics import (
     Contrast,
     Description,
     McNemar,
-    compare,
     describe,
+    judge,
     mcnemar,
 )
 from normlab.study import outcomes as runs
@@ -95,7 +95,7 @@ class Study:
         ]
         generator = stream(self.design.first_seed, "study", "flips", self.design.seeds)
         return tuple(
-            compare(
+            judge(
                 contrasts,
                 look=self.design.look,
                 generator=generator,
