@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from normlab.api.compare import Study, open_study
 from normlab.core.environment import describe_machine
 from normlab.recipes import get
-from normlab.study import Study, open_study
 from normlab.study import design as plans
 from normlab.study import outcomes as runs
 from normlab.study.arms import make_arms

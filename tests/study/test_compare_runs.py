@@ -207,7 +207,7 @@ def test_each_arm_is_tuned_on_validation_images_before_the_study(tiny: Path, in_
     assert set(tuning.chosen) == {"batch", "none"}
     for arm, scores in tuning.scores.items():
         assert tuning.chosen[arm] == tuning.factors[scores.index(max(scores))]
-        rate = first.arm(arm)[0].task["recipe"]["learning_rate"]
+        rate = first.arm(arm)[0].task["recipe"]["optimizer"]["learning_rate"]
         assert rate == pytest.approx(1e-3 * tuning.chosen[arm])
     trials = [json.loads(p.read_text()) for p in (in_tmp / "s" / "tuning").glob("*.json")]
     assert len(trials) == 2 * 2 * 2

@@ -143,4 +143,8 @@ def open_run(path: str | Path | None = None) -> Run:
     if not folder.is_dir():
         raise UserError(f"run {str(folder)!r} is not a folder: name one that `normlab train` made")
     file = folder / "recipe.json"
-    return Run(folder, Task.from_dict(read_json(file), file))
+    values = read_json(file)
+    try:
+        return Run(folder, Task.from_dict(values, "it"))
+    except UserError as e:
+        raise DataError(f"{file} is not a run's recipe ({e})") from None

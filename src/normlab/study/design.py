@@ -8,7 +8,7 @@ from typing import Any
 
 from normlab.core.files import write_json
 from normlab.core.records import read_json, typed
-from normlab.errors import UserError
+from normlab.errors import DataError, UserError
 from normlab.recipes import Recipe
 from normlab.runs import Task
 from normlab.statistics import level_of_look, smallest_p
@@ -224,7 +224,10 @@ def load(folder: Path) -> Design | None:
     if not path.exists():
         return None
     values = read_json(path)
-    return typed(values, Design, path, recipe=Recipe.from_dict(values.get("recipe")))
+    try:
+        return typed(values, Design, "it", recipe=Recipe.from_dict(values.get("recipe")))
+    except UserError as e:
+        raise DataError(f"{path} is not a study's plan ({e}): choose another --out") from None
 
 
 def _tell(arms: Sequence[Arm]) -> str:

@@ -222,8 +222,11 @@ def load(folder: Path, task: Task, arm: str, seed: int) -> Outcome | None:
     path = path_of(folder, arm, seed)
     if not path.exists():
         return None
-    outcome = typed(read_json(path), Outcome, path)
-    its_task = Task.from_dict(outcome.task, path)
+    try:
+        outcome = typed(read_json(path), Outcome, "it")
+        its_task = Task.from_dict(outcome.task, "its task")
+    except UserError as e:
+        raise DataError(f"{path} is not a run's file ({e}): remove it to repeat the run") from None
     if replace(its_task, data="") != replace(task, data=""):
         raise DataError(f"{path} is of another recipe, seed or data: remove it to repeat the run")
     return outcome
