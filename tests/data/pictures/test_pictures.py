@@ -174,7 +174,7 @@ def frames(form: str) -> bytes:
         (encode(Image.new("LAB", (4, 4)), "tiff"), "mode LAB"),
         (encode(Image.fromarray(GREY.astype(np.uint16)), transparency=7), "transparent colour"),
         (encode(Image.fromarray(GREY.astype(np.uint16)), "tiff", tiffinfo={262: 0}), "zero is"),
-        (encode(Image.new("1", (5001, 5000))), "5001 × 5000 pixels"),
+        (encode(Image.new("1", (7001, 7200))), "7001 × 7200 pixels"),
         (b"", "not a picture"),
         (b"GIF89a", "not a picture"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),

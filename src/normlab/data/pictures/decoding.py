@@ -22,12 +22,13 @@ from queue import LifoQueue
 import numpy as np
 from numpy.typing import NDArray
 
+from normlab.core.cores import cores
 from normlab.core.sandbox import LimitError, Worker
 from normlab.data.cache import cache_folder, write_cache, writing
 from normlab.data.pictures.reading import fingerprint, read_picture, to_square
 from normlab.errors import DataError
 
-_VERSION = 1  # raise it when the same file would decode to other pixels
+_VERSION = 2  # raise it when the same file would decode to other pixels
 _ARRAYS = ("pixels", "fingerprints", "problems")
 
 # For one picture. The largest allowed one takes less than half of the memory.
@@ -79,7 +80,7 @@ class Readers:
     """Child processes that decode pictures, at most one a core, started as they are needed."""
 
     def __enter__(self) -> "Readers":
-        count = os.cpu_count() or 1
+        count = cores()
         self._pool = ThreadPoolExecutor(count)
         self._workers = [Worker(memory=MEMORY, seconds=SECONDS) for _ in range(count)]
         self._idle: LifoQueue[Worker] = LifoQueue()
