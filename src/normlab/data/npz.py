@@ -29,7 +29,7 @@ _MAX_HEADER = 10_000  # bytes; what NumPy itself accepts from files it does not 
 
 
 def read_npz(path: Path) -> ImageData:
-    """`x_train`, `y_train`, `x_test`, `y_test` and, if there, `class_names` of an `.npz` file.
+    """`x_train`, `y_train`, `x_test`, `y_test` and, if there, `x_val`, `y_val` and `class_names`.
 
     Other arrays in the file are not looked at. See `from_mapping` for what is checked.
 
@@ -37,7 +37,7 @@ def read_npz(path: Path) -> ImageData:
         DataError: the file cannot be read, is damaged, needs pickle, would unpack to far more
             than it holds, or its arrays are not images and labels.
     """
-    arrays = read_arrays(path, (*ARRAYS, "class_names"))
+    arrays = read_arrays(path, (*ARRAYS, "x_val", "y_val", "class_names"))
     return from_mapping(arrays, name=path.name)
 
 

@@ -75,7 +75,9 @@ def sha256(array: NDArray[Any]) -> str:
 
 
 def image_data(arrays: Arrays) -> ImageData:
-    return ImageData(name="cifar10", class_names=CLASS_NAMES, **arrays)
+    return ImageData(
+        name="cifar10", class_names=CLASS_NAMES, **{part: arrays[part] for part in ARRAYS}
+    )
 
 
 def read(path: Path, reference: Reference = CIFAR10) -> dict[str, NDArray[np.uint8]]:

@@ -23,7 +23,7 @@ LITTER = frozenset(
 
 # What else marks a folder that a system or a program made.
 _SYSTEM = re.compile(
-    r"[@#$~].*|_*thumb(nail)?s?|.*\.lrdata|.*\.(photos|aplibrary)(library)?|recycle[ -]?bin|lost\.dir"
+    r"[@#$~].*|_*thumb(nail)?s?|recycle[ -]?bin|lost\.dir|.*\.(lrdata|photoslibrary|aplibrary)"
 )
 
 _TRAIN = r"train(?:ing)?|trn"

@@ -24,8 +24,8 @@ import io
 import os
 import stat
 import struct
-import zlib
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -205,7 +205,7 @@ def _open(file: IO[bytes]) -> Image.Image:
     file.seek(0)
     if start.startswith(b"\xff\xd8\xff"):
         # Not by `Image.open`, which refuses 200 megapixels, whatever they are reduced to.
-        return JpegImagePlugin.jpeg_factory(file)  # type: ignore[no-untyped-call, no-any-return]
+        return JpegImagePlugin.jpeg_factory(file)  # type: ignore[no-untyped-call]
     if _is_heic(start):
         return _open_heic(file)
     try:
@@ -266,7 +266,8 @@ def _times(size: tuple[int, int]) -> int:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    return image.mode.startswith("I") or any("16" in str(tile[3]) for tile in image.tile)
+    tiles = getattr(image, "tile", ())  # what Pillow will unpack, and from which layout of bits
+    return image.mode.startswith("I") or any("16" in str(tile[3]) for tile in tiles)
 
 
 def _orientation(image: Image.Image) -> int:
