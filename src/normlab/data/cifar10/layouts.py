@@ -75,8 +75,14 @@ def sha256(array: NDArray[Any]) -> str:
 
 
 def image_data(arrays: Arrays) -> ImageData:
+    x_train, y_train, x_test, y_test = (arrays[part] for part in ARRAYS)
     return ImageData(
-        name="cifar10", class_names=CLASS_NAMES, **{part: arrays[part] for part in ARRAYS}
+        name="cifar10",
+        class_names=CLASS_NAMES,
+        x_train=x_train,
+        y_train=y_train,
+        x_test=x_test,
+        y_test=y_test,
     )
 
 

@@ -245,11 +245,11 @@ def _note_dim(collection: Collection, decoded: Decoded, good: list[int]) -> None
     peaks = decoded.peaks[good]
     peaks = peaks[peaks >= 0]
     if len(peaks) and (peak := int(peaks.max())) <= _DIM:
-        bits = next(b for b in range(8, 15) if peak <= round((2**b - 1) / 257) or b == 14)
+        bits, times = (12, 16) if peak <= 16 else (14, 4)
         collection.notes.append(
             f"all {len(peaks):,} pictures of 16 bits stay below {(peak + 1) / 2.56:.0f} % of white "
-            f"and are nearly black, with {peak + 1} levels left: if they hold {bits} bits, "
-            f"multiply their values by {2 ** (16 - bits)} first"
+            f"and are nearly black, with {peak + 1} levels left: multiply their values first, "
+            f"by {times} if they hold {bits} bits"
         )
 
 

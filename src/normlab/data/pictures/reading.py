@@ -205,7 +205,7 @@ def _open(file: IO[bytes]) -> Image.Image:
     file.seek(0)
     if start.startswith(b"\xff\xd8\xff"):
         # Not by `Image.open`, which refuses 200 megapixels, whatever they are reduced to.
-        return JpegImagePlugin.jpeg_factory(file)  # type: ignore[no-untyped-call]
+        return JpegImagePlugin.jpeg_factory(file)
     if _is_heic(start):
         return _open_heic(file)
     try:
