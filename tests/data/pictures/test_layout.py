@@ -1,4 +1,4 @@
-"""Folders as people have them: which are the parts, which the classes, and what is said of the rest."""
+"""Folders as people have them: the parts, the classes, and what is said of the rest."""
 
 import unicodedata
 from pathlib import Path
@@ -58,7 +58,10 @@ def classes(layout: Layout) -> dict[str | None, list[str]]:
     [
         ("train", "train TRAIN Train training Training trn train_set trainset TrainSet train-data"),
         ("train", "training_images imgs_train seg_train train2017 dataset_train train_split"),
-        ("test", "test Test testing Testing_Set test-images tst evaluation eval test_data seg_test"),
+        (
+            "test",
+            "test Test testing Testing_Set test-images tst evaluation eval test_data seg_test",
+        ),
         ("validation", "val Val valid VALID validation Validation_Set dev val2017 valid_imgs"),
         (None, "cat trainer testament vale devil valley station straining latest evaluate contest"),
     ],
@@ -83,7 +86,6 @@ def test_what_resembles_a_part_or_is_a_systems() -> None:
     "names", [("Train", "Test"), ("training_set", "test_set"), ("TRAINING", "eval"), ("trn", "tst")]
 )
 def test_two_parts_in_other_spellings(root: Path, names: tuple[str, str]) -> None:
-    train, test = names
     mark(root, *(f"{part}/{c}/1.png" for part in names for c in ("owl", "jay")))
     assert classes(arrange(grow(root))) == {"train": ["jay", "owl"], "test": ["jay", "owl"]}
 
@@ -137,7 +139,10 @@ def test_a_class_called_train_in_both_parts(root: Path) -> None:
         ("train/images/1.png train/labels/1.txt valid/images/1.png", "no folders of classes"),
         ("test/owl/1.png test/jay/1.png", "but no train/"),
         ("train/owl/1.png Training/owl/1.png test/owl/1.png", "are one part by their names"),
-        ("ship/1.png tram/1.png train/steam/1.png train/fast/1.png", "'{}/train/[*]' for the second"),
+        (
+            "ship/1.png tram/1.png train/steam/1.png train/fast/1.png",
+            "'{}/train/[*]' for the second",
+        ),
         ("pets/a/1.png pets/b/1.png tools/c/1.png tools/d/1.png", "'{}/[*]/[*]' for the second"),
         ("data/a/1.png data/b/1.png owl/1.png jay/1.png", "'{}/data/[*]' for the second"),
     ],
@@ -163,7 +168,10 @@ def test_two_readings_or_none_are_refused_with_what_to_do(
         ("owl/Imgs/1.png;jay/Imgs/1.png", {None: ["jay", "owl"]}),
         ("owl/may/1.png;owl/june/1.png;jay/may/1.png;jay/june/2.png", {None: ["jay", "owl"]}),
         ("owl/2019/1.png;owl/2020/1.png;jay/2021/1.png;jay/2022/2.png", {None: ["jay", "owl"]}),
-        ("owl/train/1.png;owl/test/1.png;jay/train/1.png", {"train": ["jay", "owl"], "test": ["owl"]}),
+        (
+            "owl/train/1.png;owl/test/1.png;jay/train/1.png",
+            {"train": ["jay", "owl"], "test": ["owl"]},
+        ),
     ],
 )
 def test_the_level_of_the_classes(
@@ -217,7 +225,7 @@ def test_files_that_are_no_pictures_are_told_in_one_line_and_damaged_ones_stop(
         "pets/: pictures in no folder of a class are passed over: poster.png",
     ]
     (root / "owl" / "1.png").write_bytes(b"<html>")
-    with pytest.raises(DataError, match="1 problems, listed above; .*--skip-bad"):
+    with pytest.raises(DataError, match=r"1 problems, listed above; .*--skip-bad"):
         load(root, image_size=8)
     assert "    owl/1.png: not a picture, or damaged" in capsys.readouterr().err
 
@@ -250,9 +258,7 @@ def test_a_class_that_differs_by_case_is_named(
     assert "Owl: no usable picture in test; owl there is another class by its spelling" in said
 
 
-def test_masks_beside_the_pictures_are_told(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_masks_beside_the_pictures_are_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill(root, owl=3, jay=3)
     for path in list(root.rglob("*.png")):
         Image.new("L", (8, 8), path.stat().st_ino % 200).save(path.with_suffix(".bmp"))
