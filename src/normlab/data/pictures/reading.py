@@ -182,7 +182,22 @@ def _upright(source: Path | bytes) -> Image.Image:
 
 def _upright_and_deep(source: Path | bytes) -> tuple[Image.Image, bool]:
     """The picture as RGB, the right way up, and whether its file has more than 8 bits a channel."""
-    with quiet(), _file(source) as file, _open(file) as image:
+    with quiet(), _file(source) as file:
+        try:
+            return _decoded(file)
+        except DataError:
+            raise
+        except (ValueError, SyntaxError, OSError):
+            file.seek(0)
+            if file.read(len(_PNG)) != _PNG:
+                raise
+            # A text or a profile that Pillow takes offence at does not make the pixels unusable.
+            file.seek(0)
+            return _decoded(io.BytesIO(_bare_png(file.read())))
+
+
+def _decoded(file: IO[bytes]) -> tuple[Image.Image, bool]:
+    with _open(file) as image:
         _refuse(image)
         _draft(image)
         deep = _is_deep(image)
@@ -208,13 +223,7 @@ def _open(file: IO[bytes]) -> Image.Image:
         return JpegImagePlugin.jpeg_factory(file)
     if _is_heic(start):
         return _open_heic(file)
-    try:
-        return Image.open(file, formats=FORMATS)
-    except (ValueError, SyntaxError):
-        if not start.startswith(_PNG):
-            raise
-        file.seek(0)
-        return Image.open(io.BytesIO(_bare_png(file.read())), formats=FORMATS)
+    return Image.open(file, formats=FORMATS)
 
 
 def _is_heic(start: bytes) -> bool:
@@ -237,12 +246,12 @@ def _open_heic(file: IO[bytes]) -> Image.Image:
 
 
 def _bare_png(content: bytes) -> bytes:
-    """A PNG without its texts, profiles and other chunks that are not needed for pixels."""
+    """A PNG without texts, profiles and other chunks that decide nothing about its pixels."""
     kept, place = [content[:8]], 8
     while place + 12 <= len(content):
         length, kind = struct.unpack_from(">I4s", content, place)
         end = place + 12 + length
-        if not kind[0] & 32 or kind == b"tRNS":  # a small letter: not needed
+        if not kind[0] & 32 or kind in (b"tRNS", b"eXIf", b"acTL"):  # capitals: always needed
             kept.append(content[place:end])
         place = end
     return b"".join(kept)
