@@ -7,6 +7,7 @@ import sys
 import tracemalloc
 import zipfile
 from contextlib import suppress
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -320,6 +321,25 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path):
             member.write(bytes(1 << 20))
     message, peak = read_under_watch(path)
     assert "claims 314,5" in message
+    assert peak < 2_000_000
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_many_members_have_one_budget(tmp_path, shared):
+    """Of 200 MiB each: as members of their own, and as entries that name the same bytes."""
+    path = tmp_path / "many.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name in ("x_train",) if shared else ("x_train", "x_test"):
+            with archive.open(f"{name}.npy", "w") as member:
+                member.write(header((200 << 20,)))
+                for _ in range(200):
+                    member.write(bytes(1 << 20))
+        if shared:
+            twin = copy(archive.infolist()[0])
+            twin.filename = "x_test.npy"
+            archive.filelist.append(twin)
+    message, peak = read_under_watch(path)
+    assert "its arrays claim 419,4" in message
     assert peak < 2_000_000
 
 
