@@ -7,6 +7,8 @@ import sys
 import tracemalloc
 import zipfile
 from contextlib import suppress
+from copy import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,10 +18,13 @@ from hypothesis import strategies as st
 
 from normlab import data
 from normlab.cli.data import data as command
+from normlab.data.batches import split_images
 from normlab.data.cache import cache_folder
 from normlab.data.cifar10 import layouts as cifar10
 from normlab.data.npz import read_npz
 from normlab.errors import DataError
+
+SAMPLE = "e3671d947db827b135b8d4ecb5ae7796e2739129062b10aba5f2ed245d4a440f"
 
 
 def arrays(**changes):
@@ -91,6 +96,56 @@ def test_a_mapping_and_an_npz_are_the_same_data(tmp_path, label_dtype):
     assert data.load(loaded) is loaded
 
 
+def test_whole_floats_are_labels():
+    found = data.load(arrays(y_train=np.array([0.0, 1, 2, 0, 1, 2])))
+    assert found.y_train.dtype == np.int64
+    assert found.sha256 == data.load(arrays()).sha256
+
+
+def test_what_keras_load_data_returns():
+    plain = arrays()
+    pairs = (
+        (plain["x_train"], plain["y_train"][:, None]),
+        (plain["x_test"], plain["y_test"][:, None]),
+    )
+    assert data.load(pairs).sha256 == data.load(plain).sha256
+    assert data.load([list(pair) for pair in pairs]).sha256 == data.load(plain).sha256
+    fails((*pairs, pairs[0]), r"tuple of 3; give \(\(x_train, y_train\), \(x_test, y_test\)\)")
+    fails(pairs[0], r"tuple of 2; give")
+    fails([], "list of 0")
+
+
+def test_a_validation_part_of_its_own(tmp_path):
+    own = arrays(x_val=arrays()["x_test"][:2], y_val=np.array([1, 1]))
+    np.savez(tmp_path / "mine.npz", **own)
+    loaded = data.load(tmp_path / "mine.npz")
+    np.testing.assert_array_equal(loaded.x_val, own["x_val"])
+    assert loaded.sha256 == data.load(own).sha256 != data.load(arrays()).sha256
+    train, validation = split_images(loaded, 0.5)
+    assert (len(train), len(validation)) == (6, 2)
+    np.testing.assert_array_equal(validation.labels, [1, 1])
+    assert loaded.summary() == "3 classes: 0 2 + 1 + 0, 1 2 + 1 + 2, 2 2 + 1 + 0 " + (
+        "(training + test + validation)"
+    )
+    assert loaded.summary(most=1) == "3 classes: 0 2 + 1 + 0 and 2 more " + (
+        "(training + test + validation)"
+    )
+
+
+def test_a_split_carries_the_names_of_files():
+    own = replace(data.load(arrays()), files_train=tuple("abcdef"))
+    train, validation = split_images(own, 0.5)
+    assert (train.files, validation.files) == (("a", "b", "c"), ("d", "e", "f"))
+    assert own.sha256 == data.load(arrays()).sha256
+    train, validation = split_images(data.load(arrays()), 0.5)
+    assert train.files is validation.files is None
+
+
+def test_the_fingerprint_of_data_without_validation_stays():
+    """Runs resume by it: computed by the version that knew no validation part."""
+    assert data.load("sample").sha256 == SAMPLE
+
+
 def test_labels_as_keras_has_them():
     assert data.load(arrays(y_train=arrays()["y_train"][:, None])).y_train.shape == (6,)
 
@@ -128,14 +183,33 @@ def test_the_fingerprint_covers_shapes():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"x_train": arrays()["x_train"] / 255}, r"x_train is float64; give pixels as uint8"),
+        ({"x_train": arrays()["x_train"] / 255}, r"x_train \* 255\)"),
         ({"x_train": arrays()["x_train"][..., :1]}, r"x_train has shape \(6, 5, 4, 1\)"),
         ({"x_train": arrays()["x_train"][0]}, "x_train has shape"),
         ({"x_test": arrays()["x_test"][:0], "y_test": []}, "x_test has shape"),
         ({"x_test": arrays()["x_test"][:, :4]}, "bring them to one size"),
         ({"y_train": [0, 1, 2]}, "6 images in x_train but 3 labels"),
-        ({"y_train": [0.0] * 6}, "y_train is float64"),
-        ({"y_train": np.eye(6, dtype=int)}, r"y_train has shape \(6, 6\)"),
+        ({"y_train": [0.0, 1, 2, 0, 1, 2.5]}, "y_train is float64 and holds 2.5"),
+        ({"y_train": [0, 1, 2, 0, float("nan"), 2]}, "NaN, no label, for 1 of 6 images"),
+        ({"y_train": np.eye(6, dtype=int)}, r"\(6, 6\), one-hot; .* y_train.argmax\(1\)"),
+        ({"y_train": np.ones((6, 2), int)}, r"y_train has shape \(6, 2\); give one label"),
+        ({"y_train": ["owl", "jay", "cat"] * 2}, r"numpy.unique\(y_train, return_inverse=True\)"),
+        ({"y_train": np.ma.masked_equal([0, 1, 2, 0, 1, 2], 1)}, "masked array with 2 values"),
+        ({"x_train": arrays()["x_train"].transpose(0, 3, 1, 2)}, r"x_train.transpose\(0, 2, 3, 1"),
+        ({"x_train": arrays()["x_train"][..., 0]}, r"x_train\[..., None\].repeat\(3, axis=3\)"),
+        ({"x_train": arrays()["x_train"][..., :1]}, r"x_train.repeat\(3, axis=3\)"),
+        ({"x_train": arrays()["x_train"][:, None, ..., 0]}, r"transpose\(0, 2, 3, 1\).repeat"),
+        ({"x_train": np.zeros((6, 5, 4, 4), np.uint8)}, "leaves the alpha channel out"),
+        ({"x_train": np.zeros((6, 192), np.uint8)}, r"x_train.reshape\(-1, 8, 8, 3\)"),
+        ({"x_train": arrays()["x_train"] / 127.5 - 1}, "go from -1 to 1, so undo"),
+        ({"x_train": arrays()["x_train"].astype(int)}, r"x_train.astype\('uint8'\)"),
+        ({"x_train": arrays()["x_train"] * 1.0}, r"x_train.round\(\).astype\('uint8'\)"),
+        ({"x_train": arrays()["x_train"] > 9}, r"x_train.astype\('uint8'\) \* 255"),
+        ({"x_train": arrays()["x_train"] * np.uint16(16)}, r"/ 4095 \* 255.* if they hold 12 bits"),
+        ({"x_train": np.full((6, 5, 4, 3), np.nan)}, "NaN or infinite"),
+        ({"x_val": arrays()["x_test"]}, "one of x_val and y_val is missing"),
+        ({"x_val": arrays()["x_test"], "y_val": [0, 1]}, "3 images in x_val but 2 labels"),
+        ({"x_val": arrays()["x_test"][:, :4], "y_val": [0, 1, 2]}, "validation images"),
         ({"y_train": [0, 1, -1, 0, 1, 2]}, "label -1"),
         ({"y_train": np.array([0, 1, 2**63, 0, 1, 2], np.uint64)}, "label 9223372036854775808"),
         ({"y_train": [0, 1, 4, 0, 1, 2]}, "no image has the label 3"),
@@ -247,6 +321,25 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path):
             member.write(bytes(1 << 20))
     message, peak = read_under_watch(path)
     assert "claims 314,5" in message
+    assert peak < 2_000_000
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_many_members_have_one_budget(tmp_path, shared):
+    """Of 200 MiB each: as members of their own, and as entries that name the same bytes."""
+    path = tmp_path / "many.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name in ("x_train",) if shared else ("x_train", "x_test"):
+            with archive.open(f"{name}.npy", "w") as member:
+                member.write(header((200 << 20,)))
+                for _ in range(200):
+                    member.write(bytes(1 << 20))
+        if shared:
+            twin = copy(archive.infolist()[0])
+            twin.filename = "x_test.npy"
+            archive.filelist.append(twin)
+    message, peak = read_under_watch(path)
+    assert "its arrays claim 419,4" in message
     assert peak < 2_000_000
 
 

@@ -13,7 +13,7 @@ from normlab.core.environment import cores, describe_machine, resolve_threads
 from normlab.core.files import LOCK, locked, sweep
 from normlab.data import ImageData
 from normlab.data import load as load_data
-from normlab.data.batches import split_validation
+from normlab.data.batches import split_images
 from normlab.errors import UserError
 from normlab.recipes import Recipe
 from normlab.reports.study_figures import draw_all
@@ -160,7 +160,7 @@ def _design(
     size = images.image_shape[0]
     for arm in arms:
         check_arm(arm, recipe, images.class_names, size)
-        split_validation(images.x_train, images.y_train, arm.recipe(recipe).validation)
+        split_images(images, arm.recipe(recipe).validation)
     named = tuple(contrasts) if contrasts else default_contrasts(arms)
     return Design(
         recipe=recipe,

@@ -1,6 +1,6 @@
 """From arrays of pixels to the batches that a step takes."""
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from normlab.core.streams import stream
 from normlab.data.augment import Augmentation, halve
+from normlab.data.images import ImageData
 from normlab.errors import UserError
 
 EVALUATION_BATCH = 250  # images at a time where nothing is learnt
@@ -16,10 +17,14 @@ EVALUATION_BATCH = 250  # images at a time where nothing is learnt
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, H, W, 3) uint8 and labels (N,) of one part of a data set."""
+    """Images (N, H, W, 3) uint8 and labels (N,) of one part of a data set.
+
+    files: N names of the files that the images are from, if they are from files.
+    """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
+    files: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -40,6 +45,26 @@ def split_validation(
     if fraction > 0 and cut == len(labels):
         raise UserError(f"validation={fraction} of {len(labels)} images is none: raise it or use 0")
     return Split(images[:cut], classes[:cut]), Split(images[cut:], classes[cut:])
+
+
+def split_images(images: ImageData, fraction: float) -> tuple[Split, Split]:
+    """What to train on and what to validate on, with the names of the files.
+
+    The data's own validation images, if they have any; else `split_validation`.
+
+    Raises:
+        UserError: as `split_validation` does.
+    """
+    if images.x_val is not None and images.y_val is not None:
+        return (
+            Split(images.x_train, images.y_train.astype(np.int64), images.files_train),
+            Split(images.x_val, images.y_val.astype(np.int64), images.files_val),
+        )
+    train, validation = split_validation(images.x_train, images.y_train, fraction)
+    if images.files_train is None:
+        return train, validation
+    files, cut = images.files_train, len(train)
+    return replace(train, files=files[:cut]), replace(validation, files=files[cut:])
 
 
 def batch_bounds(n: int, batch_size: int, *, join_single: bool) -> list[tuple[int, int]]:

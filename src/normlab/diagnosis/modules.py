@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd as TorchConv
 from torch.nn.modules.dropout import _DropoutNd as TorchDropout
 
 from normlab.data import ImageData
-from normlab.data.batches import batch_bounds, split_validation
+from normlab.data.batches import batch_bounds, split_images
 from normlab.diagnosis.patient import Batches, Node, Normalizer, Patient
 from normlab.errors import DataError
 from normlab.evaluation.forward import Images, normalizers, untouched
@@ -74,7 +74,7 @@ def from_run(run: Run, weights: str, data: ImageData | None) -> Patient:
     model = run.model(weights)
     if data is not None:
         _check(run, data)
-        train, _ = split_validation(data.x_train, data.y_train, recipe.validation)
+        train, _ = split_images(data, recipe.validation)
         if data.sha256 == run.task.data_sha256:
             start, end = batch_bounds(len(train), recipe.batch_size, join_single=True)[-1]
             last = end - start

@@ -6,7 +6,7 @@ from typing import Any
 
 from normlab.core.files import digest, write_tensors
 from normlab.data import ImageData
-from normlab.data.batches import EVALUATION_BATCH, split_validation
+from normlab.data.batches import EVALUATION_BATCH, split_images
 from normlab.errors import DataError, UserError
 from normlab.evaluation.forward import normalizers
 from normlab.evaluation.population import population_moments, set_statistics
@@ -44,8 +44,7 @@ def recalibrate(
         )
     pixels = images.x_train
     if images.sha256 == run.task.data_sha256:
-        train, _ = split_validation(pixels, images.y_train, run.task.recipe.validation)
-        pixels = train.images
+        pixels = split_images(images, run.task.recipe.validation)[0].images
     set_statistics(model, population_moments(model, pixels))
     done = {
         "weights": "last",

@@ -6,7 +6,7 @@ import torch
 
 from normlab.data import ImageData
 from normlab.data.augment import halve
-from normlab.data.batches import split_validation
+from normlab.data.batches import split_images
 from normlab.errors import UserError
 from normlab.models import FastNet
 from normlab.runs import Task
@@ -29,7 +29,7 @@ def refuse_impossible(task: Task, images: ImageData) -> None:
         )
     recipe = task.recipe
     check_network(task)
-    train, _ = split_validation(images.x_train, images.y_train, recipe.validation)
+    train, _ = split_images(images, recipe.validation)
     if recipe.norm.name == "batch" and min(recipe.batch_size, len(train)) < 2:
         raise UserError(
             f"batch_size={recipe.batch_size} with {len(train):,} training images gives batches of "
@@ -75,7 +75,7 @@ def new_state(
     if weights is not None:
         model.load_state_dict(weights)
     elif isinstance(model, FastNet):
-        train, _ = split_validation(images.x_train, images.y_train, task.recipe.validation)
+        train, _ = split_images(images, task.recipe.validation)
         model.fit_to(train.images)
     if task.start is not None:
         starting_points.freeze(model, task.start)
@@ -85,7 +85,7 @@ def new_state(
 
 def make_plan(task: Task, images: ImageData, threads: int, folder: Path | None = None) -> Plan:
     """Split the images and say what `fit` shall do with them."""
-    train, validation = split_validation(images.x_train, images.y_train, task.recipe.validation)
+    train, validation = split_images(images, task.recipe.validation)
     return Plan(
         recipe=task.recipe,
         folder=folder,

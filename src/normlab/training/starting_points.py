@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from normlab import recipes
 from normlab.core.files import digest, read_tensors, write_tensors
-from normlab.data.batches import split_validation
+from normlab.data.batches import split_images
 from normlab.data.images import ImageData
 from normlab.errors import DataError, UserError
 from normlab.evaluation.forward import normalizers
@@ -133,7 +133,7 @@ def starting_weights(run: Run | None, task: Task, images: ImageData) -> dict[str
         fresh |= {k: t[rows] for k, t in state.items() if not _in_body(k)}
     model.load_state_dict(fresh | body)
     if task.start.statistics == "recalibrate":
-        train, _ = split_validation(images.x_train, images.y_train, task.recipe.validation)
+        train, _ = split_images(images, task.recipe.validation)
         set_statistics(model, population_moments(model, train.images))
     return model.state_dict()
 

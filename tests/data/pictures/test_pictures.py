@@ -2,6 +2,7 @@
 
 import io
 import struct
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from normlab.data.pictures import reading
 from normlab.data.pictures.reading import (
     MAX_PIXELS,
     fingerprint,
@@ -174,7 +176,7 @@ def frames(form: str) -> bytes:
         (encode(Image.new("LAB", (4, 4)), "tiff"), "mode LAB"),
         (encode(Image.fromarray(GREY.astype(np.uint16)), transparency=7), "transparent colour"),
         (encode(Image.fromarray(GREY.astype(np.uint16)), "tiff", tiffinfo={262: 0}), "zero is"),
-        (encode(Image.new("1", (5001, 5000))), "5001 × 5000 pixels"),
+        (encode(Image.new("1", (7001, 7200))), "7001 × 7200 pixels"),
         (b"", "not a picture"),
         (b"GIF89a", "not a picture"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
@@ -276,3 +278,146 @@ def test_names_are_fit_to_print() -> None:
     assert shown("café.png") == "café.png"
     assert shown("a\nb\x1b[31m") == "a\\nb\\x1b[31m"
     assert shown(b"\xff.png".decode("utf-8", "surrogateescape")) == "\\xff.png"
+
+
+def app1(payload: bytes) -> bytes:
+    """A JPEG of 24 × 16 smooth pixels with one segment of metadata."""
+    smooth = encode(Image.new("RGB", (24, 16), (200, 100, 50)), "jpeg")
+    return smooth[:2] + b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload + smooth[2:]
+
+
+def directory(*entries: bytes) -> bytes:
+    """EXIF with a directory of twelve bytes an entry."""
+    return (
+        b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(entries)) + b"".join(entries) + bytes(4)
+    )
+
+
+def entry(tag: int, kind: int, count: int, value: bytes) -> bytes:
+    return struct.pack(">HHI", tag, kind, count) + value
+
+
+TURNED = entry(274, 3, 1, b"\0\x06\0\0")
+
+
+@pytest.mark.parametrize(
+    ("payload", "turned"),
+    [
+        (directory(TURNED), True),
+        (directory(TURNED, entry(34665, 4, 1, b"\x7f\xff\xff\xff")), True),
+        (directory(TURNED, entry(36867, 2, 1 << 30, b"\0\0\0\x09")), True),
+        (directory(TURNED, entry(33434, 5, 1, b"\0\0\0\0")), True),
+        (directory(entry(274, 3, 1, b"\0\0\0\0")), False),
+        (directory(entry(274, 3, 1, b"\0\x63\0\0")), False),
+        (directory(entry(274, 2, 4, b"top\0")), False),
+        (directory(entry(274, 12, 1, b"\0\0\0\x08")), False),
+        (directory(TURNED)[:-9], False),
+        (b"Exif\0\0", False),
+        (b"Exif\0\0MM\0*\xff\xff\xff\xff", False),
+        (b"Exif\0\0" + bytes(range(256)), False),
+        (b"http://ns.adobe.com/xap/1.0/\0<x \xff\xfe", False),
+    ],
+)
+def test_metadata_never_make_a_picture_unusable(payload: bytes, turned: bool) -> None:
+    picture = read_picture(app1(payload))
+    assert picture.shape == ((24, 16, 3) if turned else (16, 24, 3))
+    np.testing.assert_allclose(picture.astype(int) - (200, 100, 50), 0, atol=4)
+
+
+def chunk(kind: bytes, data: bytes, crc: int | None = None) -> bytes:
+    body = kind + data
+    check = zlib.crc32(body) if crc is None else crc
+    return struct.pack(">I", len(data)) + body + struct.pack(">I", check)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        chunk(b"zTXt", b"much\0\0" + zlib.compress(bytes(80 << 20))),  # more than Pillow takes
+        chunk(b"iTXt", b"broken\0\x01\0\0\0" + b"no zlib"),
+        chunk(b"iCCP", b"profile\0\0" + b"no zlib"),
+        chunk(b"eXIf", b"nonsense"),
+        chunk(b"tEXt", b"Raw profile type exif\0\nexif\n  8\nno hex"),
+        chunk(b"pHYs", b"\0\0"),
+        chunk(b"gAMA", b""),
+        chunk(b"cHRM", b"\1\2\3"),
+        chunk(b"tIME", b"", crc=0),
+    ],
+    ids=lambda bad: bad[4:8].decode(),
+)
+@pytest.mark.parametrize("place", [33, -12])  # after the header; after the pixels
+def test_chunks_of_a_png_that_hold_no_pixels_do_not_matter(bad: bytes, place: int) -> None:
+    good = encode(Image.fromarray(RGB))
+    np.testing.assert_array_equal(read_picture(good[:place] + bad + good[place:]), RGB)
+
+
+@pytest.mark.parametrize("form", ["jpeg", "png"])
+@pytest.mark.parametrize(("limit", "times"), [(64 * 48, 1), (64 * 48 - 1, 2), (800, 2), (700, 4)])
+def test_large_pictures_are_read_at_a_part_of_their_size(
+    form: str, limit: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "MAX_PIXELS", limit)
+    tiny = Image.fromarray(np.random.default_rng(5).integers(0, 256, (3, 4, 3), np.uint8))
+    whole = tiny.resize((64, 48), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[274] = 6
+    options = {"quality": 98, "subsampling": 0} if form == "jpeg" else {}
+    content = encode(whole, form, exif=exif, **options)
+    found = read_picture(content)
+    assert found.shape == (64 // times, 48 // times, 3)
+    expected = np.rot90(np.asarray(whole.reduce(times)), -1)
+    np.testing.assert_allclose(found.astype(int), expected, atol=10)
+    np.testing.assert_array_equal(read_square(content, 8), to_square(found, 8))
+
+
+@pytest.mark.parametrize(("form", "limit"), [("jpeg", "MAX_JPEG"), ("png", "MAX_OTHER")])
+def test_too_large_is_refused_with_a_remedy(
+    form: str, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = encode(Image.new("RGB", (64, 48)), form)
+    monkeypatch.setattr(reading, limit, 64 * 48)
+    read_picture(content)
+    monkeypatch.setattr(reading, limit, 64 * 48 - 1)
+    with pytest.raises(TooLargeError, match=r"64 × 48 pixels; .* make it smaller"):
+        read_picture(content)
+
+
+def test_what_phones_make_is_within_the_limits() -> None:
+    """The largest sensors: 200 megapixels as JPEG; 48 in every format."""
+    assert reading.MAX_JPEG >= 16320 * 12240
+    assert reading.MAX_OTHER >= 8064 * 6048
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+def test_heic_without_its_reader_names_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pillow_heif", "pillow_heif.as_plugin"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DataError, match=r"pip install 'normlab\[heic\]', or save it as JPEG"):
+        read_picture(HEIC + bytes(50))
+    (tmp_path / "IMG_1").write_bytes(HEIC)
+    assert reading.begins_as_picture(tmp_path / "IMG_1")
+
+
+def test_heic_is_read_upright() -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    tiny = Image.fromarray(np.random.default_rng(6).integers(0, 256, (3, 4, 3), np.uint8))
+    whole = tiny.resize((64, 48), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[274] = 6
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(whole).save(buffer, quality=95, chroma=444)
+    assert read_picture(buffer.getvalue()).shape == (48, 64, 3)
+    np.testing.assert_allclose(
+        read_picture(buffer.getvalue()).astype(int), np.asarray(whole), atol=16
+    )
+    several = io.BytesIO()
+    pair = pillow_heif.from_pillow(whole)
+    pair.add_from_pillow(whole.rotate(180))
+    pair.save(several, quality=95)
+    assert read_picture(several.getvalue()).shape == (48, 64, 3)
+    with pytest.raises(DataError):
+        read_picture(buffer.getvalue()[:-200])

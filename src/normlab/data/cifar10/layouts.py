@@ -75,7 +75,15 @@ def sha256(array: NDArray[Any]) -> str:
 
 
 def image_data(arrays: Arrays) -> ImageData:
-    return ImageData(name="cifar10", class_names=CLASS_NAMES, **arrays)
+    x_train, y_train, x_test, y_test = (arrays[part] for part in ARRAYS)
+    return ImageData(
+        name="cifar10",
+        class_names=CLASS_NAMES,
+        x_train=x_train,
+        y_train=y_train,
+        x_test=x_test,
+        y_test=y_test,
+    )
 
 
 def read(path: Path, reference: Reference = CIFAR10) -> dict[str, NDArray[np.uint8]]:

@@ -1,12 +1,15 @@
 """From labelled pictures, some of them bad, to an `ImageData`: the split, and what is wrong.
 
-Folders and parquet files come here. Nothing is skipped unless it was listed and the user said so.
+Folders and parquet files come here. Damaged pictures, and classes that are not in both parts, stop
+it unless the user said otherwise. What a rule can settle (copies of a picture) is settled and said.
 """
 
 import sys
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,18 +17,28 @@ from numpy.typing import NDArray
 from normlab.core.streams import stream
 from normlab.data.images import ImageData
 from normlab.data.pictures.decoding import Decoded
+from normlab.data.pictures.naming import canonical
+from normlab.data.pictures.reading import shown
 from normlab.errors import DataError
 
 DEFAULT_SIZE = 32
 TEST_SHARE = 0.2
 PARTS = ("train", "test")
+VALIDATION = "validation"
+_EXAMPLES = 3  # named of those that are passed over
+
+# Of 16 bits, this part of white or less is what devices of 14 bits or fewer write.
+_DIM = 64
 
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """One picture's class, its name for people, and its part: None to let the rule decide."""
+    """One picture's class, its name for people, and its part: None to let the rule decide.
+
+    part: "train", "test" or "validation".
+    """
 
     name: str
     label: str
@@ -38,15 +51,24 @@ class Collection:
 
     classes: names in the order of the labels; classes of no picture are among them.
     problems: (kind, what) in the order in which they were found.
+    passed: the same of what is left out by a rule.
+    notes: lines about what was decided.
     """
 
     name: str
     classes: list[str]
     pictures: list[Labelled] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
+    passed: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def note(self, kind: str, what: str) -> None:
+        """A problem, which stops it unless the user said otherwise."""
         self.problems.append((kind, what))
+
+    def pass_over(self, kind: str, what: str) -> None:
+        """What is left out by a rule; of one kind some examples are told."""
+        self.passed.append((kind, what))
 
 
 def assemble(
@@ -62,6 +84,9 @@ def assemble(
     Raises:
         DataError: something is wrong and `skip_bad` is off, or too little is left.
     """
+    report = report or _to_stderr
+    _settle_parts(collection)
+    _join_spellings(collection)
     good = [i for i, problem in enumerate(decoded.problems) if not problem]
     for i, problem in enumerate(decoded.problems):
         if problem:
@@ -69,22 +94,29 @@ def assemble(
     prints = [bytes(row) for row in decoded.fingerprints]
     good = _drop_contradictions(collection, good, prints)
     parts = _split(collection, good, prints)
-    _drop_shared(collection, parts, prints)
+    for part, other in (("train", "test"), (VALIDATION, "test"), ("train", VALIDATION)):
+        _drop_shared(collection, parts, part, other, prints)
     classes = _classes_in_both(collection, parts)
-    _summarise(collection, skip_bad, report or _to_stderr)
+    _note_dim(collection, decoded, good)
+    _tell(collection, report)
+    _summarise(collection, skip_bad, report)
     if len(classes) < 2:
         raise DataError(
             f"{collection.name}: {len(classes)} classes with pictures to train on and to test on; "
             "give a folder for each of two classes or more"
         )
     number = {name: k for k, name in enumerate(classes)}
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for part, indices in parts.items():
         kept = [i for i in indices if collection.pictures[i].label in number]
+        if not kept:  # no validation
+            continue
+        short = "val" if part == VALIDATION else part
         labels = np.array([number[collection.pictures[i].label] for i in kept], np.int64)
         order = interleave(labels, [prints[i] for i in kept])
-        arrays[f"x_{part}"] = decoded.pixels[np.array(kept)[order]]
-        arrays[f"y_{part}"] = labels[order]
+        arrays[f"x_{short}"] = decoded.pixels[np.array(kept)[order]]
+        arrays[f"y_{short}"] = labels[order]
+        arrays[f"files_{short}"] = tuple(collection.pictures[kept[j]].name for j in order)
     return ImageData(name=collection.name, class_names=tuple(classes), **arrays)
 
 
@@ -102,16 +134,40 @@ def interleave(labels: NDArray[np.int64], keys: Sequence[bytes]) -> NDArray[np.i
     return np.lexsort((labels, place))
 
 
+def _settle_parts(collection: Collection) -> None:
+    """Use validation for testing where there is no test."""
+    if {picture.part for picture in collection.pictures} == {"train", VALIDATION}:
+        collection.notes.append("no test: the validation pictures are for testing")
+        collection.pictures = [
+            replace(picture, part="test" if picture.part == VALIDATION else picture.part)
+            for picture in collection.pictures
+        ]
+
+
+def _join_spellings(collection: Collection) -> None:
+    """Make one class of names that differ in how a letter is composed, as `é` may be."""
+    spellings: dict[str, set[str]] = defaultdict(set)
+    for name in (*collection.classes, *(picture.label for picture in collection.pictures)):
+        spellings[unicodedata.normalize("NFC", name)].add(name)
+    joined = {n: composed for composed, names in spellings.items() if len(names) > 1 for n in names}
+    if joined:
+        collection.classes = list(dict.fromkeys(joined.get(n, n) for n in collection.classes))
+        collection.pictures = [
+            replace(picture, label=joined.get(picture.label, picture.label))
+            for picture in collection.pictures
+        ]
+
+
 def _split(
     collection: Collection, good: Iterable[int], prints: Sequence[bytes]
 ) -> dict[str, list[int]]:
-    """Indices of the training and the test pictures.
+    """Indices of the training, test and validation pictures.
 
     Where the parts are not given, a fifth of each class's different pictures, at least one, are
     for testing. Pictures are drawn by their pixels, so names do not matter, and copies of one
     picture stay together.
     """
-    parts: dict[str, list[int]] = {part: [] for part in PARTS}
+    parts: dict[str, list[int]] = {part: [] for part in (*PARTS, VALIDATION)}
     undecided: dict[str, list[int]] = defaultdict(list)
     for i in good:
         part = collection.pictures[i].part
@@ -137,24 +193,27 @@ def _drop_contradictions(
     for indices in copies.values():
         if len({collection.pictures[i].label for i in indices}) > 1:
             names = " = ".join(collection.pictures[i].name for i in indices)
-            collection.note("the same picture in two classes (all copies left out)", names)
+            collection.pass_over("the same picture in two classes: all copies left out", names)
             contradictory.update(indices)
     return [i for i in good if i not in contradictory]
 
 
 def _drop_shared(
-    collection: Collection, parts: dict[str, list[int]], prints: Sequence[bytes]
+    collection: Collection,
+    parts: dict[str, list[int]],
+    part: str,
+    kept: str,
+    prints: Sequence[bytes],
 ) -> None:
-    """Leave out training pictures that are test pictures, too."""
-    test = {prints[i]: i for i in parts["test"]}
-    kept = []
-    for i in parts["train"]:
-        if (twin := test.get(prints[i])) is None:
-            kept.append(i)
-        else:
+    """Leave out pictures of `part` that are in the part `kept`, too."""
+    twins = {prints[i]: i for i in parts[kept]}
+    for i in parts[part]:
+        if (twin := twins.get(prints[i])) is not None:
             names = f"{collection.pictures[i].name} = {collection.pictures[twin].name}"
-            collection.note("the same picture in train and test (left out of train)", names)
-    parts["train"] = kept
+            collection.pass_over(
+                f"the same picture in {part} and {kept}: left out of {part}", names
+            )
+    parts[part] = [i for i in parts[part] if prints[i] not in twins]
 
 
 def _classes_in_both(collection: Collection, parts: dict[str, list[int]]) -> list[str]:
@@ -165,16 +224,45 @@ def _classes_in_both(collection: Collection, parts: dict[str, list[int]]) -> lis
     kept = []
     for name in collection.classes:
         absent = [part for part in PARTS if not counts[part][name]]
-        if len(absent) == 2:
-            collection.note("classes without a usable picture (left out)", name)
+        if len(absent) == 2 and not counts[VALIDATION][name]:
+            collection.note("classes without a usable picture (left out)", shown(name))
         elif absent:
+            twin = next(
+                (other for other in counts[absent[0]] if canonical(other) == canonical(name)), None
+            )
+            hint = "" if twin is None else f"; {shown(twin)} there is another class by its spelling"
             collection.note(
                 "classes in one part only (left out)",
-                f"{name}: no usable picture in {absent[0]}",
+                f"{shown(name)}: no usable picture in {' and '.join(absent)}{hint}",
             )
         else:
             kept.append(name)
     return kept
+
+
+def _note_dim(collection: Collection, decoded: Decoded, good: list[int]) -> None:
+    """Note that 16-bit pictures use a small part of their range: they would be nearly black."""
+    peaks = decoded.peaks[good]
+    peaks = peaks[peaks >= 0]
+    if len(peaks) and (peak := int(peaks.max())) <= _DIM:
+        bits, times = (12, 16) if peak <= 16 else (14, 4)
+        collection.notes.append(
+            f"all {len(peaks):,} pictures of 16 bits stay below {(peak + 1) / 2.56:.0f} % of white "
+            f"and are nearly black, with {peak + 1} levels left: multiply their values first, "
+            f"by {times} if they hold {bits} bits"
+        )
+
+
+def _tell(collection: Collection, report: Report) -> None:
+    """Say in one line each what was decided, and what was left out by a rule."""
+    for line in collection.notes:
+        report(f"{collection.name}: {line}")
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for kind, what in collection.passed:
+        kinds[kind].append(what)
+    for kind, whats in kinds.items():
+        more = f" and {len(whats) - _EXAMPLES:,} more" if len(whats) > _EXAMPLES else ""
+        report(f"{collection.name}: {kind}: {', '.join(whats[:_EXAMPLES])}{more}")
 
 
 def _summarise(collection: Collection, skip_bad: bool, report: Report) -> None:

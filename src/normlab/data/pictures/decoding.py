@@ -22,19 +22,22 @@ from queue import LifoQueue
 import numpy as np
 from numpy.typing import NDArray
 
+from normlab.core.cores import cores
 from normlab.core.sandbox import LimitError, Worker
 from normlab.data.cache import cache_folder, write_cache, writing
-from normlab.data.pictures.reading import fingerprint, read_picture, to_square
+from normlab.data.pictures.reading import fingerprint, read_measured, to_square
 from normlab.errors import DataError
 
-_VERSION = 1  # raise it when the same file would decode to other pixels
-_ARRAYS = ("pixels", "fingerprints", "problems")
+_VERSION = 2  # raise it when the same file would decode to other pixels
+_ARRAYS = ("pixels", "fingerprints", "problems", "peaks")
 
 # For one picture. The largest allowed one takes less than half of the memory.
 MEMORY = 1 << 30
 SECONDS = 60.0
 
+# What was read of one picture; see `read_small` and `read_deep`.
 Small = tuple[NDArray[np.uint8] | None, bytes, str]
+Deep = tuple[NDArray[np.uint8] | None, bytes, str, int]
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,14 @@ class Decoded:
     pixels: (N, S, S, 3) uint8, zeros where a picture is bad; may be memory-mapped.
     fingerprints: (N, 32) uint8, SHA-256 of the picture as it was before it was resized.
     problems: (N,) text, empty where a picture is good.
+    peaks: (N,) int16, the largest value 0 to 255 of a picture that was read from more than 8 bits
+        a channel; −1 for any other.
     """
 
     pixels: NDArray[np.uint8]
     fingerprints: NDArray[np.uint8]
     problems: NDArray[np.str_]
+    peaks: NDArray[np.int16]
 
 
 def decode(place: Path, key: str, sources: Sequence[Path | bytes], size: int) -> Decoded:
@@ -79,7 +85,7 @@ class Readers:
     """Child processes that decode pictures, at most one a core, started as they are needed."""
 
     def __enter__(self) -> "Readers":
-        count = os.cpu_count() or 1
+        count = cores()
         self._pool = ThreadPoolExecutor(count)
         self._workers = [Worker(memory=MEMORY, seconds=SECONDS) for _ in range(count)]
         self._idle: LifoQueue[Worker] = LifoQueue()
@@ -94,25 +100,35 @@ class Readers:
 
     def read(self, sources: Iterable[Path | bytes], size: int) -> Iterator[Small]:
         """`read_small` of each source, in order."""
+        return (found[:3] for found in self.read_deep(sources, size))
+
+    def read_deep(self, sources: Iterable[Path | bytes], size: int) -> Iterator[Deep]:
+        """`read_deep` of each source, in order."""
         return self._pool.map(partial(self._read, size), sources)
 
-    def _read(self, size: int, source: Path | bytes) -> Small:
+    def _read(self, size: int, source: Path | bytes) -> Deep:
         worker = self._idle.get()  # there are as many as there are threads
         try:
-            return worker.call(read_small, source, size)
+            return worker.call(read_deep, source, size)
         except LimitError as error:
-            return None, b"", str(error)
+            return None, b"", str(error), -1
         finally:
             self._idle.put(worker)
 
 
 def read_small(source: Path | bytes, size: int) -> Small:
     """(pixels (size, size, 3), fingerprint, ""), or (None, no bytes, what is wrong)."""
+    return read_deep(source, size)[:3]
+
+
+def read_deep(source: Path | bytes, size: int) -> Deep:
+    """`read_small`, and the largest value of a picture of more than 8 bits a channel, else −1."""
     try:
-        picture = read_picture(source)
+        picture, deep = read_measured(source)
     except DataError as error:
-        return None, b"", str(error)
-    return to_square(picture, size), fingerprint(picture), ""
+        return None, b"", str(error), -1
+    peak = int(picture.max()) if deep else -1
+    return to_square(picture, size), fingerprint(picture), "", peak
 
 
 def _decode_all(sources: Sequence[Path | bytes], size: int, file: Path) -> Decoded:
@@ -122,14 +138,15 @@ def _decode_all(sources: Sequence[Path | bytes], size: int, file: Path) -> Decod
     _reserve(file)
     fingerprints = np.zeros((len(sources), 32), np.uint8)
     problems = [""] * len(sources)
+    peaks = np.full(len(sources), -1, np.int16)
     with picture_bar(len(sources)) as show, Readers() as readers:
-        for i, (small, digest, problem) in enumerate(readers.read(sources, size)):
-            problems[i] = problem
+        for i, (small, digest, problem, peak) in enumerate(readers.read_deep(sources, size)):
+            problems[i], peaks[i] = problem, peak
             if small is not None:
                 pixels[i] = small
                 fingerprints[i] = np.frombuffer(digest, np.uint8)
             show(i + 1)
-    return Decoded(pixels, fingerprints, np.array(problems, np.str_))
+    return Decoded(pixels, fingerprints, np.array(problems, np.str_), peaks)
 
 
 def _reserve(file: Path) -> None:

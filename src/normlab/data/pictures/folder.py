@@ -1,18 +1,18 @@
-"""Read a folder of pictures in folders named after their classes.
-
-Either `train/CLASS/…` and `test/CLASS/…`, or `CLASS/…` alone, split by the rule in `collection`.
-Pictures may lie at any depth below their class.
-"""
+"""Read a folder of pictures in folders named after their classes; `layout` says which those are."""
 
 import json
 import os
+from collections import Counter, defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 
 from normlab.data.images import ImageData
-from normlab.data.pictures.collection import DEFAULT_SIZE, PARTS, Collection, Labelled, assemble
+from normlab.data.pictures.collection import DEFAULT_SIZE, Collection, Labelled, assemble
 from normlab.data.pictures.decoding import decode
+from normlab.data.pictures.layout import WILD, Layout, arrange, match
+from normlab.data.pictures.naming import ending
 from normlab.data.pictures.reading import shown
-from normlab.data.pictures.walking import Found, entries, walk
+from normlab.data.pictures.walking import Tree, grow
 from normlab.errors import DataError
 
 _UNREACHABLE = "files and folders that cannot be used"
@@ -21,80 +21,103 @@ _UNREACHABLE = "files and folders that cannot be used"
 def read_folder(path: Path, *, image_size: int | None = None, skip_bad: bool = False) -> ImageData:
     """A folder of pictures as data, every picture a square of `image_size` (32 if None).
 
+    path: the folder, or a pattern with * in its last parts that names the folders of the classes.
+
     Raises:
         DataError: the folder has problems and `skip_bad` is off, or no two classes of pictures.
     """
-    size = image_size or DEFAULT_SIZE
+    tree, patterns = _tree(path)
+    layout = match(tree, patterns) if patterns else arrange(tree)
     collection = Collection(name=f"{shown(path.resolve().name)}/", classes=[])
-    files = _collect(path, collection)
+    files = _collect(layout, collection)
+    _tell_others(tree, layout, collection)
     if not files:
         raise DataError(
             f"{shown(path)} holds no pictures in class folders, nor CIFAR-10; "
             "give train/CLASS/ and test/CLASS/, or CLASS/ alone"
         )
-    decoded = decode(path, _key(files), files, size)
+    decoded = decode(path, _key(files), files, image_size or DEFAULT_SIZE)
     return assemble(collection, decoded, skip_bad=skip_bad)
 
 
-def _collect(path: Path, collection: Collection) -> list[Path]:
-    """Fill `collection` with what stands in the folder; returns the files of its pictures."""
+def is_pattern(path: Path) -> bool:
+    """Whether `path` names folders by a pattern."""
+    return any(sign in os.fspath(path) for sign in WILD) and not path.exists()
+
+
+def _tree(path: Path) -> tuple[Tree, tuple[str, ...]]:
+    """All that is below a folder, and the patterns that follow its name."""
+    root = path
+    if is_pattern(path):
+        while is_pattern(root):
+            root = root.parent
     try:
-        top = list(entries(path))
+        os.listdir(root)
     except OSError as error:
-        raise DataError(f"{shown(path)}: {error.strerror}; give a readable folder") from error
-    names = {entry.path.name for entry in top if entry.is_folder}
+        raise DataError(f"{shown(root)}: {error.strerror}; give a readable folder") from error
+    return grow(root), path.parts[len(root.parts) :] if root != path else ()
+
+
+def _collect(layout: Layout, collection: Collection) -> list[Path]:
+    """Fill `collection` with the pictures of all classes; returns their files."""
     files: list[Path] = []
-    if names.isdisjoint(PARTS):
-        _collect_classes(path, top, None, collection, files)
-    elif names.issuperset(PARTS):
-        for entry in top:
-            if entry.path.name in PARTS and entry.problem is None:
-                _collect_part(path, entry.path, collection, files)
-            else:
-                reason = entry.problem or "neither in train nor in test"
-                collection.note(_UNREACHABLE, f"{shown(entry.path.relative_to(path))}: {reason}")
-    else:
-        present, absent = PARTS if PARTS[0] in names else PARTS[::-1]
-        raise DataError(
-            f"{shown(path)} has {present}/ but no {absent}/; give both, or one tree of classes"
-        )
+    for folder in layout.classes:
+        if folder.label not in collection.classes:
+            collection.classes.append(folder.label)
+        for tree in folder.tree.every():
+            for file in tree.pictures:
+                name = shown(file.relative_to(layout.root))
+                files.append(file)
+                collection.pictures.append(Labelled(name, folder.label, folder.part))
+    for found in layout.problems:
+        name = shown(found.path.relative_to(layout.root))
+        collection.note(_UNREACHABLE, f"{name}: {found.problem}")
     collection.classes.sort()
     return files
 
 
-def _collect_part(root: Path, part: Path, collection: Collection, files: list[Path]) -> None:
-    try:
-        found = list(entries(part))
-    except OSError as error:
-        raise DataError(f"{shown(part)}: {error.strerror}; make it readable") from error
-    _collect_classes(root, found, part.name, collection, files)
+def _tell_others(tree: Tree, layout: Layout, collection: Collection) -> None:
+    """Note what is passed over or was decided, each in one line."""
+    collection.notes += layout.notes
+    others = [file.name for folder in tree.every() for file in folder.others]
+    if others:
+        kinds = Counter(ending(name) or name for name in others).most_common()
+        listed = ", ".join(f"{count:,} {shown(kind)}" for kind, count in kinds[:3])
+        more = ", …" if len(kinds) > 3 else ""
+        collection.notes.append(f"passed over files that are no pictures: {listed}{more}")
+    for empty in (f for level in layout.levels for f in level.folders if not f.count):
+        collection.pass_over("folders without pictures", layout.where(empty))
+    for picture in layout.loose:
+        collection.pass_over(
+            "pictures in no folder of a class are passed over",
+            shown(picture.relative_to(layout.root)),
+        )
+    _tell_namesakes(layout, collection)
 
 
-def _collect_classes(
-    root: Path, found: list[Found], part: str | None, collection: Collection, files: list[Path]
-) -> None:
-    for entry in found:
-        name = shown(entry.path.relative_to(root))
-        if entry.problem is not None:
-            collection.note(_UNREACHABLE, f"{name}: {entry.problem}")
-        elif not entry.is_folder:
-            collection.note(_UNREACHABLE, f"{name}: not in a folder named after its class")
-        else:
-            label = entry.path.name
-            if label not in collection.classes:
-                collection.classes.append(label)
-            for file in walk(entry.path):
-                name = shown(file.path.relative_to(root))
-                if file.problem is not None:
-                    collection.note(_UNREACHABLE, f"{name}: {file.problem}")
-                else:
-                    files.append(file.path)
-                    collection.pictures.append(Labelled(name, label, part))
+def _tell_namesakes(layout: Layout, collection: Collection) -> None:
+    """Note pictures that stand twice in a folder, as `a.jpg` and `a.png`: masks, or copies."""
+    pairs: list[list[str]] = []
+    count = 0
+    for tree in (t for folder in layout.classes for t in folder.tree.every()):
+        stems: dict[str, list[str]] = defaultdict(list)
+        for file in tree.pictures:
+            stems[file.stem].append(file.name)
+        count += len(stems)
+        pairs += [names for names in stems.values() if len(names) > 1]
+    if len(pairs) > 1 and 2 * len(pairs) > count:
+        collection.notes.append(
+            f"{len(pairs):,} pictures have a namesake ({shown(' and '.join(pairs[0]))}): if those "
+            "are masks or copies, take them away, since they may give the class away"
+        )
 
 
 def _key(files: list[Path]) -> str:
-    """Names, sizes and times of the files: a file that changes changes one of them."""
-    rows = []
+    """Names, sizes and times of the files: a file that changes changes one of them.
+
+    So does a reader of HEIC that was not there before.
+    """
+    rows: list[object] = [find_spec("pillow_heif") is not None]
     for file in files:
         status = os.stat(file)
         rows.append((os.fspath(file), status.st_size, status.st_mtime_ns))

@@ -8,11 +8,15 @@ grey, palette, black-and-white   to RGB
 alpha, transparent colour        composited on white
 CMYK, YCbCr, HSV                 to RGB by Pillow's formulas; colour profiles are not applied
 16 bits a channel                scaled: grey is rounded to v/257, colours keep their high byte
-EXIF orientation                 applied
+EXIF orientation                 applied; one that cannot be read counts as upright
 MPO (of phones and 3-D cameras)  its main picture
+HEIC                             its main picture, by the package pillow-heif
 animations, several pages        refused
 32-bit and float, Lab            refused: what white is, the file does not say
-over 25 megapixels               refused before a pixel is unpacked
+over 25 megapixels               read at a half, a quarter or an eighth of its size
+over 200 (JPEG) or 50 (others)   refused before a pixel is unpacked
+
+Metadata (EXIF, colour profiles, texts) that cannot be read never make a picture unusable.
 """
 
 import hashlib
@@ -21,24 +25,45 @@ import os
 import stat
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from normlab.errors import DataError, TooLargeError
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")  # MPO opens as JPEG
-MAX_PIXELS = 25_000_000
+MAX_PIXELS = 25_000_000  # that are kept; of more every second, fourth or eighth row and column is
+MAX_JPEG = 200_000_000  # of a JPEG, which is reduced while it is unpacked
+MAX_OTHER = 50_000_000
 
 _BAND = 1 << 20  # pixels that are converted at a time
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _WHITE_IS_ZERO = 0
+_ORIENTATION = 274  # a tag of EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# The first bytes of the formats that are read.
+_PNG = b"\x89PNG\r\n\x1a\n"
+_BEGINNINGS = (
+    *(b"\xff\xd8\xff", _PNG, b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"),
+    *(b"II+\0", b"MM\0+"),
+)
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 # What Pillow was seen to raise on damaged files.
 _DAMAGE = (
@@ -59,6 +84,29 @@ def read_picture(source: Path | bytes) -> Pixels:
     """
     with _damage_named():
         return np.asarray(_upright(source))
+
+
+def read_measured(source: Path | bytes) -> tuple[Pixels, bool]:
+    """`read_picture`, and whether the file has more than 8 bits a channel.
+
+    Raises:
+        DataError, TooLargeError: as `read_picture` does.
+    """
+    with _damage_named():
+        image, deep = _upright_and_deep(source)
+        return np.asarray(image), deep
+
+
+def begins_as_picture(file: Path) -> bool:
+    """Whether the first bytes are those of a picture, in whatever condition the rest may be."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(64)
+    except OSError:
+        return False
+    webp = start.startswith(b"RIFF") and start[8:12] == b"WEBP"
+    avif = start[4:12] in (b"ftypavif", b"ftypavis")
+    return start.startswith(_BEGINNINGS) or webp or avif or _is_heic(start)
 
 
 def read_square(source: Path | bytes, size: int) -> Pixels:
@@ -118,7 +166,7 @@ def _damage_named() -> Iterator[None]:
         raise DataError(f"not a picture, or damaged at its start; known are {known}") from None
     except Image.DecompressionBombError:
         raise TooLargeError(
-            f"more than {MAX_PIXELS / 1e6:.0f} megapixels are refused; make it smaller"
+            f"more than {MAX_OTHER / 1e6:.0f} megapixels are refused; make it smaller"
         ) from None
     except MemoryError as error:
         raise TooLargeError("takes more memory than there is for it; make it smaller") from error
@@ -129,13 +177,115 @@ def _damage_named() -> Iterator[None]:
 
 def _upright(source: Path | bytes) -> Image.Image:
     """The picture as RGB, the right way up."""
-    file = _regular(source) if isinstance(source, Path) else io.BytesIO(source)
-    with quiet(), Image.open(file, formats=FORMATS) as image:
+    return _upright_and_deep(source)[0]
+
+
+def _upright_and_deep(source: Path | bytes) -> tuple[Image.Image, bool]:
+    """The picture as RGB, the right way up, and whether its file has more than 8 bits a channel."""
+    with quiet(), _file(source) as file:
+        try:
+            return _decoded(file)
+        except DataError:
+            raise
+        except (ValueError, SyntaxError, OSError):
+            file.seek(0)
+            if file.read(len(_PNG)) != _PNG:
+                raise
+            # A text or a profile that Pillow takes offence at does not make the pixels unusable.
+            file.seek(0)
+            return _decoded(io.BytesIO(_bare_png(file.read())))
+
+
+def _decoded(file: IO[bytes]) -> tuple[Image.Image, bool]:
+    with _open(file) as image:
         _refuse(image)
+        _draft(image)
+        deep = _is_deep(image)
         image.load()
         white = _white(image)
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image, white)
+        turn = _TURNS.get(_orientation(image))
+        upright = _reduced(_to_rgb(image, white))
+        return upright if turn is None else upright.transpose(turn), deep
+
+
+@contextmanager
+def _file(source: Path | bytes) -> Iterator[IO[bytes]]:
+    with _regular(source).open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
+        yield file
+
+
+def _open(file: IO[bytes]) -> Image.Image:
+    """The picture in a file, unpacked no further than its header."""
+    start = file.read(64)
+    file.seek(0)
+    if start.startswith(b"\xff\xd8\xff"):
+        # Not by `Image.open`, which refuses 200 megapixels, whatever they are reduced to.
+        return JpegImagePlugin.jpeg_factory(file)
+    if _is_heic(start):
+        return _open_heic(file)
+    return Image.open(file, formats=FORMATS)
+
+
+def _is_heic(start: bytes) -> bool:
+    """Whether a file begins as HEIC does; AVIF has the same container."""
+    length = int.from_bytes(start[:4], "big")
+    brands = [start[i : i + 4] for i in (8, *range(16, min(length, len(start)), 4))]
+    return start[4:8] == b"ftyp" and brands[0] in _HEIC_BRANDS and b"avif" not in brands
+
+
+def _open_heic(file: IO[bytes]) -> Image.Image:
+    try:
+        from pillow_heif.as_plugin import HeifImageFile  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise DataError(
+            "HEIC, as phones write it, needs pillow-heif; pip install 'normlab[heic]', "
+            "or save it as JPEG"
+        ) from None
+    image: Image.Image = HeifImageFile(file)
+    return image
+
+
+def _bare_png(content: bytes) -> bytes:
+    """A PNG without texts, profiles and other chunks that decide nothing about its pixels."""
+    kept, place = [content[:8]], 8
+    while place + 12 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, place)
+        end = place + 12 + length
+        if not kind[0] & 32 or kind in (b"tRNS", b"eXIf", b"acTL"):  # capitals: always needed
+            kept.append(content[place:end])
+        place = end
+    return b"".join(kept)
+
+
+def _draft(image: Image.Image) -> None:
+    """Have a large JPEG unpacked at a half, a quarter or an eighth of its size."""
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and (times := _times(image.size)) > 1:
+        image.draft(image.mode, (image.width // times, image.height // times))
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    times = _times(image.size)
+    return image.reduce(times) if times > 1 else image
+
+
+def _times(size: tuple[int, int]) -> int:
+    """By how much a picture is to be reduced in width and height."""
+    pixels = size[0] * size[1]
+    return next((times for times in (1, 2, 4) if pixels <= MAX_PIXELS * times**2), 8)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    tiles = getattr(image, "tile", ())  # what Pillow will unpack, and from which layout of bits
+    return image.mode.startswith("I") or any("16" in str(tile[3]) for tile in tiles)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1, upright, if it cannot be read."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except (*_DAMAGE, zlib.error):
+        return 1
+    return value if isinstance(value, int) else 1
 
 
 def _fit(image: Image.Image, size: int) -> Image.Image:
@@ -152,12 +302,14 @@ def _regular(path: Path) -> Path:
 def _refuse(image: Image.Image) -> None:
     """Refuse, by what the header says, what cannot be rightly turned into 8-bit RGB."""
     width, height = image.size
-    if width * height > MAX_PIXELS:
+    limit = MAX_JPEG if isinstance(image, JpegImagePlugin.JpegImageFile) else MAX_OTHER
+    if width * height > limit:
         raise TooLargeError(
-            f"{width} × {height} pixels; more than {MAX_PIXELS / 1e6:.0f} megapixels are refused"
+            f"{width} × {height} pixels; more than {limit / 1e6:.0f} megapixels are refused; "
+            f"make it smaller{'' if limit == MAX_JPEG else ', or save it as JPEG'}"
         )
     # Not `n_frames`, which reads a file to its end to count them.
-    if getattr(image, "is_animated", False) and image.format != "MPO":
+    if getattr(image, "is_animated", False) and image.format not in ("MPO", "HEIF"):
         raise DataError("animated or of several pages; give one still picture")
     if image.mode in ("F", "LAB") or (image.mode == "I" and image.format != "PPM"):
         raise DataError(f"of Pillow's mode {image.mode}; save it with 8 or 16 bits a channel")
