@@ -82,8 +82,8 @@ def test_the_printed_commands_work(trained: Path) -> None:
     [
         (["train", "notebok"], "notebok", "notebook"),
         (["train", "--epoch", "3"], "--epoch", "--epochs"),
-        (["train", "--epochs", "0", *SAMPLE], "epochs=0", "at least 1"),
-        (["train", "--epochs", "x"], "x", "integer"),
+        (["train", "--epochs", "0", *SAMPLE], "epochs=0", "1 or more"),
+        (["train", "--epochs", "x"], "x", "a whole number"),
         (["train", "--norm", "bach", *SAMPLE], "bach", "batch"),
         (["train", "--threads", "9999"], "9999", "cores"),
         (["train", "--device", "tpu", *SAMPLE], "tpu", "cpu"),

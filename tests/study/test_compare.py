@@ -48,8 +48,8 @@ def test_an_arm_is_read_by_the_types_of_the_recipes_fields() -> None:
             ["batch", "a: lr=1"],
             "arm 'a': unknown setting 'lr': choose one of model, ",
         ),
-        (["batch", "a: batch_size=2.5"], "arm 'a': batch_size=2.5: give a value of type int"),
-        (["batch", "a: patience=soon"], "patience=soon: give a value of type int or none"),
+        (["batch", "a: batch_size=2.5"], "arm 'a': batch_size=2.5: give a whole number"),
+        (["batch", "a: patience=soon"], "patience=soon: give a whole number or none"),
         (["batch", "a: epochs"], "arm 'a': 'epochs' is not key=value"),
         (
             ["batch", "bacth"],

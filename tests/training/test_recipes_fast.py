@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 import normlab
+from normlab import recipes
 from normlab.core.streams import stream
 from normlab.data.augment import Augmentation, halve, mirror, shift, views_of
 from normlab.models import FastNet
@@ -146,7 +147,8 @@ def test_halve_is_the_mean_of_two_by_two() -> None:
 
 def test_two_epochs_show_every_image_both_ways() -> None:
     first, second, third = (
-        Augmentation.draw(0, epoch, 1000, flip=True, shift=2) for epoch in range(3)
+        Augmentation.draw(0, epoch, 1000, recipes.Augmentation(flip=True, shift=2))
+        for epoch in range(3)
     )
     assert first.mirrored is not None
     assert second.mirrored is not None

@@ -24,7 +24,7 @@ class Run(runs.Run):
         self,
         data: str | Path | Mapping[str, Any] | ImageData | None = None,
         *,
-        weights: str = "last",
+        weights: str = "kept",
         views: str = "single",
     ) -> Evaluation:
         """Score the run on the test images; see `normlab.evaluate`."""
@@ -48,7 +48,7 @@ def evaluate(
     run: runs.Run,
     data: str | Path | Mapping[str, Any] | ImageData | None = None,
     *,
-    weights: str = "last",
+    weights: str = "kept",
     views: str = "single",
 ) -> Evaluation:
     """Score `run` on the test images of `data`, or of the data it was trained on.

@@ -20,7 +20,7 @@ from normlab.errors import NonFiniteError, UserError
 from normlab.evaluation.baselines import score_baselines
 from normlab.inspection.activations import observed
 from normlab.inspection.recording import RECORDING, Recorder
-from normlab.recipes import Recipe
+from normlab.recipes import DEFAULT_OWN, Recipe
 from normlab.reports.run_report import write_run_report
 from normlab.runs import Task, create_folder
 from normlab.training import checkpoint, starting_points
@@ -56,7 +56,8 @@ def train(
 
     Args:
         recipe: a name that `normlab recipes` lists, or a `Recipe`; None for the recipe of the run
-            to start from, or else for the default one.
+            to start from, or else for the default one: `fast79` on CIFAR-10, `pictures` on data of
+            your own.
         data: as `normlab.data.load` takes it; None for CIFAR-10.
         out: the run's folder, new or empty; None for the next number in `runs/`.
         seed: the seed of every random draw (initial weights, order of images, augmentation,
@@ -101,6 +102,8 @@ def train(
     size = source.task.image_size if image_size is None and source is not None else image_size
     images = load(data, image_size=size, skip_bad=skip_bad)
     data_seconds = time.perf_counter() - started
+    if recipe is None and source is None and images.name not in PUBLIC:
+        chosen = starting_points.choose_recipe(source, DEFAULT_OWN, changes)
     task = Task(
         recipe=chosen,
         seed=seed,

@@ -13,7 +13,10 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 @click.argument("path")
 @DATA
 @click.option(
-    "--weights", default="last", show_default=True, help="Of a run: last, best or recalibrated."
+    "--weights",
+    default="kept",
+    show_default=True,
+    help="Of a run: kept (by its result), last, best or recalibrated.",
 )
 @JSON
 def doctor(path: str, data: str | None, weights: str, as_json: bool) -> None:

@@ -10,7 +10,12 @@ from normlab.cli.options import DATA, JSON
 @click.command()
 @click.argument("run", required=False)
 @DATA
-@click.option("--weights", default="last", show_default=True, help="last, best or recalibrated.")
+@click.option(
+    "--weights",
+    default="kept",
+    show_default=True,
+    help="kept (by the run's result), last, best or recalibrated.",
+)
 @click.option(
     "--views",
     default="single",
@@ -26,6 +31,7 @@ def evaluate(run: str | None, data: str | None, weights: str, views: str, as_jso
     opened = open_run(run)
     images = opened.task.load(data)
     evaluation = opened.evaluate(images, weights=weights, views=views)
+    weights = evaluation.weights
     name = weights if views == "single" else f"{weights}-{views}"
     folder = opened.path / f"evaluation-{name}"
     write_evaluation(evaluation, images, folder)

@@ -16,7 +16,9 @@ import click
     metavar="FILE",
     help="The file to write; README.md, the model card, comes beside it.",
 )
-@click.option("--weights", default="last", show_default=True, help="last or best.")
+@click.option(
+    "--weights", default="kept", show_default=True, help="kept, last, best or recalibrated."
+)
 @click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
 def export_command(
     run: str | None, file_format: str, out: Path, weights: str, as_json: bool

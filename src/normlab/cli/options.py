@@ -16,7 +16,9 @@ DATA = click.option(
     "a .npz, a .parquet, or an archive or folder that holds CIFAR-10.",
 )
 IMAGE_SIZE = click.option(
-    "--image-size", type=click.IntRange(8, 512), help="Pixels a side of pictures; 32 by default."
+    "--image-size",
+    type=click.IntRange(8, 512),
+    help="Pixels a side of pictures; by default 32 or 64, as most of them allow.",
 )
 SKIP_BAD = click.option("--skip-bad", is_flag=True, help="Leave out pictures that cannot be used.")
 JSON = click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")

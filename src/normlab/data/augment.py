@@ -5,13 +5,15 @@ whatever the batch size, and after a resume.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, pad
+from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, pad
 
+from normlab import recipes
 from normlab.core.streams import stream
 from normlab.errors import UserError
 
@@ -20,40 +22,86 @@ VIEWS = ("single", "flip", "shift")
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What one epoch does to each of the N training images.
+    """What one epoch does to each of the N training images, in the order of the attributes.
 
     Attributes:
         mirrored: (N,) bool, or None for no flips.
         shifts: (N, 2) pixels down and right, or None for no shifts.
         reach: the largest shift, in pixels.
+        crops: (N, 3) share of height and width, and the place of the part in [0, 1]²; or None.
+        colours: (N, 3) factors of brightness, contrast and saturation; or None.
     """
 
     mirrored: NDArray[np.bool_] | None = None
     shifts: NDArray[np.int64] | None = None
     reach: int = 0
+    crops: NDArray[np.float32] | None = None
+    colours: NDArray[np.float32] | None = None
 
     @classmethod
-    def draw(cls, seed: int, epoch: int, n: int, *, flip: bool, shift: int) -> "Augmentation":
-        """Draw the epoch's flips and shifts.
+    def draw(cls, seed: int, epoch: int, n: int, settings: recipes.Augmentation) -> "Augmentation":
+        """Draw what happens to N images in an epoch.
 
         Flips alternate (Jordan 2024, arXiv 2404.00498, section 3.6): which images are mirrored is
         drawn for the first epoch and turned round in each one after, so that two epochs show every
         image both ways.
         """
-        mirrored = shifts = None
-        if flip:
+        mirrored = shifts = crops = colours = None
+        if settings.flip:
             mirrored = (stream(seed, "flip").random(n) < 0.5) ^ (epoch % 2 == 1)
-        if shift:
-            shifts = stream(seed, "shift", epoch).integers(-shift, shift + 1, size=(n, 2))
-        return cls(mirrored, shifts, shift)
+        if reach := settings.shift:
+            shifts = stream(seed, "shift", epoch).integers(-reach, reach + 1, size=(n, 2))
+        if settings.crop < 1:
+            crops = stream(seed, "crop", epoch).random((n, 3), np.float32)
+            crops[:, 0] = settings.crop + (1 - settings.crop) * crops[:, 0]
+        if c := settings.colour:
+            colours = 1 - c + 2 * c * stream(seed, "colour", epoch).random((n, 3), np.float32)
+        return cls(mirrored, shifts, settings.shift, crops, colours)
 
     def __call__(self, x: Tensor, chosen: NDArray[np.int64]) -> Tensor:
         """Apply it to `x` (B, C, H, W), the images with the indices `chosen` (B,)."""
+
+        def of(values: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(values[chosen]).to(x.device)
+
         if self.mirrored is not None:
-            x = mirror(x, torch.from_numpy(self.mirrored[chosen]).to(x.device))
+            x = mirror(x, of(self.mirrored))
         if self.shifts is not None:
-            x = shift(x, torch.from_numpy(self.shifts[chosen]).to(x.device), self.reach)
+            x = shift(x, of(self.shifts), self.reach)
+        if self.crops is not None:
+            x = crop(x, of(self.crops))
+        if self.colours is not None:
+            x = recolour(x, of(self.colours))
         return x
+
+
+def crop(x: Tensor, parts: Tensor) -> Tensor:
+    """A part of each image of `x` (N, C, H, W), brought back to H × W by bilinear interpolation.
+
+    Args:
+        parts: (N, 3), the share of height and width, and where the part lies, from 0 (up, left) to
+            1 (down, right).
+    """
+    share, place = parts[:, :1], (2 * parts[:, 1:] - 1) * (1 - parts[:, :1])  # (N, 1), (N, 2)
+    theta = torch.zeros(len(x), 2, 3, device=x.device)
+    theta[:, 0, 0] = theta[:, 1, 1] = share[:, 0]
+    theta[:, 0, 2], theta[:, 1, 2] = place[:, 1], place[:, 0]
+    grid = affine_grid(theta, list(x.shape), align_corners=False)
+    return grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+
+
+def recolour(x: Tensor, factors: Tensor) -> Tensor:
+    """Scale brightness, contrast and saturation of images `x` (N, 3, H, W) in [0, 1].
+
+    Args:
+        factors: (N, 3); 1 changes nothing.
+    """
+    brightness, contrast, saturation = (f.view(-1, 1, 1, 1) for f in factors.unbind(1))
+    x = x * brightness
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = mean + (x - mean) * contrast
+    grey = x.mean(1, keepdim=True)
+    return (grey + (x - grey) * saturation).clamp(0, 1)
 
 
 def mirror(x: Tensor, which: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from normlab import recipes
 from normlab.core.streams import stream
 from normlab.data.augment import Augmentation, halve
 from normlab.data.images import ImageData
@@ -100,7 +101,7 @@ class Batches:
 
     Attributes:
         bounds: of an epoch's batches, in the order of its images.
-        flip, shift: see `Augmentation.draw`.
+        augmentation: how images are changed; None for as they are.
         half_steps: the steps below this one see images of half the height and width.
     """
 
@@ -108,8 +109,7 @@ class Batches:
     bounds: list[tuple[int, int]]
     _: KW_ONLY
     seed: int
-    flip: bool = False
-    shift: int = 0
+    augmentation: recipes.Augmentation | None = None
     half_steps: float = 0
     device: torch.device | str = "cpu"
     epoch: int = -1
@@ -129,4 +129,5 @@ class Batches:
         n = len(self.train)
         self.epoch = epoch
         self.order = stream(self.seed, "order", epoch).permutation(n)
-        self.augment = Augmentation.draw(self.seed, epoch, n, flip=self.flip, shift=self.shift)
+        settings = self.augmentation or recipes.Augmentation()
+        self.augment = Augmentation.draw(self.seed, epoch, n, settings)

@@ -24,7 +24,7 @@ def doctor(
     subject: nn.Module | Run | str | Path,
     data: Any = None,
     *,
-    weights: str = "last",
+    weights: str = "kept",
     batch_size: int | None = None,
     accumulation: int | None = None,
 ) -> Diagnosis:

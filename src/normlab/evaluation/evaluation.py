@@ -225,7 +225,7 @@ def evaluate(
     run: Run,
     data: str | Path | Mapping[str, Any] | ImageData | None = None,
     *,
-    weights: str = "last",
+    weights: str = "kept",
     views: str = "single",
 ) -> Evaluation:
     """Score `run` on the test images of `data`, or of the data it was trained on.
@@ -248,6 +248,7 @@ def evaluate(
             f"data {images.name!r} has images of {size[0]} × {size[1]} pixels, run {run.path} "
             f"takes {run.task.image_size} × {run.task.image_size}: resize them"
         )
+    weights = run.kept if weights == "kept" else weights
     return assess(
         logits_of(run.model(weights), images.x_test, views=views),
         images.y_test,

@@ -47,7 +47,7 @@ class Prediction:
         return [(class_names[k], float(p[k])) for k in order]
 
 
-def run_predictor(run: "Run", weights: str = "last") -> Predictor:
+def run_predictor(run: "Run", weights: str = "kept") -> Predictor:
     """The network of a run, as trained.
 
     Raises:

@@ -35,7 +35,7 @@ class Exported:
 
 
 def export_run(
-    run: Run, out: str | Path, *, file_format: str = "onnx", weights: str = "last"
+    run: Run, out: str | Path, *, file_format: str = "onnx", weights: str = "kept"
 ) -> Exported:
     """Write `run` as the file `out`, with a model card `README.md` beside it.
 

@@ -10,6 +10,7 @@ from normlab.errors import UserError, nearest
 from normlab.recipes.fast import fast79, fast84, fast90, fast94
 from normlab.recipes.notebook import notebook, notebook_plain
 from normlab.recipes.paper import paper_sigmoid
+from normlab.recipes.pictures import pictures
 from normlab.recipes.record import SETTINGS, Augmentation, Averaging, Model, Norm, Recipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
@@ -20,8 +21,10 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "notebook": notebook,
     "notebook-plain": notebook_plain,
     "paper-sigmoid": paper_sigmoid,
+    "pictures": pictures,
 }
 DEFAULT = "fast79"
+DEFAULT_OWN = "pictures"  # for data that are not CIFAR-10
 
 
 def get(recipe: str | Recipe) -> Recipe:

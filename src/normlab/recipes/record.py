@@ -83,6 +83,18 @@ class Augmentation:
         allowed=in_range(0, 8),
         remedy="choose 0 to 8 pixels",
     )
+    crop: float = setting(
+        1.0,
+        "Smallest share of height and width that a random part of an image shows.",
+        allowed=in_range(0.1, 1),
+        remedy="choose a share in [0.1, 1]",
+    )
+    colour: float = setting(
+        0.0,
+        "Change brightness, contrast and saturation by up to this share.",
+        allowed=in_range(0, 0.9),
+        remedy="choose a share in [0, 0.9]",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +134,8 @@ class Recipe:
     Attributes:
         name: of the recipe function.
         epochs: passes over the training images.
+        least_steps: on small data more epochs follow, until there are so many steps; 0 for none.
+            Whoever sets `epochs` gets so many and no more.
         half_size: share of the steps, the first ones, at half the images' height and width.
         validation: share of the training images, the last ones, held out; 0 for none.
         patience: stop after so many epochs without a lower validation loss; None for never.
@@ -138,6 +152,12 @@ class Recipe:
     augmentation: Augmentation = field(default_factory=Augmentation)
     averaging: Averaging = field(default_factory=Averaging)
     epochs: int = setting(25, "Passes over the training images.", **_WHOLE)
+    least_steps: int = setting(
+        0,
+        "On small data, train for at least so many steps, whatever the epochs.",
+        allowed=in_range(0, 10**9),
+        remedy="choose 0 or more",
+    )
     batch_size: int = setting(32, "Images a step.", **_WHOLE)
     label_smoothing: float = setting(
         0.0, "Share of the target that is spread evenly over all classes.", **_SHARE
@@ -160,6 +180,10 @@ class Recipe:
             check_settings(part)
         if self.patience is not None and self.validation == 0:
             raise UserError(f"patience={self.patience}: it needs --validation above 0")
+
+    def epochs_for(self, batches: int) -> int:
+        """Epochs of a training whose epochs have so many batches."""
+        return max(self.epochs, -(-self.least_steps // batches))
 
     def _parts(self) -> dict[str, Any]:
         return {part: getattr(self, part) for part in PARTS}
@@ -194,6 +218,8 @@ class Recipe:
         for key in changes:
             if key not in SETTINGS:
                 raise UserError(f"unknown recipe setting {nearest(key, SETTINGS)}")
+        if "epochs" in changes:
+            changes = {"least_steps": 0, **changes}
         model = changes.get("model", self.model.name)
         if model != self.model.name:
             changes = {**USUAL.get(model, ORDINARY), **changes}

@@ -11,6 +11,13 @@ from typing import Any, get_args, get_type_hints
 
 from normlab.errors import UserError, nearest
 
+KINDS: dict[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a name",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -40,8 +47,8 @@ class Setting:
             return
         wrong_kind = not isinstance(value, (int, float) if self.kind is float else self.kind)
         if wrong_kind or (isinstance(value, bool) and self.kind is not bool):
-            wanted = self.kind.__name__ + (" or none" if self.optional else "")
-            raise UserError(f"{self.name}={value}: give a value of type {wanted}")
+            wanted = KINDS[self.kind] + (" or none" if self.optional else "")
+            raise UserError(f"{self.name}={value}: give {wanted}")
         if self.names and value not in self.names:
             raise UserError(f"unknown {self.name} {nearest(str(value), self.names)}")
         if not self.allowed(value):

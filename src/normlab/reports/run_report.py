@@ -15,7 +15,6 @@ from PIL import Image
 
 from normlab.core.files import write_atomic, write_json
 from normlab.data import ImageData
-from normlab.data.pictures.collection import DEFAULT_SIZE
 from normlab.evaluation.evaluation import Evaluation
 from normlab.recipes import RECIPES, changed_settings
 from normlab.recipes.settings import option_words
@@ -136,7 +135,7 @@ def _data_words(run: Run) -> list[str]:
     if data == "cifar10":
         return []
     path, words = Path(data).expanduser(), ["--data", data]
-    if run.task.image_size != DEFAULT_SIZE and (path.is_dir() or path.suffix == ".parquet"):
+    if path.is_dir() or path.suffix == ".parquet":
         words += ["--image-size", str(run.task.image_size)]
     return [*words, "--skip-bad"] if run.task.skip_bad else words
 

@@ -136,7 +136,7 @@ def command(study: Study) -> str:
     words += option_words(changed_settings(design.recipe))
     if design.data != "cifar10":
         words += ["--data", design.data]
-        words += ["--image-size", str(design.image_size)] if design.image_size != 32 else []
+        words += ["--image-size", str(design.image_size)]
         words += ["--skip-bad"] if design.skip_bad else []
     if design.tuning is not None:
         factors = ",".join(f"{f:g}" for f in design.tuning.factors)

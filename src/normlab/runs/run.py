@@ -10,11 +10,11 @@ from torch import nn
 
 from normlab.core.files import read_tensors
 from normlab.core.records import as_object, checked, read_json
-from normlab.errors import DataError, UserError
+from normlab.errors import DataError, UserError, nearest
 from normlab.runs.folders import latest
 from normlab.runs.task import Task
 
-WEIGHTS = ("last", "best", "recalibrated")
+WEIGHTS = ("kept", "last", "best", "recalibrated")
 
 
 class Environment(TypedDict):
@@ -32,10 +32,10 @@ class Row(TypedDict):
 
     epoch: int
     steps: int
-    loss: float | None
-    accuracy: float | None
-    val_loss: float | None
     val_accuracy: float | None
+    loss: NotRequired[float | None]
+    accuracy: NotRequired[float | None]
+    val_loss: NotRequired[float | None]
     seconds: NotRequired[float]
     parts: NotRequired[list[list[float]]]
 
@@ -43,17 +43,18 @@ class Row(TypedDict):
 class Result(TypedDict):
     """`result.json`: scores, seconds and hashes. More keys may stand in it."""
 
-    recipe: str
-    steps: int
     train_seconds: float
     test_accuracy: float
     test_accuracy_interval: list[float]
-    test_loss: float
-    weights_sha256: str
-    images_per_second: float
-    data_seconds: float
-    evaluation_seconds: float
-    evaluation: dict[str, Any]
+    test_loss: NotRequired[float]
+    recipe: NotRequired[str]
+    steps: NotRequired[int]
+    weights_sha256: NotRequired[str]
+    images_per_second: NotRequired[float]
+    data_seconds: NotRequired[float]
+    evaluation_seconds: NotRequired[float]
+    evaluation: NotRequired[dict[str, Any]]
+    weights: NotRequired[str]
     baselines: NotRequired[dict[str, dict[str, Any]] | None]
 
 
@@ -103,18 +104,26 @@ class Run:
         found: Environment = checked(read_json(path), Environment, path)
         return found
 
-    def model(self, weights: str = "last") -> nn.Module:
+    @property
+    def kept(self) -> str:
+        """Which weights the run keeps, `last`, `best` or `recalibrated`: those of its result."""
+        result = self.result
+        return "last" if result is None else result.get("weights", "last")
+
+    def model(self, weights: str = "kept") -> nn.Module:
         """Return the trained network in evaluation mode.
 
         Args:
-            weights: `last` (after the last step), `best` (at the lowest validation loss) or
-                `recalibrated` (the last with statistics from `normlab recalibrate`).
+            weights: `kept` (those that the run's result is about), `last` (after the last step),
+                `best` (at the lowest validation loss) or `recalibrated` (with the statistics of all
+                training images).
 
         Raises:
             UserError: other weights, or a run that does not have these.
         """
         if weights not in WEIGHTS:
-            raise UserError(f"weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
+            raise UserError(f"unknown weights {nearest(weights, WEIGHTS)}")
+        weights = self.kept if weights == "kept" else weights
         path = self.path / f"{weights}.safetensors"
         if not path.exists():
             why = "it held out no images to choose by" if self.result else "it is unfinished"

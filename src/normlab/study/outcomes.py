@@ -90,13 +90,13 @@ class _Checks:
     Checks change nothing: they run in evaluation mode and draw no random number.
     """
 
-    per_epoch: int
+    checks: int
     curve: Curve = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     _last: float | None = None
 
     def before_training(self, plan: Plan) -> None:
-        self.plan = plan
+        self.plan, self.per_epoch = plan, -(-self.checks // plan.epochs)
 
     def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
         now = time.perf_counter()
@@ -134,7 +134,7 @@ def train_one(
         Interrupted: SIGINT or SIGTERM came.
     """
     device, k = torch.device("cpu"), len(task.class_names)
-    watch = _Checks(per_epoch=-(-checks // task.recipe.epochs))
+    watch = _Checks(checks)
     with settings(threads, device):
         state = new_state(task, images, device)
         plan = make_plan(task, images, threads)

@@ -117,6 +117,8 @@ def _fill(state: State, tensors: Tensors, loop: dict[str, Any]) -> None:
     state.best_weights, state.totals, state.history = parts["best"], totals, history
     state.best_epoch, state.best_val_loss = best_epoch, best_val_loss
     state.average, state.part, state.parts = average, partial, done
+    ending = loop.get("ending")
+    state.ending = None if ending is None else (int(ending[0]), int(ending[1]))
     state.step, state.seconds = step, seconds
 
 

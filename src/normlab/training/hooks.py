@@ -25,7 +25,7 @@ def make_hooks(plan: Plan, extra: Sequence[Hook] = ()) -> list[Hook]:
     hooks: list[Hook] = []
     if recipe.averaging.decay:
         hooks.append(Average(recipe.averaging.decay))
-    if recipe.epochs <= FEW_EPOCHS:
+    if plan.epochs <= FEW_EPOCHS:
         hooks.append(EpochParts())
     hooks.append(EpochRow())
     if len(plan.validation):
@@ -160,18 +160,29 @@ class Clock(Hook):
 
 
 class Patience(Hook):
-    """Stops after so many epochs without a lower validation loss."""
+    """Ends a training early: so many epochs without a lower validation loss begin a cool-down.
+
+    A network that is stopped at a high learning rate is worth little. So the rate first falls to 0,
+    over a fifth of the steps done so far and one epoch at least, and the best weights are kept.
+    """
+
+    COOL_DOWN = 0.2
 
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
 
     def before_training(self, plan: Plan, state: State) -> None:
-        self._look(state)
+        self.steps, self.epoch = plan.steps, len(plan.bounds)
 
     def after_step(self, state: State, done: StepResult) -> None:
-        if done.ends_epoch:
-            self._look(state)
+        if state.ending is not None:
+            state.stopped = state.step >= state.ending[1]
+        elif done.ends_epoch and self._is_over(state):
+            epochs = max(1, round(self.COOL_DOWN * len(state.history)))
+            end = state.step + epochs * self.epoch
+            if end < self.steps:  # else the schedule's own end is as near
+                state.ending = state.step, end
 
-    def _look(self, state: State) -> None:
-        if state.best_epoch is not None:
-            state.stopped = len(state.history) - state.best_epoch >= self.epochs
+    def _is_over(self, state: State) -> bool:
+        waited = len(state.history) - (state.best_epoch or 0)
+        return state.best_epoch is not None and waited >= self.epochs

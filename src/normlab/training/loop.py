@@ -56,7 +56,7 @@ def fit(
                 break
             epoch, batch = divmod(step, len(bounds))
             x, labels = batches(step)
-            set_rate(state.optimizer, recipe.schedule.share(step / steps))
+            set_rate(state.optimizer, state.share(recipe.schedule.share(step / steps)))
             rng = stream(plan.seed, "dropout", step)
             try:
                 loss, correct = train_step(

@@ -31,7 +31,7 @@ class Lines:
         self.seconds = 0.0
 
     def before_training(self, plan: Plan) -> None:
-        self.epochs, self.seconds = plan.recipe.epochs, 0.0
+        self.epochs, self.seconds = plan.epochs, 0.0
         self._print(plan.describe())
 
     def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
@@ -90,7 +90,7 @@ class Bar:
         self.progress.update(
             self.task,
             completed=state.step,
-            epoch=f"{epoch + 1}/{self.plan.recipe.epochs}",
+            epoch=f"{epoch + 1}/{self.plan.epochs}",
             note=" · ".join(notes) if self.console.width >= 40 else "",
         )
         self.lines.after_step(state, epoch, batch, batches)

@@ -49,7 +49,7 @@ def open_source(
                 )
         return None
     run = start if isinstance(start, Run) else open_run(start)
-    model = run.model("last")
+    model = run.model()
     if statistics not in (None, *STATISTICS):
         raise UserError(f"statistics={statistics!r}: choose one of {', '.join(STATISTICS)}")
     if statistics is not None and not normalizers(model):
@@ -102,7 +102,7 @@ def plan_start(
     same = sorted(class_names) == sorted(run.task.class_names)  # whatever their order
     return Start(
         run=str(run.path),
-        weights_sha256=digest(run.model("last").state_dict()),
+        weights_sha256=digest(run.model().state_dict()),
         head="kept" if same else "new",
         freeze=freeze,
         statistics=statistics or ("keep" if freeze else "adapt"),
@@ -120,7 +120,7 @@ def starting_weights(run: Run | None, task: Task, images: ImageData) -> dict[str
     """
     if run is None or task.start is None:
         return None
-    model, state = task.build(), run.model("last").state_dict()
+    model, state = task.build(), run.model().state_dict()
     fresh, body = model.state_dict(), {k: t for k, t in state.items() if _in_body(k)}
     if any(fresh[k].shape != t.shape for k, t in body.items()):
         raise UserError(

@@ -32,8 +32,12 @@ class Plan:
         return batch_bounds(len(self.train), self.recipe.batch_size, join_single=True)
 
     @property
+    def epochs(self) -> int:
+        return self.recipe.epochs_for(len(self.bounds))
+
+    @property
     def steps(self) -> int:
-        return self.recipe.epochs * len(self.bounds)
+        return self.epochs * len(self.bounds)
 
     def batches(self, device: torch.device | str = "cpu") -> Batches:
         """The batches of every step, as the recipe cuts and augments them."""
@@ -41,8 +45,7 @@ class Plan:
             self.train,
             self.bounds,
             seed=self.seed,
-            flip=self.recipe.augmentation.flip,
-            shift=self.recipe.augmentation.shift,
+            augmentation=self.recipe.augmentation,
             half_steps=self.recipe.half_size * self.steps,
             device=device,
         )
@@ -52,7 +55,7 @@ class Plan:
         text = (
             f"{self.recipe.name}: norm {self.recipe.norm.name}, seed {self.seed}, "
             f"{len(self.train):,} training and {len(self.validation):,} validation images, "
-            f"{counted(self.recipe.epochs, 'epoch')} of {counted(len(self.bounds), 'step')}, "
+            f"{counted(self.epochs, 'epoch')} of {counted(len(self.bounds), 'step')}, "
             f"{counted(self.threads, 'thread')}"
             + (f", into {self.folder}" if self.folder else "")
             + (f"\nStart: {self.start}" if self.start else "")
@@ -98,6 +101,7 @@ class State:
         history: one row an epoch.
         best_epoch: from 1; None before the first validation.
         average: averaged parameters by name; empty without averaging.
+        ending: the first and the last step of a cool-down: the rate falls to 0 between them.
         stopped: no further step is wanted.
     """
 
@@ -113,7 +117,15 @@ class State:
     best_val_loss: float = float("inf")
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
+    ending: tuple[int, int] | None = None
     stopped: bool = False
+
+    def share(self, rate: float) -> float:
+        """The share of the learning rate at the next step, where a schedule says `rate`."""
+        if self.ending is None:
+            return rate
+        first, last = self.ending
+        return rate * max(0.0, (last - self.step) / (last - first + 1))
 
     def loop_state(self) -> dict[str, Any]:
         """The part that is not tensors, as JSON."""
@@ -125,6 +137,7 @@ class State:
             "parts": self.parts,
             "history": self.history,
             "best_epoch": self.best_epoch,
+            "ending": self.ending,
         }
 
 

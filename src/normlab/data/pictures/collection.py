@@ -21,7 +21,6 @@ from normlab.data.pictures.naming import canonical
 from normlab.data.pictures.reading import shown
 from normlab.errors import DataError
 
-DEFAULT_SIZE = 32
 TEST_SHARE = 0.2
 PARTS = ("train", "test")
 VALIDATION = "validation"

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from normlab.data.images import ImageData
-from normlab.data.pictures.collection import DEFAULT_SIZE, Collection, Labelled, assemble
-from normlab.data.pictures.decoding import decode
+from normlab.data.pictures.collection import Collection, Labelled, assemble
+from normlab.data.pictures.decoding import decode, natural_size
 from normlab.data.pictures.layout import WILD, Layout, arrange, match
 from normlab.data.pictures.naming import ending
 from normlab.data.pictures.reading import shown
@@ -19,7 +19,9 @@ _UNREACHABLE = "files and folders that cannot be used"
 
 
 def read_folder(path: Path, *, image_size: int | None = None, skip_bad: bool = False) -> ImageData:
-    """A folder of pictures as data, every picture a square of `image_size` (32 if None).
+    """A folder of pictures as data, every picture a square of `image_size`.
+
+    image_size: None for `natural_size`.
 
     path: the folder, or a pattern with * in its last parts that names the folders of the classes.
 
@@ -36,7 +38,7 @@ def read_folder(path: Path, *, image_size: int | None = None, skip_bad: bool = F
             f"{shown(path)} holds no pictures in class folders, nor CIFAR-10; "
             "give train/CLASS/ and test/CLASS/, or CLASS/ alone"
         )
-    decoded = decode(path, _key(files), files, image_size or DEFAULT_SIZE)
+    decoded = decode(path, _key(files), files, image_size or natural_size(files))
     return assemble(collection, decoded, skip_bad=skip_bad)
 
 

@@ -97,6 +97,16 @@ def read_measured(source: Path | bytes) -> tuple[Pixels, bool]:
         return np.asarray(image), deep
 
 
+def shorter_side(source: Path | bytes) -> int:
+    """Pixels of a picture's shorter side, by its header.
+
+    Raises:
+        DataError, TooLargeError: as `read_picture` does.
+    """
+    with _damage_named(), quiet(), _file(source) as file, _open(file) as image:
+        return min(image.size)
+
+
 def begins_as_picture(file: Path) -> bool:
     """Whether the first bytes are those of a picture, in whatever condition the rest may be."""
     try:
@@ -235,13 +245,14 @@ def _is_heic(start: bytes) -> bool:
 
 def _open_heic(file: IO[bytes]) -> Image.Image:
     try:
-        from pillow_heif.as_plugin import HeifImageFile  # type: ignore[import-not-found, unused-ignore]
+        from pillow_heif.as_plugin import HeifImageFile
     except ImportError:
         raise DataError(
             "HEIC, as phones write it, needs pillow-heif; pip install 'normlab[heic]', "
             "or save it as JPEG"
         ) from None
-    image: Image.Image = HeifImageFile(file)
+    opened: Any = HeifImageFile  # without types
+    image: Image.Image = opened(file)
     return image
 
 
