@@ -125,5 +125,5 @@ def test_what_is_undefined_is_refused() -> None:
 
 def test_every_norm_is_made_by_its_name() -> None:
     assert set(NORMS) >= {"batch", "none", "layer", "group", "instance"}
-    with pytest.raises(UserError, match="unknown norm 'bacth': choose one of batch, none, layer"):
+    with pytest.raises(UserError, match="unknown norm 'bacth': did you mean 'batch'"):
         normalizer("bacth", 3)
