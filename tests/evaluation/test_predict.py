@@ -16,7 +16,7 @@ from PIL import Image
 from normlab.errors import DataError
 from normlab.evaluation.prediction import Predictor, predict, run_predictor
 from normlab.formats.onnx_model import open_onnx
-from normlab.runs import open_run
+from normlab.api.run import open_run
 
 
 def normlab(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
