@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from normlab.data import ImageData, load
+from normlab.data.pictures import folder as folder_module
 from normlab.data.pictures.layout import Layout, arrange, match
 from normlab.data.pictures.naming import is_litter, part_of, resembles_part
 from normlab.data.pictures.walking import grow
@@ -228,6 +229,21 @@ def test_files_that_are_no_pictures_are_told_in_one_line_and_damaged_ones_stop(
     with pytest.raises(DataError, match=r"1 problems, listed above; .*--skip-bad"):
         load(root, image_size=8)
     assert "    owl/1.png: not a picture, or damaged" in capsys.readouterr().err
+
+
+def test_what_is_passed_over_is_said_before_anything_is_decoded(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*_: object) -> None:
+        raise AssertionError(capsys.readouterr().err)
+
+    monkeypatch.setattr(folder_module, "decode", decode)
+    mark(root, "owl/1.png", "labels.csv")
+    with pytest.raises(DataError, match="1 classes"):
+        load(root)
+    mark(root, "jay/1.png")
+    with pytest.raises(AssertionError, match=r"passed over files that are no pictures: 1 \.csv"):
+        load(root)
 
 
 def test_picture_formats_that_are_not_read_are_no_litter(

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from normlab.data.images import ImageData
-from normlab.data.pictures.collection import DEFAULT_SIZE, Collection, Labelled, assemble
+from normlab.data.pictures.collection import DEFAULT_SIZE, Collection, Labelled, assemble, settle
 from normlab.data.pictures.decoding import decode
 from normlab.data.pictures.layout import WILD, Layout, arrange, match
 from normlab.data.pictures.naming import ending
@@ -36,6 +36,7 @@ def read_folder(path: Path, *, image_size: int | None = None, skip_bad: bool = F
             f"{shown(path)} holds no pictures in class folders, nor CIFAR-10; "
             "give train/CLASS/ and test/CLASS/, or CLASS/ alone"
         )
+    settle(collection)
     decoded = decode(path, _key(files), files, image_size or DEFAULT_SIZE)
     return assemble(collection, decoded, skip_bad=skip_bad)
 
