@@ -241,7 +241,7 @@ def _open_heic(file: IO[bytes]) -> Image.Image:
             "HEIC, as phones write it, needs pillow-heif; pip install 'normlab[heic]', "
             "or save it as JPEG"
         ) from None
-    image: Image.Image = HeifImageFile(file)
+    image: Image.Image = HeifImageFile(file)  # type: ignore[no-untyped-call, unused-ignore]
     return image
 
 
