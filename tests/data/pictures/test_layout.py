@@ -146,6 +146,7 @@ def test_a_class_called_train_in_both_parts(root: Path) -> None:
         ),
         ("pets/a/1.png pets/b/1.png tools/c/1.png tools/d/1.png", "'{}/[*]/[*]' for the second"),
         ("data/a/1.png data/b/1.png owl/1.png jay/1.png", "'{}/data/[*]' for the second"),
+        ("photos/a/1.png photos/b/1.png drawings/1.png", "'{}/photos/[*]' for the second"),
     ],
 )
 def test_two_readings_or_none_are_refused_with_what_to_do(
@@ -162,6 +163,7 @@ def test_two_readings_or_none_are_refused_with_what_to_do(
         ("pets/pets/train/owl/1.png;pets/pets/test/owl/1.png", {"train": ["owl"], "test": ["owl"]}),
         ("seg_train/seg_train/a/1.png;seg_test/seg_test/a/1.png", {"train": ["a"], "test": ["a"]}),
         ("images/owl/1.png;images/jay/1.png;labels/owl/1.png", {None: ["jay", "owl"]}),
+        ("data/owl/1.png;data/jay/1.png;Readme_Images/1.png", {None: ["jay", "owl"]}),
         ("dataset/owl/1.png;dataset/jay/1.png;docs/shot.png", {None: ["jay", "owl"]}),
         ("My Data Set/owl/1.png;My Data Set/jay/1.png", {None: ["jay", "owl"]}),
         ("train/owl/1.png;train/jay/1.png;test/1.png;test/2.png", {None: ["jay", "owl"]}),
