@@ -179,7 +179,7 @@ def _parquet(data: bytes, path: Path) -> None:
     from normlab.data.pictures.parquet import read_rows
 
     path.write_bytes(data)
-    read_rows(path)
+    read_rows(path, 1 << 30)
 
 
 def _picture(data: bytes, _: Path) -> None:

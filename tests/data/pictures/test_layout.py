@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from normlab.data import ImageData, load
+from normlab.data.pictures import folder as folder_module
 from normlab.data.pictures.layout import Layout, arrange, match
 from normlab.data.pictures.naming import is_litter, part_of, resembles_part
 from normlab.data.pictures.walking import grow
@@ -145,6 +146,7 @@ def test_a_class_called_train_in_both_parts(root: Path) -> None:
         ),
         ("pets/a/1.png pets/b/1.png tools/c/1.png tools/d/1.png", "'{}/[*]/[*]' for the second"),
         ("data/a/1.png data/b/1.png owl/1.png jay/1.png", "'{}/data/[*]' for the second"),
+        ("photos/a/1.png photos/b/1.png drawings/1.png", "'{}/photos/[*]' for the second"),
     ],
 )
 def test_two_readings_or_none_are_refused_with_what_to_do(
@@ -161,6 +163,7 @@ def test_two_readings_or_none_are_refused_with_what_to_do(
         ("pets/pets/train/owl/1.png;pets/pets/test/owl/1.png", {"train": ["owl"], "test": ["owl"]}),
         ("seg_train/seg_train/a/1.png;seg_test/seg_test/a/1.png", {"train": ["a"], "test": ["a"]}),
         ("images/owl/1.png;images/jay/1.png;labels/owl/1.png", {None: ["jay", "owl"]}),
+        ("data/owl/1.png;data/jay/1.png;Readme_Images/1.png", {None: ["jay", "owl"]}),
         ("dataset/owl/1.png;dataset/jay/1.png;docs/shot.png", {None: ["jay", "owl"]}),
         ("My Data Set/owl/1.png;My Data Set/jay/1.png", {None: ["jay", "owl"]}),
         ("train/owl/1.png;train/jay/1.png;test/1.png;test/2.png", {None: ["jay", "owl"]}),
@@ -228,6 +231,21 @@ def test_files_that_are_no_pictures_are_told_in_one_line_and_damaged_ones_stop(
     with pytest.raises(DataError, match=r"1 problems, listed above; .*--skip-bad"):
         load(root, image_size=8)
     assert "    owl/1.png: not a picture, or damaged" in capsys.readouterr().err
+
+
+def test_what_is_passed_over_is_said_before_anything_is_decoded(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*_: object) -> None:
+        raise AssertionError(capsys.readouterr().err)
+
+    monkeypatch.setattr(folder_module, "decode", decode)
+    mark(root, "owl/1.png", "labels.csv")
+    with pytest.raises(DataError, match="1 classes"):
+        load(root)
+    mark(root, "jay/1.png")
+    with pytest.raises(AssertionError, match=r"passed over files that are no pictures: 1 \.csv"):
+        load(root)
 
 
 def test_picture_formats_that_are_not_read_are_no_litter(

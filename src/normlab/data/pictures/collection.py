@@ -70,10 +70,25 @@ class Collection:
         self.passed.append((kind, what))
 
 
+def settle(collection: Collection, report: Report | None = None) -> None:
+    """Settle and say, before pictures are decoded, all that can be known without.
+
+    report: as `assemble` takes it.
+
+    Raises:
+        DataError: there are no two classes.
+    """
+    _settle_parts(collection)
+    _join_spellings(collection)
+    _tell(collection, report or _to_stderr)
+    if not collection.problems:  # which `assemble` lists
+        _refuse_one_class(collection, len({picture.label for picture in collection.pictures}))
+
+
 def assemble(
     collection: Collection, decoded: Decoded, *, skip_bad: bool, report: Report | None = None
 ) -> ImageData:
-    """Split, check and arrange decoded pictures.
+    """Split, check and arrange the decoded pictures of a collection that is settled.
 
     Training pictures are interleaved so that any last share of them, which is what a run holds
     out for validation, has all classes in proportion.
@@ -84,8 +99,6 @@ def assemble(
         DataError: something is wrong and `skip_bad` is off, or too little is left.
     """
     report = report or _to_stderr
-    _settle_parts(collection)
-    _join_spellings(collection)
     good = [i for i, problem in enumerate(decoded.problems) if not problem]
     for i, problem in enumerate(decoded.problems):
         if problem:
@@ -99,11 +112,7 @@ def assemble(
     _note_dim(collection, decoded, good)
     _tell(collection, report)
     _summarise(collection, skip_bad, report)
-    if len(classes) < 2:
-        raise DataError(
-            f"{collection.name}: {len(classes)} classes with pictures to train on and to test on; "
-            "give a folder for each of two classes or more"
-        )
+    _refuse_one_class(collection, len(classes))
     number = {name: k for k, name in enumerate(classes)}
     arrays: dict[str, Any] = {}
     for part, indices in parts.items():
@@ -131,6 +140,14 @@ def interleave(labels: NDArray[np.int64], keys: Sequence[bytes]) -> NDArray[np.i
         rank = stream(0, "pictures", "order", int(label)).permutation(len(own))
         place[own] = (rank + 0.5) / len(own)
     return np.lexsort((labels, place))
+
+
+def _refuse_one_class(collection: Collection, count: int) -> None:
+    if count < 2:
+        raise DataError(
+            f"{collection.name}: {count} classes with pictures to train on and to test on; "
+            "give a folder for each of two classes or more"
+        )
 
 
 def _settle_parts(collection: Collection) -> None:
@@ -253,7 +270,7 @@ def _note_dim(collection: Collection, decoded: Decoded, good: list[int]) -> None
 
 
 def _tell(collection: Collection, report: Report) -> None:
-    """Say in one line each what was decided, and what was left out by a rule."""
+    """Say in one line each what was decided, and what was left out by a rule, and only once."""
     for line in collection.notes:
         report(f"{collection.name}: {line}")
     kinds: dict[str, list[str]] = defaultdict(list)
@@ -262,6 +279,7 @@ def _tell(collection: Collection, report: Report) -> None:
     for kind, whats in kinds.items():
         more = f" and {len(whats) - _EXAMPLES:,} more" if len(whats) > _EXAMPLES else ""
         report(f"{collection.name}: {kind}: {', '.join(whats[:_EXAMPLES])}{more}")
+    collection.notes, collection.passed = [], []
 
 
 def _summarise(collection: Collection, skip_bad: bool, report: Report) -> None:

@@ -168,7 +168,7 @@ def _take_parts(layout: Layout, place: Tree) -> bool:
             "give train/ and test/, or one tree of classes"
         )
     train = parts["train"][0]
-    if len(parts) == 1 and any(_may_be_class(tree) for tree in others):
+    if len(parts) == 1 and any(not _belongs(t) and not _holds_classes(t) for t in others):
         _two_readings(layout, place, train)
     layout.pass_over(flat, "no folders of classes in it, so its classes are not known")
     layout.pass_over(others, f"beside {train.name}/, and no part by its name")
@@ -181,9 +181,9 @@ def _take_parts(layout: Layout, place: Tree) -> bool:
     return True
 
 
-def _may_be_class(tree: Tree) -> bool:
-    named = resembles_part(tree.name) or is_beside(tree.name) or is_wrapper(tree.name)
-    return not named and not _holds_classes(tree)
+def _belongs(tree: Tree) -> bool:
+    """Whether a folder is, by its name, no class but something beside the data."""
+    return resembles_part(tree.name) or is_beside(tree.name) or is_wrapper(tree.name)
 
 
 def _unwrapped(layout: Layout, part: Tree) -> Tree:
@@ -212,7 +212,7 @@ def _inner(layout: Layout, place: Tree) -> Tree | None:
     if len(wrappers) != 1:
         return None
     others = [tree for tree in filled if tree is not wrappers[0]]
-    if sum(_may_be_class(tree) for tree in others) > 1:
+    if not all(_belongs(tree) for tree in others):
         _two_readings(layout, place, wrappers[0])
     layout.pass_over(others, f"beside {wrappers[0].name}/")
     return wrappers[0]

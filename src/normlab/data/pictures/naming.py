@@ -40,6 +40,7 @@ _WORDS = re.compile(rf"{_TRAIN}|test(?:ing)?|val(?:id(?:ation)?)?|unlabell?ed|pr
 _WRAPPER = re.compile(r"(?:all|raw|my)?(?:data|dataset|image|img|picture|pic|photo)s?\d*")
 _BESIDE = re.compile(
     r"(?:bbox|mask|label|annotation|segmentation)s?(?:json|xml|txt)?\d*|groundtruths?|gt|annots?"
+    r"|(?:readme|doc|screenshot|figure|plot|result|output|example|asset|static).*"
 )
 
 # Endings of the formats that are read, and of pictures in formats that are not.
@@ -54,6 +55,7 @@ UNREAD = frozenset(
     {
         *(".svg", ".psd", ".jxl", ".jp2", ".j2k", ".jpx", ".tga", ".dcm", ".dicom", ".exr"),
         *(".hdr", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pcx"),
+        *(".pef", ".srw", ".sr2", ".xcf", ".qoi", ".jxr"),
     }
 )
 
@@ -96,7 +98,7 @@ def is_wrapper(name: str) -> bool:
 
 
 def is_beside(name: str) -> bool:
-    """Whether a folder of this name is likely to lie beside the pictures: `labels`, `masks`."""
+    """Whether a folder of this name is likely to lie beside the pictures: `labels`, `docs`."""
     return _BESIDE.fullmatch(re.sub(r"[\W_]+", "", canonical(name))) is not None
 
 

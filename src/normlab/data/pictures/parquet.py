@@ -15,8 +15,13 @@ from typing import Any
 
 from normlab.core.sandbox import LimitError, limited
 from normlab.data.images import ImageData
+<<<<<<< HEAD
 from normlab.data.pictures.collection import Collection, Labelled, assemble
 from normlab.data.pictures.decoding import decode, natural_size
+=======
+from normlab.data.pictures.collection import DEFAULT_SIZE, Collection, Labelled, assemble, settle
+from normlab.data.pictures.decoding import decode
+>>>>>>> pictures
 from normlab.data.pictures.naming import part_of
 from normlab.data.pictures.reading import shown
 from normlab.errors import DataError, UserError
@@ -65,6 +70,7 @@ def read_parquet(path: Path, *, image_size: int | None = None, skip_bad: bool = 
         budget -= _collect(file, part, budget, collection, contents)
     if not contents:
         raise DataError(f"{shown(path)} has no rows with a picture and a label; give another file")
+    settle(collection)
     key = [(str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, statuses, strict=True)]
     decoded = decode(path, json.dumps(key), contents, image_size or natural_size(contents))
     return assemble(collection, decoded, skip_bad=skip_bad)
