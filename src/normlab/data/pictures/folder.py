@@ -7,13 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from normlab.data.images import ImageData
-<<<<<<< HEAD
-from normlab.data.pictures.collection import Collection, Labelled, assemble
+from normlab.data.pictures.collection import Collection, Labelled, assemble, settle
 from normlab.data.pictures.decoding import decode, natural_size
-=======
-from normlab.data.pictures.collection import DEFAULT_SIZE, Collection, Labelled, assemble, settle
-from normlab.data.pictures.decoding import decode
->>>>>>> pictures
 from normlab.data.pictures.layout import WILD, Layout, arrange, match
 from normlab.data.pictures.naming import ending
 from normlab.data.pictures.reading import shown
@@ -43,12 +38,8 @@ def read_folder(path: Path, *, image_size: int | None = None, skip_bad: bool = F
             f"{shown(path)} holds no pictures in class folders, nor CIFAR-10; "
             "give train/CLASS/ and test/CLASS/, or CLASS/ alone"
         )
-<<<<<<< HEAD
-    decoded = decode(path, _key(files), files, image_size or natural_size(files))
-=======
     settle(collection)
-    decoded = decode(path, _key(files), files, image_size or DEFAULT_SIZE)
->>>>>>> pictures
+    decoded = decode(path, _key(files), files, image_size or natural_size(files))
     return assemble(collection, decoded, skip_bad=skip_bad)
 
 

@@ -15,13 +15,8 @@ from typing import Any
 
 from normlab.core.sandbox import LimitError, limited
 from normlab.data.images import ImageData
-<<<<<<< HEAD
-from normlab.data.pictures.collection import Collection, Labelled, assemble
+from normlab.data.pictures.collection import Collection, Labelled, assemble, settle
 from normlab.data.pictures.decoding import decode, natural_size
-=======
-from normlab.data.pictures.collection import DEFAULT_SIZE, Collection, Labelled, assemble, settle
-from normlab.data.pictures.decoding import decode
->>>>>>> pictures
 from normlab.data.pictures.naming import part_of
 from normlab.data.pictures.reading import shown
 from normlab.errors import DataError, UserError

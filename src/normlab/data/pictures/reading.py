@@ -251,12 +251,8 @@ def _open_heic(file: IO[bytes]) -> Image.Image:
             "HEIC, as phones write it, needs pillow-heif; pip install 'normlab[heic]', "
             "or save it as JPEG"
         ) from None
-<<<<<<< HEAD
     opened: Any = HeifImageFile  # without types
     image: Image.Image = opened(file)
-=======
-    image: Image.Image = HeifImageFile(file)  # type: ignore[no-untyped-call, unused-ignore]
->>>>>>> pictures
     return image
 
 
