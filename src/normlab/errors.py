@@ -4,6 +4,8 @@ Every message names the value received and the remedy, in one line. The command 
 message without a traceback and leaves with `exit_code`.
 """
 
+from normlab.core.text import printable
+
 
 class NormlabError(Exception):
     """Base of all errors raised on purpose; `exit_code` is what the command line returns."""
@@ -11,8 +13,8 @@ class NormlabError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        """In one line, whatever the libraries and files that it cites have in theirs."""
-        return " ".join(super().__str__().splitlines())
+        """In one line that a terminal only shows, whatever the files that it cites have in theirs."""
+        return printable(" ".join(super().__str__().splitlines()))
 
 
 class UserError(NormlabError, ValueError):

@@ -87,6 +87,6 @@ def _write_line(path: str, answer: Top) -> None:
 
 
 def _shown(path: str | Path) -> str:
-    from normlab.data.pictures.reading import shown
+    from normlab.core.text import shown
 
     return shown(path)

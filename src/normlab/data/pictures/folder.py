@@ -8,10 +8,10 @@ import json
 import os
 from pathlib import Path
 
+from normlab.core.text import shown
 from normlab.data.images import ImageData
 from normlab.data.pictures.collection import DEFAULT_SIZE, PARTS, Collection, Labelled, assemble
 from normlab.data.pictures.decoding import decode
-from normlab.data.pictures.reading import shown
 from normlab.data.pictures.walking import Found, entries, walk
 from normlab.errors import DataError
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from normlab.core.sandbox import LimitError, limited
+from normlab.core.text import shown
 from normlab.data.images import ImageData
 from normlab.data.pictures.collection import DEFAULT_SIZE, PARTS, Collection, Labelled, assemble
 from normlab.data.pictures.decoding import decode
-from normlab.data.pictures.reading import shown
 from normlab.errors import DataError, UserError
 
 PICTURE_COLUMNS = ("img", "image")
