@@ -16,6 +16,7 @@ import sys
 import click
 
 from normlab.cli.main import cli
+from normlab.core.text import printable
 from normlab.errors import NormlabError
 
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, or end other programs"
@@ -75,7 +76,7 @@ def _explain(e: OSError) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"normlab: {' '.join(message.split())}", file=sys.stderr)
+    print(printable(f"normlab: {' '.join(message.split())}"), file=sys.stderr)
     return code
 
 

@@ -13,7 +13,7 @@ class NormlabError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        """In one line that a terminal only shows, whatever the files that it cites have in theirs."""
+        """In one line that a terminal only shows, whatever the files that it cites hold."""
         return printable(" ".join(super().__str__().splitlines()))
 
 

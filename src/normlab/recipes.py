@@ -3,6 +3,7 @@
 A docstring says what the recipe gives, how long it takes, on what, and the command.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -73,8 +74,18 @@ class Recipe:
             self.schedule,
             "choose constant, triangle or to_zero",
         )
-        _check(self.learning_rate > 0, "learning_rate", self.learning_rate, "choose more than 0")
-        _check(self.sgd_rate > 0, "sgd_rate", self.sgd_rate, "choose more than 0")
+        _check(
+            0 < self.learning_rate < math.inf,
+            "learning_rate",
+            self.learning_rate,
+            "choose a number above 0",
+        )
+        _check(
+            0 < self.sgd_rate < math.inf,
+            "sgd_rate",
+            self.sgd_rate,
+            "choose a number above 0",
+        )
         _check(
             0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "choose 0 to 1"
         )

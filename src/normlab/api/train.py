@@ -12,6 +12,7 @@ import torch
 
 from normlab.core.environment import describe, resolve_device, resolve_threads, settings
 from normlab.core.files import digest, locked, write_json, write_tensors
+from normlab.core.text import printable
 from normlab.data import ImageData, load
 from normlab.data.batches import split_validation
 from normlab.data.loading import PUBLIC
@@ -192,7 +193,8 @@ def resume(
         state = new_state(opened.task, images, where, weights)
         problem = checkpoint.restore(opened.path, state)
         if problem:
-            print(f"normlab: {problem}; going on from step {state.step:,}", file=sys.stderr)
+            line = f"normlab: {problem}; going on from step {state.step:,}"
+            print(printable(line), file=sys.stderr)
         return _finish(opened, images, data_seconds, state, where, observers)
 
 

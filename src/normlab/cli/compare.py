@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from normlab.cli.output import say
+
 if TYPE_CHECKING:
     from normlab.study import Study
     from normlab.study.progress import Lines
@@ -135,6 +137,6 @@ def _close(result: "Study", as_json: bool) -> None:
     from normlab.reports.study_report import closing_lines
 
     for line in closing_lines(result):
-        click.echo(line)
+        say(line)
     if as_json:
         click.echo(json.dumps(result.as_dict()))

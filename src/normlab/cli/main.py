@@ -14,6 +14,7 @@ from normlab.cli.data import data as data_group
 from normlab.cli.doctor import doctor, recalibrate
 from normlab.cli.export import export_command, import_command
 from normlab.cli.inspect import inspect
+from normlab.cli.output import say
 from normlab.cli.predict import predict
 from normlab.cli.serve import serve
 
@@ -192,7 +193,7 @@ def _close(run: "Run", install_seconds: float | None, as_json: bool) -> None:
     from normlab.reports.run_report import closing_lines
 
     for line in closing_lines(run, install_seconds):
-        click.echo(line)
+        say(line)
     if as_json:
         click.echo(json.dumps(run.result))
 
@@ -220,15 +221,15 @@ def evaluate(run: str | None, data: str | None, weights: str, views: str, as_jso
     folder = opened.path / f"evaluation-{name}"
     write_evaluation(evaluation, images, folder)
     if views != "single":
-        click.echo(f"Views: {views}; not comparable with figures from a single view")
-    click.echo(str(evaluation))
-    click.echo(f"Balanced accuracy: {evaluation.balanced_accuracy:.4f}")
+        say(f"Views: {views}; not comparable with figures from a single view")
+    say(str(evaluation))
+    say(f"Balanced accuracy: {evaluation.balanced_accuracy:.4f}")
     width = max(map(len, evaluation.class_names))
     for name, accuracy in zip(evaluation.class_names, evaluation.class_accuracy, strict=True):
-        click.echo(f"  {name:<{width}}  {accuracy:.3f}")
+        say(f"  {name:<{width}}  {accuracy:.3f}")
     for limit in evaluation.limits:
-        click.echo(f"Limit: {limit}")
-    click.echo(f"Report: {folder / 'report.html'}")
+        say(f"Limit: {limit}")
+    say(f"Report: {folder / 'report.html'}")
     if as_json:
         click.echo(json.dumps(evaluation.as_dict()))
 
@@ -242,7 +243,7 @@ def summary(recipe: str, norm: str | None) -> None:
     from normlab.models import MODELS, summarize
 
     chosen = recipes.get(recipe).override(norm=norm)
-    click.echo(str(summarize(MODELS[chosen.model](norm=chosen.norm))))
+    say(str(summarize(MODELS[chosen.model](norm=chosen.norm))))
 
 
 @cli.command("recipes")
@@ -254,4 +255,4 @@ def list_recipes() -> None:
     for name, make in recipes.RECIPES.items():
         first_line = (make.__doc__ or "").strip().splitlines()[0]
         default = "  (the default)" if name == recipes.DEFAULT else ""
-        click.echo(f"{name:<{width}}  {first_line}{default}")
+        say(f"{name:<{width}}  {first_line}{default}")

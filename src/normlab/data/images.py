@@ -13,6 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from normlab.errors import DataError
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+# A table of labels by answers then takes 800 MB.
+MOST_CLASSES = 10_000
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.uint8] | NDArray[np.int64]
@@ -31,6 +33,12 @@ class ImageData:
     x_test: Pixels
     y_test: Labels
     class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.num_classes > MOST_CLASSES:
+            raise DataError(
+                f"{self.name} has {self.num_classes:,} classes; give at most {MOST_CLASSES:,}"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -138,6 +146,8 @@ def _class_names(given: ArrayLike | None, images: Mapping[str, Any], name: str) 
     names = _array(given, f"{name}: class_names")
     if names.ndim != 1 or names.dtype.kind not in "US":
         raise DataError(f"{name}: class_names is {names.dtype} {names.shape}; give K strings")
+    if len(names) > MOST_CLASSES:
+        raise DataError(f"{name}: {len(names):,} class_names; give at most {MOST_CLASSES:,}")
     if len(set(names.tolist())) != len(names):
         raise DataError(f"{name}: class_names has a name twice; give every class its own")
     if largest >= len(names):

@@ -19,9 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from normlab.core.files import LOCK, read_tensors
+from normlab.core.places import read_text
 from normlab.errors import DataError, UserError
 from normlab.models import MODELS
 from normlab.recipes import Recipe
@@ -81,9 +83,21 @@ class Task:
     start: Start | None = None
 
     def load(self, data: "str | Path | Mapping[str, Any] | ImageData | None" = None) -> "ImageData":
-        """The run's data, or `data`, with pictures read as the run's were."""
-        from normlab.data import load
+        """The run's data, or `data`, with pictures read as the run's were.
 
+        Raises:
+            DataError: the run names a place that this user has not given before: whoever sent the
+                run chose it.
+        """
+        from normlab.data import load
+        from normlab.data.given import was_given
+        from normlab.data.loading import PUBLIC
+
+        if data is None and self.data not in PUBLIC and not was_given(Path(self.data)):
+            raise DataError(
+                f"the run's data are {self.data!r}, a place that was not named here before, so it "
+                "is not read: name them with --data"
+            )
         chosen = self.data if data is None else data
         return load(chosen, image_size=self.image_size, skip_bad=self.skip_bad)
 
@@ -96,6 +110,21 @@ class Task:
             norm_position=self.recipe.norm_position,
             seed=self.seed,
         )
+
+    def values(self) -> int:
+        """How many weights and statistics the network has; nothing is built for it.
+
+        Raises:
+            DataError: no network of such a size can be.
+        """
+        try:
+            with torch.device("meta"):
+                return sum(t.numel() for t in self.build().state_dict().values())
+        except (RuntimeError, OverflowError, TypeError) as e:
+            raise DataError(
+                f"a network for images of {self.image_size} × {self.image_size} cannot be "
+                f"({str(e).splitlines()[0][:100]})"
+            ) from None
 
     def as_dict(self) -> dict[str, Any]:
         values = {
@@ -145,7 +174,9 @@ class Run:
         if not path.exists():
             return []
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            rows = [json.loads(line) for line in read_text(path).splitlines()]
+        except DataError:
+            raise
         except (ValueError, OSError, RecursionError) as e:
             raise DataError(f"{path} cannot be read as lines of JSON ({e})") from None
         return [_expect(path, row, _IN_HISTORY) for row in rows]
@@ -176,6 +207,12 @@ class Run:
                 f"run {self.path} has no {path.name}: {why}; use another run or weights"
             )
         tensors, _ = read_tensors(path)
+        found, expected = sum(t.numel() for t in tensors.values()), self.task.values()
+        if found != expected:  # before a network of any size is built
+            raise DataError(
+                f"{path} does not fit the recipe beside it: it holds {found:,} values, the "
+                f"network has {expected:,}"
+            )
         model = self.task.build()
         try:
             model.load_state_dict(tensors)
@@ -214,7 +251,9 @@ def read_json(path: Path) -> dict[str, Any]:
         DataError: it is missing, not JSON, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: name the folder of a run") from None
     except (ValueError, OSError, RecursionError) as e:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from normlab.core.text import shown
 from normlab.data.pictures.reading import (
     MAX_PIXELS,
     fingerprint,
     read_picture,
     read_square,
-    shown,
     to_square,
 )
 from normlab.errors import DataError, TooLargeError

@@ -75,7 +75,8 @@ def _tar_members(
     bounded = _Bounded(plain)
     with tarfile.open(fileobj=cast(IO[bytes], bounded), mode="r:") as archive:
         for count, member in enumerate(archive):
-            archive.members = []  # or it keeps every member, with its copy of the headers
+            # Or it keeps every member, with its copy of the headers.
+            archive.members.clear()  # type: ignore[attr-defined]
             if count == MAX_MEMBERS:
                 raise DataError(f"more than {MAX_MEMBERS} members; not CIFAR-10")
             name = member.name.rpartition("/")[2]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from normlab.core.text import printable
 from normlab.data.cache import Report, is_good, location, write_cache, writing
 from normlab.data.cifar10 import layouts as cifar10
 from normlab.data.cifar10.download import Limits
@@ -98,4 +99,4 @@ def _obtain(
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normlab.core.streams import stream
+from normlab.core.text import printable
 from normlab.data.images import ImageData
 from normlab.data.pictures.decoding import Decoded
 from normlab.errors import DataError
@@ -201,4 +202,4 @@ def _summarise(collection: Collection, skip_bad: bool, report: Report) -> None:
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

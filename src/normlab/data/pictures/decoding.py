@@ -22,7 +22,9 @@ from queue import LifoQueue
 import numpy as np
 from numpy.typing import NDArray
 
+from normlab.core.cores import cores
 from normlab.core.sandbox import LimitError, Worker
+from normlab.core.text import printable
 from normlab.data.cache import cache_folder, write_cache, writing
 from normlab.data.pictures.reading import fingerprint, read_picture, to_square
 from normlab.errors import DataError
@@ -79,7 +81,7 @@ class Readers:
     """Child processes that decode pictures, at most one a core, started as they are needed."""
 
     def __enter__(self) -> "Readers":
-        count = os.cpu_count() or 1
+        count = cores()
         self._pool = ThreadPoolExecutor(count)
         self._workers = [Worker(memory=MEMORY, seconds=SECONDS) for _ in range(count)]
         self._idle: LifoQueue[Worker] = LifoQueue()
@@ -183,4 +185,4 @@ def picture_bar(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

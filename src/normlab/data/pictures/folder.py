@@ -15,6 +15,7 @@ from normlab.data.pictures.decoding import decode
 from normlab.data.pictures.walking import Found, entries, walk
 from normlab.errors import DataError
 
+MOST_PICTURES = 5_000_000  # ImageNet has 1.3 million
 _UNREACHABLE = "files and folders that cannot be used"
 
 
@@ -89,6 +90,8 @@ def _collect_classes(
                     collection.note(_UNREACHABLE, f"{name}: {file.problem}")
                 else:
                     files.append(file.path)
+                    if len(files) > MOST_PICTURES:
+                        raise DataError(f"{shown(root)} holds more than {MOST_PICTURES:,} pictures")
                     collection.pictures.append(Labelled(name, label, part))
 
 

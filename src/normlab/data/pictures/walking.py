@@ -36,32 +36,39 @@ def entries(folder: Path) -> Iterator[Found]:
 def walk(folder: Path) -> Iterator[Found]:
     """All files below `folder`, lazily, and every folder that cannot be entered.
 
-    A link to a folder is entered unless it leads back to a folder on the way to it.
+    A link to a folder is entered, but no folder twice: with a few links to the folder that they lie
+    in there are more ways than time.
     """
     above = []
     for parent in folder.absolute().parents:
         with contextlib.suppress(OSError):  # not ours to look into
             above.append(_identity(parent.stat()))
-    yield from _walk(Found(folder, is_folder=True), tuple(above))
+    yield from _walk(Found(folder, is_folder=True), tuple(above), set())
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _walk(place: Found, above: tuple[tuple[int, int], ...]) -> Iterator[Found]:
+def _walk(
+    place: Found, above: tuple[tuple[int, int], ...], entered: set[tuple[int, int]]
+) -> Iterator[Found]:
     try:
         identity = _identity(place.path.stat())
         if identity in above:
             yield Found(place.path, True, "a link in a circle")
             return
+        if identity in entered:
+            yield Found(place.path, True, "a link to a folder that was read already")
+            return
+        entered.add(identity)
         found = list(entries(place.path))
     except OSError as error:
         yield Found(place.path, True, f"cannot be read ({error.strerror})")
         return
     for entry in found:
         if entry.is_folder and entry.problem is None:
-            yield from _walk(entry, (*above, identity))
+            yield from _walk(entry, (*above, identity), entered)
         else:
             yield entry
 
