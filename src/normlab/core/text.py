@@ -8,7 +8,7 @@ Markdown and HTML they could be a link. What a reader is shown goes through one 
 import os
 import shlex
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 
 # They join and part letters in Persian, Hindi and emoji, and move nothing.
@@ -23,6 +23,16 @@ def counted(n: int, noun: str) -> str:
     ('1 pair', '1,407 steps')
     """
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """Names in a sentence: the first ones, each cut where it is long, and how many more.
+
+    >>> listed(["cat", "dog", "frog"], most=2)
+    'cat, dog and 1 more'
+    """
+    first = ", ".join(name if len(name) <= 40 else f"{name[:39]}…" for name in names[:most])
+    return first if len(names) <= most else f"{first} and {len(names) - most:,} more"
 
 
 def printable(text: str) -> str:

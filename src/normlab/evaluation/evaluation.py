@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from normlab.core.text import listed
 from normlab.errors import DataError
 from normlab.statistics import accuracy_interval
 
@@ -255,8 +256,8 @@ def evaluate(
     size = images.x_test.shape[1:3]
     if images.class_names != run.task.class_names:
         raise DataError(
-            f"data {images.name!r} has other classes ({', '.join(images.class_names)}) than "
-            f"run {run.path} ({', '.join(run.task.class_names)}): give data with the same ones"
+            f"data {images.name!r} has other classes ({listed(images.class_names)}) than "
+            f"run {run.path} ({listed(run.task.class_names)}): give data with the same ones"
         )
     if size != (run.task.image_size, run.task.image_size):
         raise DataError(

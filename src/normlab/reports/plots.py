@@ -22,7 +22,8 @@ from normlab.core.text import printable
 from normlab.evaluation.evaluation import Calibration, Evaluation
 
 TRAIN, VALIDATION = "#7a8699", "#c8442c"
-LONGEST = 60  # letters of a name in a drawing; more would leave no room for it
+# Letters of a name in a drawing, and beside an axis; more would leave no room for it.
+LONGEST, LONGEST_TICK = 60, 24
 
 T = TypeVar("T")
 
@@ -64,15 +65,16 @@ def style(**settings: Any) -> Iterator[None]:
         yield
 
 
-def named(name: str) -> str:
+def named(name: str, longest: int = LONGEST) -> str:
     """A name as it can be drawn: in one line, not too long, and no formula whatever it holds."""
     text = printable(name)
-    text = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    text = text if len(text) <= longest else f"{text[: longest - 1]}…"
     return text.replace("$", r"\$")
 
 
 def names(all_of_them: Iterable[str]) -> list[str]:
-    return [named(name) for name in all_of_them]
+    """Names beside an axis."""
+    return [named(name, LONGEST_TICK) for name in all_of_them]
 
 
 def figure(width: float = 7.0, height: float = 4.0) -> Figure:
