@@ -6,6 +6,8 @@ message without a traceback and leaves with `exit_code`.
 
 from normlab.core.text import printable
 
+LONGEST = 1_500  # letters; the value comes first and the remedy last, so the middle is left out
+
 
 class NormlabError(Exception):
     """Base of all errors raised on purpose; `exit_code` is what the command line returns."""
@@ -13,8 +15,9 @@ class NormlabError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        """In one line that a terminal only shows, whatever the files that it cites hold."""
-        return printable(" ".join(super().__str__().splitlines()))
+        """In one line, not too long, that a terminal only shows, whatever files it cites."""
+        text = printable(" ".join(super().__str__().splitlines()))
+        return text if len(text) <= LONGEST else f"{text[: LONGEST - 300]} … {text[-300:]}"
 
 
 class UserError(NormlabError, ValueError):

@@ -99,5 +99,12 @@ def test_errors_are_one_line_that_a_terminal_only_shows() -> None:
     )
 
 
+def test_a_long_error_keeps_its_beginning_and_its_end() -> None:
+    text = str(DataError(f"class {'x' * 100_000!r}: choose another"))
+    assert len(text) < 2_000
+    assert text.startswith("class 'xxx")
+    assert text.endswith(": choose another")
+
+
 def test_many_and_long_names_make_no_long_sentence() -> None:
     assert len(listed([f"{i}" * 1_000 for i in range(100_000)])) < 600

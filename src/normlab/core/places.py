@@ -38,11 +38,9 @@ def read_text(path: Path) -> str:
         OSError, UnicodeDecodeError: it cannot be read.
     """
     check_regular(path)
-    with open(path, "rb") as f:
-        content = f.read(MOST_TEXT + 1)
-    if len(content) > MOST_TEXT:
+    if path.stat().st_size > MOST_TEXT:
         raise DataError(f"{path} is larger than {MOST_TEXT >> 20} MiB: normlab wrote no such file")
-    return content.decode("utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 def make_folder(folder: Path) -> None:
