@@ -34,7 +34,7 @@ def cases(part: str, tries: int, seed: int) -> Iterator[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Attack files and the server.")
     parser.add_argument("part", nargs="?", default="all", choices=("all", *PARTS))
-    parser.add_argument("--tries", type=int, default=10, help="of each attack; 1 is the short form")
+    parser.add_argument("--tries", type=int, default=10, help="of each; 0 for the short form")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a JSON file for the counts")
     options = parser.parse_args()
