@@ -1,7 +1,6 @@
 """Train a recipe: data in, a run's folder with an honest score out."""
 
 import math
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ import torch
 
 from normlab.core.environment import describe, resolve_device, resolve_threads, settings
 from normlab.core.files import digest, locked, write_json, write_tensors
-from normlab.core.text import printable
+from normlab.core.text import printable, shell
 from normlab.data import ImageData, load
 from normlab.data.batches import split_validation
 from normlab.data.loading import PUBLIC
@@ -270,7 +269,7 @@ def _finish(
         raise Interrupted(
             e.signum,
             f" after step {state.step:,} of {plan.steps:,}; nothing is lost, go on with: "
-            f"normlab train --resume {shlex.quote(str(folder))}",
+            f"{shell(['normlab', 'train', '--resume', str(folder)])}",
         ) from None
     if not is_finite(state.model):
         raise NonFiniteError(
