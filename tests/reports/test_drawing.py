@@ -111,10 +111,11 @@ def test_no_drawing_is_still_a_page(
 
 
 @pytest.mark.parametrize("content", [b"text.usetex: True\n", b"\xff\xfe", None])
-def test_the_command_reads_no_matplotlibrc_of_the_folder(
-    content: bytes | None, tmp_path: Path
+@pytest.mark.parametrize("whose", ["the folder's", "the user's"])
+def test_the_command_reads_no_matplotlibrc(
+    content: bytes | None, whose: str, tmp_path: Path
 ) -> None:
-    place = tmp_path / "matplotlibrc"
+    place = tmp_path / ("matplotlibrc" if whose == "the folder's" else "mine")
     if content is None:
         os.mkfifo(place)
     else:
@@ -124,12 +125,13 @@ def test_the_command_reads_no_matplotlibrc_of_the_folder(
         "import normlab.reports, matplotlib; print(matplotlib.rcParams['text.usetex'])"
     )
     path = os.pathsep.join(p for p in sys.path if p)
+    mine = {} if whose == "the folder's" else {"MATPLOTLIBRC": str(place)}
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, **mine},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert (done.stdout, done.stderr) == ("False\n", "")
