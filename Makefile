@@ -6,6 +6,7 @@
 #   make bench   normlab beside Keras, PyTorch and ONNX Runtime; QUICK=1 takes under five minutes
 #   make soak    longer tests
 #   make torture kill 240 trainings and studies, let every write fail, count what survives
+#   make attack  hostile files and clients, counted: tried and survived
 #   make fuzz    a million changed files for each parser written here, 100,000 for the libraries'
 #
 # TORCH_INDEX=URL installs PyTorch from another package index (for its CPU build, see README.md).
@@ -19,7 +20,7 @@ PIP := $(BIN)/python $(INSTALL) constraints.txt
 BENCH_PIP := $(BENCH)/bin/python $(INSTALL) $(BENCH)/constraints.txt
 INPUTS := pyproject.toml constraints.txt setup.py $(wildcard src/normlab/kernels/*.[ch])
 
-.PHONY: run compare bench test check soak torture fuzz clean
+.PHONY: run compare bench test check soak torture attack fuzz clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
@@ -47,6 +48,9 @@ soak: $(VENV)/.tested
 
 torture: $(VENV)/.tested
 	$(BIN)/python tests/torture.py $(ARGS)
+
+attack: $(VENV)/.tested
+	$(BIN)/python tests/attack $(ARGS)
 
 fuzz: $(VENV)/.tested
 	$(BIN)/python tests/fuzz/run.py $(or $(ARGS),all)

@@ -28,7 +28,8 @@ import torch
 from PIL import Image
 
 from benchmarks.others import Others
-from normlab.core.environment import cores, describe_machine
+from normlab.core.cores import cores
+from normlab.core.environment import describe_machine
 from normlab.data import load
 
 BOUNDARY = "picture"

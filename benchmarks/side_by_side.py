@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.others import Others, is_quiet
-from normlab.core.environment import cores, describe_machine
+from normlab.core.cores import cores
+from normlab.core.environment import describe_machine
 
 
 def train(recipe: str, seed: int, threads: int, folder: Path) -> subprocess.Popen[bytes]:

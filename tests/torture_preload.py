@@ -5,10 +5,10 @@ import io
 import tempfile
 from pathlib import Path
 
-import normlab.cli.main
 import torch
 
 import normlab.__main__
+import normlab.cli
 import normlab.reports.study_report
 import torture
 

@@ -1,4 +1,4 @@
-"""The `normlab` command: runs the verbs of `normlab.cli.main` and turns errors into one line.
+"""The `normlab` command: runs the verbs of `normlab.cli` and turns errors into one line.
 
 Exit codes: 0; 1 findings, bad inputs among good ones, or the output's reader has gone (click's own
 doing, without a word); 2 a user's mistake; 3 a non-finite loss; 130 and 143 for Ctrl-C and SIGTERM.
@@ -17,6 +17,7 @@ import click
 
 from normlab.cli import cli
 from normlab.errors import NormlabError
+from normlab.text import printable
 
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, or end other programs"
 GOES_ON = "an unfinished run goes on with `normlab train --resume RUN`, a study with its command"
@@ -75,7 +76,7 @@ def _explain(e: OSError) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"normlab: {' '.join(message.split())}", file=sys.stderr)
+    print(printable(f"normlab: {' '.join(message.split())}"), file=sys.stderr)
     return code
 
 

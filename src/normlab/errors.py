@@ -7,6 +7,10 @@ message without a traceback and leaves with `exit_code`.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from normlab.text import printable
+
+LONGEST = 1_500  # letters; the value comes first and the remedy last, so the middle is left out
+
 
 class NormlabError(Exception):
     """Base of all errors raised on purpose; `exit_code` is what the command line returns."""
@@ -14,8 +18,9 @@ class NormlabError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        """In one line, whatever the libraries and files that it cites have in theirs."""
-        return " ".join(super().__str__().splitlines())
+        """In one line, not too long, that a terminal only shows, whatever files it cites."""
+        text = printable(" ".join(super().__str__().splitlines()))
+        return text if len(text) <= LONGEST else f"{text[: LONGEST - 300]} … {text[-300:]}"
 
 
 class UserError(NormlabError, ValueError):

@@ -88,7 +88,18 @@ NPZ = {
     **dict.fromkeys(("x_train.npy", "x_test.npy"), npy(_PIXELS)),
     **dict.fromkeys(("y_train.npy", "y_test.npy"), npy(np.arange(2))),
 }
-RECORDING = {"step.npy": npy(np.arange(2)), "layers.npy": npy(np.array(["a"]))}
+# Of two samples of one layer of three channels.
+_SHAPES = {
+    **{f"a/{side}/{key}": (2, *shape) for side in ("in", "out") for key, shape in (
+        ("percentiles", (3,)), ("unit", (3,)), ("range", (2,)), ("histogram", (64,)),
+        ("mean", (3,)), ("var", (3,)), ("drift", ()))},
+    **dict.fromkeys(("a/grad", "a/dead", "loss", "seconds"), (2,)),
+}  # fmt: skip
+RECORDING = {
+    "step.npy": npy(np.arange(1, 3)),
+    "layers.npy": npy(np.array(["a"])),
+    **{f"{name}.npy": npy(np.zeros(shape, np.float32)) for name, shape in _SHAPES.items()},
+}
 
 
 def _npz(data: bytes, path: Path) -> None:

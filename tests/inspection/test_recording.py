@@ -306,7 +306,7 @@ def test_a_missing_or_damaged_recording_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a whole recording"):
         read_recording(tmp_path)
     np.savez(tmp_path / RECORDING, step=np.arange(3), layers=np.array(["a"]), loss=np.zeros(2))
-    with pytest.raises(DataError, match="different lengths"):
+    with pytest.raises(DataError, match="does not go upwards"):
         read_recording(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,12 @@ def test_damaged_and_hostile_files_are_refused(
     with h5py.File(linked, "a") as f:
         del f["model_weights/conv2/conv2/kernel"]
         f["model_weights/conv2/conv2/kernel"] = h5py.ExternalLink("elsewhere.h5", "/x")
+    elsewhere = tmp_path / "elsewhere.h5"
+    shutil.copy(saved["batch.h5"][0], elsewhere)
+    led_away = tmp_path / "led_away.h5"
+    with h5py.File(elsewhere) as old, h5py.File(led_away, "w") as f:
+        f.attrs.update(old.attrs)
+        f["model_weights"] = h5py.ExternalLink("elsewhere.h5", "/model_weights")
     swollen = tmp_path / "swollen.h5"
     with h5py.File(saved["batch.h5"][0]) as old, h5py.File(swollen, "w") as f:
         f.attrs.update(old.attrs)
@@ -322,6 +329,7 @@ def test_damaged_and_hostile_files_are_refused(
         (cut, "not a whole model"),
         (bomb, "is compressed"),
         (linked, "is a link"),
+        (led_away, "is a link"),
         (swollen, "more than the file has"),
         (weights_only, "weights only"),
         (tmp_path / "absent.keras", "does not exist"),

@@ -93,7 +93,5 @@ def test_a_comparison_of_places(in_tmp: Path, capsys: pytest.CaptureFixture[str]
     arms = ["--arm", "late: norm_position=after", "--arm", "early: norm_position=before"]
     assert command(["compare", "fast79", *arms, *words]) == 0
     assert "cannot tell late from early" in capsys.readouterr().out
-    with pytest.raises(
-        UserError, match="unknown norm_position 'within'"
-    ):
+    with pytest.raises(UserError, match="unknown norm_position 'within'"):
         normlab.train("notebook", norm_position="within")

@@ -9,8 +9,10 @@ import torch
 from matplotlib.figure import Figure
 
 from normlab import recipes
-from normlab.core.environment import cores, describe_machine, resolve_threads
+from normlab.core.cores import cores
+from normlab.core.environment import describe_machine, resolve_threads
 from normlab.core.files import LOCK, locked, sweep
+from normlab.core.places import make_folder
 from normlab.data import ImageData
 from normlab.data import load as load_data
 from normlab.data.batches import split_images
@@ -218,7 +220,7 @@ def _claim(folder: Path, wanted: Design, seeds: int | None) -> Design:
     sweep(folder)
     plans.save(folder, design)  # before all else: a folder without it is taken for somebody's own
     for name in (RUNS, TUNING):
-        (folder / name).mkdir(exist_ok=True)
+        make_folder(folder / name)
         sweep(folder / name)
     return design
 

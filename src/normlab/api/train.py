@@ -1,7 +1,6 @@
 """Train a recipe: data in, a run's folder with an honest score out."""
 
 import math
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from normlab.inspection.recording import RECORDING, Recorder
 from normlab.recipes import DEFAULT_OWN, Recipe
 from normlab.reports.run_report import write_run_report
 from normlab.runs import Task, create_folder
+from normlab.text import printable, shell
 from normlab.training import checkpoint, starting_points
 from normlab.training.hooks import ThreeWayScores, make_hooks
 from normlab.training.loop import Interrupted, fit
@@ -196,7 +196,8 @@ def resume(
         state = new_state(opened.task, images, where, weights)
         problem = checkpoint.restore(opened.path, state)
         if problem:
-            print(f"normlab: {problem}; going on from step {state.step:,}", file=sys.stderr)
+            line = f"normlab: {problem}; going on from step {state.step:,}"
+            print(printable(line), file=sys.stderr)
         return _finish(opened, images, data_seconds, state, where, observers, extra)
 
 
@@ -241,7 +242,7 @@ def _finish(
         raise Interrupted(
             e.signum,
             f" after step {state.step:,} of {plan.steps:,}; nothing is lost, go on with: "
-            f"normlab train --resume {shlex.quote(str(folder))}",
+            f"{shell(['normlab', 'train', '--resume', str(folder)])}",
         ) from None
     remedy = f"try a lower --learning-rate than {recipe.optimizer.learning_rate:g}"
     if not is_finite(state.model.state_dict()):

@@ -16,6 +16,7 @@ from normlab.cli.options import (
     given_settings,
     recipe_options,
 )
+from normlab.cli.output import say
 from normlab.recipes import SETTINGS
 
 if TYPE_CHECKING:
@@ -144,6 +145,6 @@ def _close(result: "Study", as_json: bool) -> None:
     from normlab.reports.study_report import closing_lines
 
     for line in closing_lines(result):
-        click.echo(line)
+        say(line)
     if as_json:
         click.echo(json.dumps(result.as_dict()))

@@ -2,8 +2,11 @@
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 import click
+
+from normlab.cli.output import say
 
 
 @click.group()
@@ -29,7 +32,7 @@ def fetch(path: str | None, minutes: float) -> None:
     from normlab import data as datasets
     from normlab.data.cifar10.download import Limits
 
-    click.echo(datasets.fetch(path, limits=Limits(total=60 * minutes)))
+    say(datasets.fetch(path, limits=Limits(total=60 * minutes)))
 
 
 @data.command()
@@ -39,7 +42,7 @@ def info(as_json: bool) -> None:
     from normlab import data as datasets
 
     result = datasets.info()
-    click.echo(json.dumps(asdict(result), default=str) if as_json else result)
+    _tell(result, as_json)
 
 
 @data.command()
@@ -49,6 +52,13 @@ def verify(as_json: bool) -> None:
     from normlab import data as datasets
 
     result = datasets.verify()
-    click.echo(json.dumps(asdict(result), default=str) if as_json else result)
+    _tell(result, as_json)
     if not result.ok:
         raise SystemExit(1)
+
+
+def _tell(result: Any, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(asdict(result), default=str))
+    else:
+        say(result)

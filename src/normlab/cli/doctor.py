@@ -5,6 +5,9 @@ import shutil
 
 import click
 
+from normlab.cli.output import say
+from normlab.text import shell
+
 DATA = click.option("--data", metavar="DATA", help="As `normlab train --data` takes it.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
@@ -32,7 +35,7 @@ def doctor(path: str, data: str | None, weights: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(diagnosis.as_dict()))
     else:
-        click.echo(diagnosis.text(min(shutil.get_terminal_size().columns, 100)))
+        say(diagnosis.text(min(shutil.get_terminal_size().columns, 100)))
     if diagnosis.serious:
         click.get_current_context().exit(1)
 
@@ -55,7 +58,8 @@ def recalibrate(run: str | None, data: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(done))
         return
-    click.echo(f"Statistics of {done['images']:,} images of {done['data']} written to")
-    click.echo(f"  {opened.path / 'recalibrated.safetensors'}")
-    click.echo("Next:")
-    click.echo(f"  normlab evaluate {opened.path} --weights recalibrated")
+    say(f"Statistics of {done['images']:,} images of {done['data']} written to")
+    say(f"  {opened.path / 'recalibrated.safetensors'}")
+    say("Next:")
+    command = ["normlab", "evaluate", str(opened.path), "--weights", "recalibrated"]
+    say(f"  {shell(command)}")

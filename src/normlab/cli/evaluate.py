@@ -5,6 +5,7 @@ import json
 import click
 
 from normlab.cli.options import DATA, JSON
+from normlab.cli.output import say
 
 
 @click.command()
@@ -36,14 +37,14 @@ def evaluate(run: str | None, data: str | None, weights: str, views: str, as_jso
     folder = opened.path / f"evaluation-{name}"
     write_evaluation(evaluation, images, folder)
     if views != "single":
-        click.echo(f"Views: {views}; not comparable with figures from a single view")
-    click.echo(str(evaluation))
-    click.echo(f"Balanced accuracy: {evaluation.balanced_accuracy:.4f}")
+        say(f"Views: {views}; not comparable with figures from a single view")
+    say(str(evaluation))
+    say(f"Balanced accuracy: {evaluation.balanced_accuracy:.4f}")
     width = max(map(len, evaluation.class_names))
     for name, accuracy in zip(evaluation.class_names, evaluation.class_accuracy, strict=True):
-        click.echo(f"  {name:<{width}}  {accuracy:.3f}")
+        say(f"  {name:<{width}}  {accuracy:.3f}")
     for limit in evaluation.limits:
-        click.echo(f"Limit: {limit}")
-    click.echo(f"Report: {folder / 'report.html'}")
+        say(f"Limit: {limit}")
+    say(f"Report: {folder / 'report.html'}")
     if as_json:
         click.echo(json.dumps(evaluation.as_dict()))

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from normlab.cli.output import say
+
 
 @click.command("export")
 @click.argument("run", required=False)
@@ -19,9 +21,15 @@ import click
 @click.option(
     "--weights", default="kept", show_default=True, help="kept, last, best or recalibrated."
 )
+@click.option("--data", metavar="DATA", help="Where the run's data are now.")
 @click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
 def export_command(
-    run: str | None, file_format: str, out: Path, weights: str, as_json: bool
+    run: str | None,
+    file_format: str,
+    out: Path,
+    weights: str,
+    data: str | None,
+    as_json: bool,
 ) -> None:
     """Write RUN (by default the latest) as a file that other programs run.
 
@@ -31,13 +39,13 @@ def export_command(
     from normlab.interchange import export_run
     from normlab.runs import open_run
 
-    exported = export_run(open_run(run), out, file_format=file_format, weights=weights)
+    exported = export_run(open_run(run), out, file_format=file_format, weights=weights, data=data)
     certificate = exported.certificate
-    click.echo(f"Checked by {certificate.checked_with}: {certificate}.")
+    say(f"Checked by {certificate.checked_with}: {certificate}.")
     for sentence in exported.kept:
-        click.echo(f"Note: {sentence}.")
-    click.echo(f"Model: {exported.path}")
-    click.echo(f"Card: {exported.card}")
+        say(f"Note: {sentence}.")
+    say(f"Model: {exported.path}")
+    say(f"Card: {exported.card}")
     if as_json:
         click.echo(json.dumps({"model": str(exported.path), "certificate": certificate.as_dict()}))
 
@@ -70,10 +78,10 @@ def import_command(
     run = import_model(model, out, data=data, image_size=image_size, skip_bad=skip_bad)
     result = run.finished()
     low, high = result["test_accuracy_interval"]
-    click.echo(
+    say(
         f"Test accuracy: {result['test_accuracy']:.4f} "
         f"(95 % interval over test pictures {low:.4f} to {high:.4f})"
     )
-    click.echo(f"Run: {run.path}")
+    say(f"Run: {run.path}")
     if as_json:
         click.echo(json.dumps(result))

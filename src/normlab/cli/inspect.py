@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from normlab.cli.output import say
+
 if TYPE_CHECKING:
     from normlab.runs import Run
 
@@ -48,8 +50,8 @@ def inspect(
 
     seen = look(opened) if other is None else look(opened, open_run(other))
     seen.write(opened.path / "inspect")
-    click.echo(seen)
-    click.echo(f"Report: {opened.path / 'inspect' / 'report.html'}")
+    say(seen)
+    say(f"Report: {opened.path / 'inspect' / 'report.html'}")
 
 
 def _landscape(
@@ -63,9 +65,11 @@ def _landscape(
 ) -> None:
     from normlab.core.environment import resolve_threads
     from normlab.core.files import write_json
+    from normlab.core.places import make_folder
     from normlab.inspection.landscape import explore
     from normlab.reports.inspection_plots import draw_landscape
     from normlab.reports.inspection_report import save_figure
+    from normlab.reports.plots import safely
 
     found = explore(
         run.task,
@@ -75,11 +79,13 @@ def _landscape(
         steps=steps,
         batch=images,
         threads=resolve_threads(threads),
-        report=click.echo,
+        report=say,
     )
     folder: Path = run.path / "inspect"
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     write_json(folder / "landscape.json", found.as_dict())
-    save_figure(draw_landscape(found), folder / "landscape")
-    click.echo(str(found))
-    click.echo(f"Picture: {folder / 'landscape.png'}")
+    fig = safely("the landscape", lambda: draw_landscape(found))
+    drawn = None if fig is None else save_figure(fig, folder / "landscape")
+    say(str(found))
+    if drawn is not None:
+        say(f"Picture: {folder / 'landscape.png'}")

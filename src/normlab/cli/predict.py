@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from normlab.cli.output import say
+from normlab.text import printable
+
 if TYPE_CHECKING:
     from normlab.evaluation.prediction import Predictor
 
@@ -45,7 +48,7 @@ def predict(words: tuple[str, ...], top: int, as_json: bool, as_csv: bool) -> No
             write(str(answer.path), answer.top(names, top))
         else:
             bad += 1
-            click.echo(f"{_shown(answer.path)}: {answer.problem}", err=True)
+            say(f"{_shown(answer.path)}: {answer.problem}", err=True)
     if not good:
         raise UserError(f"no picture in {', '.join(map(_shown, paths))}: give pictures or folders")
     if bad:
@@ -72,7 +75,7 @@ def _writer(as_json: bool, as_csv: bool, top: int) -> Callable[[str, Top], None]
     rows.writerow(["path", *(f"{what}_{i + 1}" for i in range(top) for what in ("class", "p"))])
 
     def write(path: str, answer: Top) -> None:
-        rows.writerow([_shown(path), *(value for pair in answer for value in pair)])
+        rows.writerow([_shown(path), *(v for name, p in answer for v in (printable(name), p))])
 
     return write
 
@@ -83,10 +86,10 @@ def _write_json(path: str, answer: Top) -> None:
 
 
 def _write_line(path: str, answer: Top) -> None:
-    click.echo(f"{_shown(path)}: {', '.join(f'{name} {p:.1%}' for name, p in answer)}")
+    say(f"{_shown(path)}: {', '.join(f'{name} {p:.1%}' for name, p in answer)}")
 
 
 def _shown(path: str | Path) -> str:
-    from normlab.data.pictures.reading import shown
+    from normlab.text import shown
 
     return shown(path)

@@ -3,6 +3,7 @@
 import click
 
 from normlab.cli.options import SettingType, given_settings
+from normlab.cli.output import say
 from normlab.recipes import SETTINGS
 
 
@@ -15,7 +16,7 @@ def summary(recipe: str, norm: tuple[str] | None) -> None:
     from normlab.models import MODELS, summarize
 
     chosen = recipes.get(recipe).override(**given_settings({"norm": norm}))
-    click.echo(str(summarize(MODELS[chosen.model.name](norm=chosen.norm.name))))
+    say(str(summarize(MODELS[chosen.model.name](norm=chosen.norm.name))))
 
 
 @click.command("recipes")
@@ -27,4 +28,4 @@ def list_recipes() -> None:
     for name, make in recipes.RECIPES.items():
         first_line = (make.__doc__ or "").strip().splitlines()[0]
         default = "  (the default)" if name == recipes.DEFAULT else ""
-        click.echo(f"{name:<{width}}  {first_line}{default}")
+        say(f"{name:<{width}}  {first_line}{default}")

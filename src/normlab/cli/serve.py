@@ -4,6 +4,8 @@ import ipaddress
 
 import click
 
+from normlab.cli.output import say
+
 
 @click.command()
 @click.argument("model", metavar="[RUN|MODEL.onnx]", required=False)
@@ -24,12 +26,12 @@ def serve(model: str | None, host: str, port: int) -> None:
     from normlab.serving.server import serve as run_server
 
     if not _is_loopback(host):
-        click.echo(
+        say(
             f"Note: {host} can be reached from other machines, and there is no password "
             "and no encryption (docs/serve.md)",
             err=True,
         )
-    run_server(model, host=host, port=port, say=click.echo)
+    run_server(model, host=host, port=port, say=say)
 
 
 def _is_loopback(host: str) -> bool:

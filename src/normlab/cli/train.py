@@ -18,6 +18,7 @@ from normlab.cli.options import (
     given_settings,
     recipe_options,
 )
+from normlab.cli.output import say
 
 if TYPE_CHECKING:
     from normlab.runs import Run
@@ -154,6 +155,6 @@ def _close(run: "Run", install_seconds: float | None, as_json: bool) -> None:
     from normlab.reports.run_report import closing_lines
 
     for line in closing_lines(run, install_seconds):
-        click.echo(line)
+        say(line)
     if as_json:
         click.echo(json.dumps(run.result))

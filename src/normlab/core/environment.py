@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from normlab import kernels
-from normlab.core.cores import cores as cores
+from normlab.core.cores import cores
 from normlab.errors import UserError
 from normlab.kernels.memory import keep_freed_memory
 

@@ -18,10 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from normlab.core.places import check_regular
 from normlab.errors import DataError, UserError
 
 Tensors = dict[str, Tensor]
 LOCK = ".lock"
+
+MOST_TENSORS = 100_000  # in a file; each takes a kilobyte, however small it is
 
 
 def digest(tensors: Mapping[str, Tensor], document: str = "") -> str:
@@ -51,7 +54,8 @@ def write_atomic(path: Path, content: bytes, *, replace: bool = True) -> None:
         for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
             if not _is_alive(leftover.name.split(".")[-2]):
                 leftover.unlink(missing_ok=True)
-        with open(temporary, "wb") as f:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as f:  # never through a link that somebody put there
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
@@ -106,6 +110,8 @@ def locked(folder: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    if os.path.lexists(folder / LOCK):
+        check_regular(folder / LOCK)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -135,6 +141,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Any = Non
     write_atomic(path, save(plain, metadata={"normlab": envelope}))
 
 
+def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """The tensors and the metadata of any safetensors file; together they are as large as it is.
+
+    Raises:
+        DataError: it holds more tensors than any network.
+        SafetensorError, OSError: it is damaged, or cannot be read.
+    """
+    with safe_open(path, framework="pt") as f:
+        names = f.keys()
+        if len(names) > MOST_TENSORS:
+            raise DataError(
+                f"{path} holds {len(names):,} tensors; at most {MOST_TENSORS:,} are read"
+            )
+        return {name: f.get_tensor(name) for name in names}, f.metadata() or {}
+
+
 def read_tensors(path: Path) -> tuple[Tensors, Any]:
     """Read what `write_tensors` wrote.
 
@@ -142,9 +164,8 @@ def read_tensors(path: Path) -> tuple[Tensors, Any]:
         DataError: the file is missing, cut off, altered, or not one of these.
     """
     try:
-        with safe_open(path, framework="pt") as f:
-            metadata = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        check_regular(path)
+        tensors, metadata = read_safetensors(path)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: name a run that has it") from None
     except (SafetensorError, OSError) as e:

@@ -20,6 +20,10 @@ from normlab.errors import DataError
 
 # A batch of 10,000 labels and file names takes about 50,000.
 MAX_OPCODES = 250_000
+# A key is copied each time that it is mentioned, and a pickle mentions one thing in two bytes.
+MAX_KEY = 1_000
+# Numbers of any length can be written; products of them take any time. Generators have 128 bits.
+MAX_INTEGER = 1 << 1024
 
 _RECONSTRUCT = {
     "numpy.core.multiarray _reconstruct",
@@ -95,6 +99,8 @@ class PickleReader:
 
     def step(self, name: str, argument: Any) -> None:
         if name in _ARGUMENT_IS_VALUE:
+            if isinstance(argument, int) and abs(argument) > MAX_INTEGER:
+                raise DataError("the pickle has a number of more than 1,024 bits; not read")
             self.stack.append(argument)
         elif name in _CONSTANTS:
             self.stack.append(_CONSTANTS[name])
@@ -177,8 +183,15 @@ class PickleReader:
     def update(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], dict) or len(items) % 2:
             raise ValueError
-        keys = [as_bytes(key).decode("latin-1") for key in items[::2]]
+        keys = [_key(key) for key in items[::2]]
         self.stack[-1].update(zip(keys, items[1::2], strict=True))
+
+
+def _key(value: Any) -> str:
+    content = as_bytes(value)
+    if len(content) > MAX_KEY:
+        raise DataError(f"a key of {len(content):,} bytes; no batch has one of over {MAX_KEY:,}")
+    return content.decode("latin-1")
 
 
 def _allowed(function: str) -> Name:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 import msgspec
 
+from normlab.core.places import read_text
 from normlab.errors import DataError
 
 T = TypeVar("T")
@@ -20,7 +21,7 @@ def read_json(path: Path) -> dict[str, Any]:
         DataError: it is missing, not JSON, or not an object.
     """
     try:
-        return as_object(json.loads(path.read_text(encoding="utf-8")), path)
+        return as_object(json.loads(read_text(path)), path)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: name the folder of a run") from None
     except DataError:

@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from normlab.errors import DataError
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+# A table of labels by answers then takes 800 MB.
+MOST_CLASSES = 10_000
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.uint8] | NDArray[np.int64]
@@ -40,6 +42,12 @@ class ImageData:
     files_train: tuple[str, ...] | None = None
     files_test: tuple[str, ...] | None = None
     files_val: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_classes > MOST_CLASSES:
+            raise DataError(
+                f"{self.name} has {self.num_classes:,} classes; give at most {MOST_CLASSES:,}"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -280,6 +288,8 @@ def _class_names(given: ArrayLike | None, images: Mapping[str, Any], name: str) 
     names = _array(given, f"{name}: class_names")
     if names.ndim != 1 or names.dtype.kind not in "US":
         raise DataError(f"{name}: class_names is {names.dtype} {names.shape}; give K strings")
+    if len(names) > MOST_CLASSES:
+        raise DataError(f"{name}: {len(names):,} class_names; give at most {MOST_CLASSES:,}")
     if len(set(names.tolist())) != len(names):
         raise DataError(f"{name}: class_names has a name twice; give every class its own")
     if largest >= len(names):

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from normlab.data.cifar10 import layouts as cifar10
 from normlab.data.cifar10.cache import read_cache
 from normlab.data.cifar10.fetching import fetch
+from normlab.data.given import remember
 from normlab.data.images import ImageData, from_mapping, from_pairs
 from normlab.data.npz import read_npz
 from normlab.errors import DataError
@@ -58,7 +59,10 @@ def load(
         with resources.as_file(resources.files("normlab.data") / "sample.npz") as path:
             sample = read_npz(path)
         return replace(sample, name="sample")
-    return _load_path(data, image_size, skip_bad)
+    images = _load_path(data, image_size, skip_bad)
+    if isinstance(data, str | Path):
+        remember(Path(data))
+    return images
 
 
 def _load_cifar10() -> ImageData:

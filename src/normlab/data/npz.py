@@ -11,14 +11,16 @@ from typing import IO, Any
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from normlab.core.places import check_regular
 from normlab.data.images import ARRAYS, ImageData, from_mapping
 from normlab.errors import DataError
 
-# An array may unpack to this many times its compressed bytes (deflate itself reaches 1,032), and
-# all of them together to this many times the file's (members may share bytes); or to this many
-# bytes: blank test pictures compress well, real ones by less than 2.
+# The arrays of a file may unpack, all together, to this many times their compressed bytes (deflate
+# itself reaches 1,032), or to this many bytes: blank test pictures compress well, real ones by less
+# than 2.
 MAX_RATIO = 100
 MAX_UNSUSPECTED = 256 << 20
+MAX_ARRAYS = 10_000
 
 # What zipfile and NumPy's header parser were seen to raise on damaged files.
 _DAMAGE = (
@@ -42,26 +44,25 @@ def read_npz(path: Path) -> ImageData:
     return from_mapping(arrays, name=path.name)
 
 
-def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
+def read_arrays(
+    path: Path, names: Collection[str] | None = None, *, ratio: int = MAX_RATIO
+) -> dict[str, NDArray[Any]]:
     """The arrays `names`, as far as they are there, of an `.npz` file; None for all of them.
+
+    Args:
+        ratio: in place of `MAX_RATIO`.
 
     Raises:
         DataError: as `read_npz` says.
     """
     try:
+        check_regular(path, follow=True)
         size = path.stat().st_size
         with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
             warnings.simplefilter("ignore")  # NumPy on headers of Python 2
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             wanted = members if names is None else [name for name in names if name in members]
-            for name in wanted:
-                _allow(members[name], size)
-            claimed = sum(members[name].file_size for name in wanted)
-            if claimed > max(MAX_UNSUSPECTED, MAX_RATIO * size):
-                raise DataError(
-                    f"its arrays claim {claimed:,} bytes together out of {size:,}; "
-                    "save them with numpy.savez, uncompressed, if that is true"
-                )
+            _check_sum([members[name] for name in wanted], size, ratio)
             return {name: _read_array(archive, members[name]) for name in wanted}
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
@@ -72,20 +73,26 @@ def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, N
         raise DataError(f"{path}: {reason}; not a readable .npz file") from error
 
 
-def _allow(info: zipfile.ZipInfo, size: int) -> None:
-    """Refuse a member that claims too much, or more than its file of `size` bytes can hold."""
-    name = info.filename
-    stored = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    if not stored or info.flag_bits & 1 or info.compress_size > size:
-        raise DataError(f"{name} is encrypted, damaged or packed by no method of NumPy's")
-    if info.file_size > max(MAX_UNSUSPECTED, MAX_RATIO * info.compress_size):
+def _check_sum(wanted: Collection[zipfile.ZipInfo], size: int, ratio: int) -> None:
+    """Refuse, before anything is unpacked, what all together would be too much."""
+    if len(wanted) > MAX_ARRAYS:
+        raise DataError(f"{len(wanted):,} arrays; at most {MAX_ARRAYS:,} are read")
+    packed = sum(info.compress_size for info in wanted)
+    unpacked = sum(info.file_size for info in wanted)
+    if packed > size:
+        raise DataError("its members claim more bytes than it has: they overlap, or it is damaged")
+    if unpacked > max(MAX_UNSUSPECTED, ratio * packed):
         raise DataError(
-            f"{name} claims {info.file_size:,} bytes out of {info.compress_size:,}; "
-            "save it with numpy.savez, uncompressed, if that is true"
+            f"its arrays claim {unpacked:,} bytes out of {packed:,}; "
+            "save them with numpy.savez, uncompressed, if that is true"
         )
 
 
 def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
+    name = info.filename
+    stored = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    if not stored or info.flag_bits & 1:
+        raise DataError(f"{name} is encrypted, damaged or packed by no method of NumPy's")
     with archive.open(info) as member:
         _check_header(member, info)
     with archive.open(info) as member:

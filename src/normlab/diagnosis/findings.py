@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 from textwrap import fill
 from typing import Any
 
+from normlab.text import printable
+
 SEVERITIES = ("note", "warning", "serious")
 
 
@@ -100,7 +102,7 @@ def _evidence(found: list[Finding]) -> list[str]:
 
 def _wrap(text: str, width: int, indent: str = "") -> str:
     return fill(
-        text,
+        printable(text),
         max(width, 20),
         initial_indent=indent,
         subsequent_indent=indent + "  ",

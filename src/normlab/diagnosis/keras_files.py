@@ -98,12 +98,17 @@ def _datasets(h5: Any, limit: int) -> Arrays:
     limit: bytes of the file; the room that an array says it takes in it is a claim.
     """
     found: Arrays = {}
+    total = 0
 
     def note(name: str, item: Any) -> None:
         if not hasattr(item, "shape"):
             return
         if item.external or item.is_virtual or item.nbytes > min(limit, item.id.get_storage_size()):
             raise ValueError(f"{name} is not stored in the file")
+        nonlocal total
+        total += item.nbytes
+        if total > limit:
+            raise ValueError(f"{name} lies where other arrays lie: together they exceed the file")
         found[name] = np.asarray(item)
 
     h5.visititems(note)

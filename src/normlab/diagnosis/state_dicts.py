@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from normlab.core import files
 from normlab.diagnosis.patient import Normalizer, Patient
 from normlab.errors import DataError
 
@@ -21,8 +22,7 @@ def read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
         DataError: the file is cut off, or is none.
     """
     try:
-        with safe_open(path, framework="pt") as f:
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        tensors, _ = files.read_safetensors(path)
     except (SafetensorError, OSError) as e:
         raise DataError(f"{path} is not a whole safetensors file ({e})") from None
     from normlab.diagnosis.modules import array

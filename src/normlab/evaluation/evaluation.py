@@ -17,6 +17,7 @@ from normlab.evaluation import metrics
 from normlab.evaluation.forward import logits_of
 from normlab.runs import Run
 from normlab.statistics import accuracy_interval
+from normlab.text import listed
 
 CIFAR10_LIMITS = (
     "Near-duplicates of 3.3 % of CIFAR-10's test images are in its training set (ciFAIR).",
@@ -240,8 +241,8 @@ def evaluate(
     size = images.x_test.shape[1:3]
     if images.class_names != run.task.class_names:
         raise DataError(
-            f"data {images.name!r} has other classes ({', '.join(images.class_names)}) than "
-            f"run {run.path} ({', '.join(run.task.class_names)}): give data with the same ones"
+            f"data {images.name!r} has other classes ({listed(images.class_names)}) than "
+            f"run {run.path} ({listed(run.task.class_names)}): give data with the same ones"
         )
     if size != (run.task.image_size, run.task.image_size):
         raise DataError(

@@ -109,7 +109,7 @@ def _read_legacy(path: Path, f: h5py.File, image_size: int, num_classes: int) ->
 
     def place(name: str, i: int) -> str:
         folder = f"model_weights/{name}"
-        return f"{folder}/{_text(f[folder].attrs['weight_names'][i])}"
+        return f"{folder}/{_text(_inside(path, f, folder).attrs['weight_names'][i])}"
 
     layers = notebook_layers(norm, image_size, num_classes)
     return _collect(path, f, found, layers, norm, os.path.getsize(path), place)
@@ -248,13 +248,18 @@ def _collect(
     return KerasNotebook(state, norm)
 
 
-def _array(path: Path, f: h5py.File, place: str, shape: tuple[int, ...], limit: int) -> np.ndarray:
-    """One array, followed through hard links only: other links may lead to other files."""
+def _inside(path: Path, f: h5py.File, place: str) -> Any:
+    """What stands at `place`, by hard links only: others may lead to other files."""
     node: Any = f
     for part in place.split("/"):
         if not isinstance(node.get(part, getlink=True), h5py.HardLink):
             raise DataError(f"{path}: {place} is a link, which Keras never writes")
         node = node[part]
+    return node
+
+
+def _array(path: Path, f: h5py.File, place: str, shape: tuple[int, ...], limit: int) -> np.ndarray:
+    node = _inside(path, f, place)
     if not isinstance(node, h5py.Dataset) or node.external or node.is_virtual:
         raise DataError(f"{path}: {place} is not an array in this file")
     if node.shape != shape or node.dtype.kind != "f":

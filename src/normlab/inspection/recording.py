@@ -6,10 +6,12 @@ sample to sample is the network. `Recording` is what it leaves, `recording.npz` 
 """
 
 import io
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +19,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normlab.core.files import write_atomic
+from normlab.core.places import check_regular
 from normlab.core.streams import stream
 from normlab.data.batches import to_input
 from normlab.data.npz import read_arrays
 from normlab.errors import DataError, UserError
 from normlab.inspection import activations
+from normlab.inspection.activations import BINS, CHANNELS
 from normlab.training.state import Plan, State
 
 RECORDING = "recording.npz"
 MOST_IMAGES = 64  # on the probe, which otherwise has as many as a batch of the training
 MOST_SAMPLES = 100
+MOST_LAYERS = 1_000
+MAX_RATIO = 4  # bytes that one packed byte of a recording may become; floats are packed hardly
 STEPS_A_SAMPLE = 100  # on average at least; a sample costs about as much as two to five steps
 
 
@@ -81,16 +87,84 @@ def read_recording(run: Path) -> Recording:
         DataError: the file is damaged.
     """
     path = run / RECORDING
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError(f"run {str(run)!r} holds no {RECORDING}: train it with --record")
     try:
-        arrays = read_arrays(path)
-        steps, layers = arrays.pop("step"), tuple(map(str, arrays.pop("layers")))
-        if any(len(values) != len(steps) for values in arrays.values()) or not len(steps):
-            raise ValueError("arrays of different lengths")
-    except (ValueError, KeyError, TypeError) as e:
-        raise DataError(f"{path} is not a whole recording ({e}): train again with --record") from e
-    return Recording(steps, layers, arrays)
+        check_regular(path)
+        recording = _checked(read_arrays(path, ratio=MAX_RATIO))
+    except DataError as e:
+        text = str(e).removeprefix(f"{path}: ")
+        raise DataError(
+            f"{path} is not a whole recording ({text}): train again with --record"
+        ) from e
+    return recording
+
+
+def _checked(arrays: dict[str, NDArray[Any]]) -> Recording:
+    """A recording of `arrays`, if they are all that a recording has, each of its own shape.
+
+    Raises:
+        DataError: one is missing, or has another shape or type.
+    """
+    steps, names = arrays.pop("step", None), arrays.pop("layers", None)
+    if steps is None or steps.ndim != 1 or steps.dtype.kind not in "iu" or not len(steps):
+        raise DataError("'step' is not a list of steps")
+    if names is None or names.ndim != 1 or names.dtype.kind != "U" or not len(names):
+        raise DataError("'layers' is not a list of names")
+    if len(steps) > MOST_SAMPLES + 2 or len(names) > MOST_LAYERS:
+        raise DataError(f"{len(steps):,} samples of {len(names):,} layers; it can have fewer")
+    if np.any(np.diff(steps.astype(np.float64), prepend=0) <= 0):
+        raise DataError("'step' does not go upwards from 1")
+    layers = tuple(map(str, names))
+    if len(set(layers)) < len(layers):
+        raise DataError("'layers' has a name twice")
+    for name, shape in _expected(layers).items():
+        values = arrays.get(name)
+        if values is None or values.shape[1:] != shape:
+            found = "missing" if values is None else f"of shape {values.shape}"
+            raise DataError(f"{name!r} is {found}")
+    for name, values in arrays.items():
+        wrong = values.dtype != np.float32 or len(values.shape) not in (1, 2)
+        if wrong or len(values) != len(steps):
+            raise DataError(f"{name!r} is {values.dtype} {values.shape}")
+        layer, _, key = name.rpartition("/")
+        if key in _VECTORS and not (values.ndim == 2 and 1 <= values.shape[1] <= CHANNELS):
+            raise DataError(f"{name!r} has no value a channel")
+        if key in _SCALARS and values.ndim != 1:
+            raise DataError(f"{name!r} has not one value a sample")
+        if key == "running_mean" and values.shape != arrays[f"{layer}/in/mean"].shape:
+            raise DataError(f"{name!r} has not as many channels as the layer's input")
+    for layer in layers:
+        _check_together(layer, arrays)
+    return Recording(steps.astype(np.int64), layers, arrays)
+
+
+# Keys of every layer, with the shape of one sample; those of some layers; values a channel.
+_SIDE = {"percentiles": (3,), "unit": (3,), "range": (2,), "histogram": (BINS,), "drift": ()}
+_SCALARS = {"weight_norm", "weight_grad", "effective_rate"}
+_VECTORS = {"mean", "var", "gamma", "beta", "running_mean", "running_var"}
+
+
+def _expected(layers: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a sample's arrays that every recording of these layers has."""
+    shapes: dict[str, tuple[int, ...]] = {"loss": (), "seconds": ()}
+    for layer in layers:
+        shapes |= {f"{layer}/{side}/{k}": s for side in ("in", "out") for k, s in _SIDE.items()}
+        shapes |= {f"{layer}/grad": (), f"{layer}/dead": ()}
+    return shapes
+
+
+def _check_together(layer: str, arrays: dict[str, NDArray[Any]]) -> None:
+    """What is there only in company."""
+    for side in ("in", "out"):
+        mean, var = (arrays.get(f"{layer}/{side}/{key}") for key in ("mean", "var"))
+        if mean is None or var is None or mean.shape != var.shape:
+            raise DataError(f"'{layer}/{side}' has no mean and variance of the same channels")
+        if np.any(arrays[f"{layer}/{side}/histogram"] < 0):
+            raise DataError(f"'{layer}/{side}/histogram' has a count below 0")
+    there = {key for key in _SCALARS if f"{layer}/{key}" in arrays}
+    if there and there != _SCALARS:
+        raise DataError(f"{layer!r} has {', '.join(sorted(there))} alone")
 
 
 def sampled_steps(steps: int) -> list[int]:

@@ -1,14 +1,22 @@
 """The model card: a `README.md` beside an exported model."""
 
+import json
+import os
 from pathlib import Path
 
+from normlab.core.places import check_regular
 from normlab.errors import UserError
 from normlab.evaluation.evaluation import Evaluation
 from normlab.interchange.certificate import Certificate
 from normlab.runs import Run
+from normlab.text import html, markdown, printable
 
 NAME = "README.md"
 _MARK = "<!-- normlab's model card of {file} -->"
+
+
+def _mark(model: Path) -> str:
+    return _MARK.format(file=html(model.name))
 
 
 def check_place(model: Path) -> None:
@@ -18,11 +26,12 @@ def check_place(model: Path) -> None:
         UserError: such a file is beside `model`.
     """
     path = model.with_name(NAME)
-    if not path.exists():
+    if not os.path.lexists(path):
         return
+    check_regular(path)
     with open(path, encoding="utf-8", errors="replace") as f:
         mark = f.readline(500).rstrip("\n")
-    if mark != _MARK.format(file=model.name):
+    if mark != _mark(model):
         raise UserError(
             f"{str(path)!r} is there and not the card of {model.name}: "
             "choose a folder of its own for --out"
@@ -32,12 +41,17 @@ def check_place(model: Path) -> None:
 def card(
     model: Path, run: Run, evaluation: Evaluation, certificate: Certificate, kept: tuple[str, ...]
 ) -> str:
-    """Write the card as Markdown: how to use the model, data, recipe, scores, limits."""
+    """Write the card as Markdown: how to use the model, data, recipe, scores, limits.
+
+    Names of classes, files and settings are text in it, whatever they hold.
+    """
     task, recipe = run.task, run.task.recipe
     low, high = evaluation.interval
-    settings = ", ".join(f"{k} {v}" for k, v in recipe.settings().items() if v is not None)
+    settings = ", ".join(
+        f"{k} {markdown(str(v))}" for k, v in recipe.settings().items() if v is not None
+    )
     usage = _ONNX_USE if model.suffix == ".onnx" else _KERAS_USE
-    names = ", ".join(task.class_names)
+    names = ", ".join(map(markdown, task.class_names))
     size = task.image_size
     rows = [
         ("test images", f"{len(evaluation.labels):,}"),
@@ -47,11 +61,11 @@ def card(
         ("expected calibration error", f"{evaluation.calibration.error:.4f}"),
     ]
     by_class = zip(evaluation.class_names, evaluation.class_accuracy, strict=True)
-    rows += [(f"accuracy on {name}", f"{accuracy:.3f}") for name, accuracy in by_class]
+    rows += [(f"accuracy on {markdown(name)}", f"{accuracy:.3f}") for name, accuracy in by_class]
     return "\n".join(
         [
-            _MARK.format(file=model.name),
-            f"# {model.name}",
+            _mark(model),
+            f"# {markdown(model.name)}",
             "",
             f"An image classifier for {len(task.class_names)} classes: {names}.",
             "",
@@ -61,13 +75,13 @@ def card(
             f"come; the scaling is inside. It returns probabilities (N, {len(task.class_names)}) "
             "in the order of the classes above.",
             "",
-            usage.format(file=model.name, size=size),
+            usage.format(file=json.dumps(printable(model.name)), size=size),
             "## Data and recipe",
             "",
-            f"Data: {task.data} (SHA-256 {task.data_sha256}).",
+            f"Data: {markdown(task.data)} (SHA-256 {task.data_sha256}).",
             "",
             f"Recipe: {settings}; seed {task.seed}."
-            + (f" Started from {task.start}." if task.start else ""),
+            + (f" Started from {markdown(str(task.start))}." if task.start else ""),
             "",
             "## Scores",
             "",
@@ -87,7 +101,7 @@ def card(
             f"Compared with the run it came from, on all {certificate.test_images:,} test images, "
             f"by {certificate.checked_with}: {certificate}.",
             "",
-            *(f"- {sentence}." for sentence in kept),
+            *(f"- {markdown(sentence)}." for sentence in kept),
             f"- Weights: SHA-256 {certificate.weights_sha256}.",
             "",
         ]
@@ -99,7 +113,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-session = onnxruntime.InferenceSession("{file}")
+session = onnxruntime.InferenceSession({file})
 picture = Image.open("picture.png").convert("RGB").resize(({size}, {size}))
 probabilities = session.run(None, {{"images": np.asarray(picture)[None]}})[0]
 ```
@@ -110,7 +124,7 @@ import keras
 import numpy as np
 from PIL import Image
 
-model = keras.models.load_model("{file}")
+model = keras.models.load_model({file})
 picture = Image.open("picture.png").convert("RGB").resize(({size}, {size}))
 probabilities = model.predict(np.asarray(picture)[None])
 ```

@@ -1,9 +1,11 @@
 """Export a run: build the file in memory, check it on the whole test set, only then write it."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,7 @@ from normlab.evaluation import Evaluation, evaluate
 from normlab.interchange.card import NAME, card, check_place
 from normlab.interchange.certificate import Certificate, Check, certify
 from normlab.runs import Run
+from normlab.text import shell, utf8
 
 # Each format's ending and the modules it needs, which the extra of the same name installs.
 FORMATS = {"onnx": (".onnx", ("onnx", "onnxruntime")), "keras": (".keras", ("h5py",))}
@@ -35,11 +38,19 @@ class Exported:
 
 
 def export_run(
-    run: Run, out: str | Path, *, file_format: str = "onnx", weights: str = "kept"
+    run: Run,
+    out: str | Path,
+    *,
+    file_format: str = "onnx",
+    weights: str = "kept",
+    data: str | Path | Mapping[str, Any] | ImageData | None = None,
 ) -> Exported:
     """Write `run` as the file `out`, with a model card `README.md` beside it.
 
     The file's answers are first compared with the run's on all its test images.
+
+    Args:
+        data: where the run's data are now, if not where they were.
 
     Raises:
         UserError: an unknown format, an unfinished run, a network that cannot be exported, a place
@@ -49,7 +60,7 @@ def export_run(
     path = Path(out)
     _check_request(run, path, file_format)
     model = run.model(weights)
-    images = run.task.load()
+    images = run.task.load(data)
     evaluation, check = checked_against(run, images, weights, digest(model.state_dict()))
     if file_format == "onnx":
         from normlab.interchange import onnx_graph
@@ -103,7 +114,7 @@ def _check_request(run: Run, path: Path, file_format: str) -> None:
     if run.result is None:
         raise UserError(
             f"run {str(run.path)!r} is unfinished: go on with "
-            f"`normlab train --resume {run.path}` first"
+            f"`{shell(['normlab', 'train', '--resume', str(run.path)])}` first"
         )
     for module in modules:
         try:
@@ -131,5 +142,5 @@ def _write(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content)
     beside = path.with_name(NAME)
-    write_atomic(beside, text.encode())
+    write_atomic(beside, utf8(text))
     return Exported(path, beside, certificate, kept)

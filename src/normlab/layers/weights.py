@@ -20,6 +20,8 @@ def glorot_uniform_(weight: Tensor, rng: "Generator") -> None:
 
     Glorot and Bengio (2010), equation 16; a convolution's fans count its kernel's positions.
     """
+    if weight.is_meta:  # its network is only measured
+        return
     positions = math.prod(weight.shape[2:])
     fan_out, fan_in = weight.shape[0] * positions, weight.shape[1] * positions
     limit = math.sqrt(6 / (fan_in + fan_out))

@@ -76,6 +76,8 @@ class SigmoidNet(nn.Module):
 def _gaussian(c_in: int, c_out: int, rng: np.random.Generator) -> nn.Linear:
     """A dense layer with weights from N(0, 0.1²) and biases 0."""
     dense = nn.Linear(c_in, c_out)
+    if dense.weight.is_meta:  # its network is only measured
+        return dense
     with torch.no_grad():
         dense.weight.copy_(torch.from_numpy(rng.normal(0, STD, (c_out, c_in))))
         nn.init.zeros_(dense.bias)

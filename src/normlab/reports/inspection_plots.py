@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from normlab.inspection.inspected import Inspected, shared_layers
 from normlab.inspection.landscape import MEASURES, Landscape
-from normlab.reports.plots import figure
+from normlab.reports.plots import figure, named
 
 BLUE, RED = "#2f6fb2", "#c8442c"
 RIDGES = 14
@@ -37,8 +37,8 @@ def draw_figure_1(runs: Sequence[Inspected]) -> Figure:
         _draw_accuracy(axes.pop(0), runs)
     for ax, run, letter in zip(axes, runs, "bc", strict=False):
         plot_percentiles(ax, run, layer, "out/unit")
-        ax.set(xlabel="step", title=f"({letter}) {run.label}")
-    axes[0].set_ylabel(f"output of {layer}, one unit")
+        ax.set(xlabel="step", title=f"({letter}) {named(run.label)}")
+    axes[0].set_ylabel(f"output of {named(layer)}, one unit")
     _share_y(axes)
     return fig
 
@@ -47,7 +47,7 @@ def _draw_accuracy(ax: Axes, runs: Sequence[Inspected]) -> None:
     for run, color in zip(runs, (BLUE, RED), strict=False):
         rows = [row for row in run.history if row["val_accuracy"] is not None]
         steps = [row["steps"] for row in rows]
-        ax.plot(steps, [row["val_accuracy"] for row in rows], color=color, label=run.label)
+        ax.plot(steps, [row["val_accuracy"] for row in rows], color=color, label=named(run.label))
     ax.set(xlabel="step", ylabel="accuracy on held-out images", title="(a)")
     ax.grid(alpha=0.25)
     ax.legend(frameon=False, fontsize=8)
@@ -61,7 +61,7 @@ def draw_percentiles(runs: Sequence[Inspected]) -> Figure:
         for ax, run in zip(row, runs, strict=True):
             plot_percentiles(ax, run, layer, "out/percentiles")
             ax.set_xscale("log")
-        row[0].set_ylabel(layer, fontsize=8)
+        row[0].set_ylabel(named(layer), fontsize=8)
         _share_y(row)
     return fig
 
@@ -87,7 +87,7 @@ def draw_ridges(runs: Sequence[Inspected]) -> Figure:
     for row, layer in zip(_grid(fig, layers, runs, "value"), layers, strict=True):
         for ax, run in zip(row, runs, strict=True):
             plot_ridges(ax, run, layer)
-        row[0].set_ylabel(f"{layer}, step", fontsize=8)
+        row[0].set_ylabel(f"{named(layer)}, step", fontsize=8)
         limits = [run.recording.arrays[f"{layer}/out/range"] for run in runs]
         low = min(np.quantile(values[:, 0], 0.1) for values in limits)
         high = max(np.quantile(values[:, 1], 0.9) for values in limits)
@@ -151,11 +151,11 @@ def draw_gamma_beta(runs: Sequence[Inspected]) -> Figure | None:
                     run.recording.arrays[f"{layer}/{key}"], (15, 50, 85), axis=1
                 )
                 ax.fill_between(run.recording.steps, low, high, color=color, alpha=0.15, lw=0)
-                ax.plot(run.recording.steps, middle, color=color, lw=1.2, label=layer)
+                ax.plot(run.recording.steps, middle, color=color, lw=1.2, label=named(layer))
             ax.set_xscale("log")
             ax.grid(alpha=0.2)
     for ax, run in zip(grid[0], runs, strict=True):
-        ax.set_title(run.label, fontsize=10)
+        ax.set_title(named(run.label), fontsize=10)
         ax.legend(frameon=False, fontsize=7)
     for ax in grid[-1]:
         ax.set_xlabel("step")
@@ -188,9 +188,11 @@ def _draw_lines(runs: Sequence[Inspected], layers: Sequence[str], key: str, ylab
         for layer, color in zip(layers, _depth_colors(len(layers)), strict=True):
             values = run.recording.arrays[f"{layer}/{key}"]
             shown = values > 0  # the axis is logarithmic; also leaves out NaN
-            ax.plot(run.recording.steps[shown], values[shown], color=color, lw=1.2, label=layer)
+            ax.plot(
+                run.recording.steps[shown], values[shown], color=color, lw=1.2, label=named(layer)
+            )
         ax.set_xlabel("step")
-        ax.set_title(run.label, fontsize=10)
+        ax.set_title(named(run.label), fontsize=10)
         ax.grid(alpha=0.2)
         if any(len(line.get_xydata()) for line in ax.lines):  # logarithms of nothing fail
             ax.set(xscale="log", yscale="log")
@@ -206,7 +208,7 @@ def _grid(
     """Axes (layers, runs) with a run's label on top of each column."""
     grid: NDArray[np.object_] = fig.subplots(len(layers), len(runs), squeeze=False)
     for ax, run in zip(grid[0], runs, strict=True):
-        ax.set_title(run.label, fontsize=10)
+        ax.set_title(named(run.label), fontsize=10)
     for ax in grid[-1]:
         ax.set_xlabel(xlabel)
     return grid

@@ -1,6 +1,5 @@
 """`normlab.inspect`: recordings side by side, as pictures and a page with a slider."""
 
-import io
 import json
 from base64 import b64encode
 from collections.abc import Sequence
@@ -9,18 +8,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from normlab.core.files import write_atomic
+from normlab.core.places import make_folder
 from normlab.errors import UserError
 from normlab.inspection.inspected import Inspected, describe, inspected, running_gap, shared_layers
 from normlab.inspection.recording import Recording
 from normlab.reports import inspection_plots as plots_inspect
-from normlab.reports.plots import png
+from normlab.reports.pages import render
+from normlab.reports.plots import png, safely, style, svg
 from normlab.runs import Run, open_run
 
 NUMBERS = ("dead", "grad", "weight_grad", "weight_norm", "effective_rate")
@@ -49,10 +48,11 @@ class Inspection:
 
     def write(self, folder: Path) -> None:
         """Write `report.html`, and each picture as PNG and SVG, into `folder`."""
-        folder.mkdir(exist_ok=True)
-        figures = self.figures.items()
-        pictures = {name: save_figure(fig, folder / name) for name, fig in figures}
-        write_atomic(folder / "report.html", _page(self.runs, pictures).encode())
+        make_folder(folder)
+        figures = safely("the recording", lambda: self.figures) or {}
+        pictures = {name: save_figure(fig, folder / name) for name, fig in figures.items()}
+        drawn = {name: content for name, content in pictures.items() if content is not None}
+        write_atomic(folder / "report.html", _page(self.runs, drawn))
 
 
 def inspect(*runs: Run | str | Path) -> Inspection:
@@ -80,17 +80,25 @@ def inspect(*runs: Run | str | Path) -> Inspection:
     return Inspection(seen)
 
 
-def save_figure(fig: Figure, path: Path) -> bytes:
-    """Write `path`.png and `path`.svg; return the SVG, the same bytes for the same figure."""
-    write_atomic(path.with_suffix(".png"), png(fig))
-    buffer = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "normlab"}):
-        fig.savefig(buffer, format="svg", metadata={"Date": None})
-    write_atomic(path.with_suffix(".svg"), buffer.getvalue())
-    return buffer.getvalue()
+def save_figure(fig: Figure, path: Path) -> bytes | None:
+    """Write `path`.png and `path`.svg; return the SVG, the same bytes for the same figure.
+
+    None, and a line on standard error, if it cannot be drawn.
+    """
+    drawn = safely(path.name, lambda: (png(fig), svg(fig)))
+    if drawn is None:
+        return None
+    for suffix, content in zip((".png", ".svg"), drawn, strict=True):
+        write_atomic(path.with_suffix(suffix), content)
+    return drawn[1]
 
 
 def _drawings(runs: Sequence[Inspected]) -> dict[str, Figure]:
+    with style():
+        return _drawn(runs)
+
+
+def _drawn(runs: Sequence[Inspected]) -> dict[str, Figure]:
     figures = {
         "figure-1": plots_inspect.draw_figure_1(runs),
         "percentiles": plots_inspect.draw_percentiles(runs),
@@ -104,7 +112,7 @@ def _drawings(runs: Sequence[Inspected]) -> dict[str, Figure]:
     return figures if gamma_beta is None else {**figures, "gamma-beta": gamma_beta}
 
 
-def _page(runs: Sequence[Inspected], pictures: dict[str, bytes]) -> str:
+def _page(runs: Sequence[Inspected], pictures: dict[str, bytes]) -> bytes:
     layers = [x for x in runs[0].recording.layers if all(x in r.recording.layers for r in runs)]
     data = {
         "layers": layers,
@@ -112,10 +120,8 @@ def _page(runs: Sequence[Inspected], pictures: dict[str, bytes]) -> str:
         "runs": [_run_data(run, layers) for run in runs],
     }
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    environment = Environment(
-        loader=PackageLoader("normlab"), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("inspect.html").render(
+    return render(
+        "inspect.html",
         runs=runs,
         lines=[describe(run) for run in runs],
         data=text.replace("<", "\\u003c"),  # so that no name can end the script element

@@ -1,9 +1,17 @@
-"""Drawings of frozen results. Each takes `ax` and returns it; nothing here computes a score."""
+"""Drawings of frozen results. Each takes `ax` and returns it; nothing here computes a score.
+
+What is drawn is drawn in our own style, whatever matplotlibrc stands in the folder; names of
+classes, arms and layers are text and never formulas; and a drawing that fails costs the drawing.
+"""
 
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,15 +19,62 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from normlab.evaluation.evaluation import Calibration, Evaluation
+from normlab.text import printable
 
 TRAIN, VALIDATION = "#7a8699", "#c8442c"
+# Letters of a name in a drawing, and beside an axis; more would leave no room for it.
+LONGEST, LONGEST_TICK = 60, 24
+
+T = TypeVar("T")
 
 
 class CellFigure(Figure):
     """A figure that a notebook cell shows, without pyplot and without a magic command."""
 
-    def _repr_png_(self) -> bytes:
-        return png(self, dpi=90)
+    def _repr_png_(self) -> bytes | None:
+        return safely("a figure", lambda: png(self, dpi=90))
+
+
+def safely(what: str, draw: Callable[[], T]) -> T | None:
+    """What `draw` returns; None, and one line on standard error that names `what`, if it fails.
+
+    For all that is drawn once a result is there: nothing that cannot be drawn may lose one. Write
+    files outside of it, so that a full disk is still an error.
+    """
+    try:
+        with style():
+            return draw()
+    except Exception as e:  # whatever matplotlib, its fonts or a name may raise
+        reason = printable(" ".join(f"{type(e).__name__}: {e}".split()))[:300]
+        print(f"normlab: {what} could not be drawn ({reason})", file=sys.stderr, flush=True)
+        return None
+
+
+@contextmanager
+def style(**settings: Any) -> Iterator[None]:
+    """Matplotlib's own defaults and `settings`: neither the user's nor those of the folder.
+
+    With `text.usetex` a name would be a program of TeX. Glyphs that the font lacks are boxes.
+    """
+    with mpl.rc_context(), warnings.catch_warnings():
+        mpl.rcdefaults()
+        wanted: Any = {"svg.hashsalt": "normlab", **settings}
+        mpl.rcParams.update(wanted)
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        warnings.filterwarnings("ignore", message=".*layout not applied", category=UserWarning)
+        yield
+
+
+def named(name: str, longest: int = LONGEST) -> str:
+    """A name as it can be drawn: in one line, not too long, and no formula whatever it holds."""
+    text = printable(name)
+    text = text if len(text) <= longest else f"{text[: longest - 1]}…"
+    return text.replace("$", r"\$")
+
+
+def names(all_of_them: Iterable[str]) -> list[str]:
+    """Names beside an axis."""
+    return [named(name, LONGEST_TICK) for name in all_of_them]
 
 
 def figure(width: float = 7.0, height: float = 4.0) -> Figure:
@@ -27,10 +82,19 @@ def figure(width: float = 7.0, height: float = 4.0) -> Figure:
     return CellFigure(figsize=(width, height), layout="constrained")
 
 
-def png(fig: Figure, dpi: int = 150) -> bytes:
-    """Render a figure."""
+def png(fig: Figure, dpi: int = 150, **settings: Any) -> bytes:
+    """Render a figure; `settings` as `style` takes them."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=dpi)
+    with style(**settings):
+        fig.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def svg(fig: Figure, *, transparent: bool = False, **settings: Any) -> bytes:
+    """Render a figure, to the same bytes each time."""
+    buffer = io.BytesIO()
+    with style(**settings):
+        fig.savefig(buffer, format="svg", metadata={"Date": None}, transparent=transparent)
     return buffer.getvalue()
 
 
@@ -79,8 +143,8 @@ def plot_confusion(ax: Axes, evaluation: Evaluation) -> Axes:
             if counts[i, j]:
                 color = "white" if share[i, j] > 0.5 else "black"
                 ax.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=7, color=color)
-    ax.set_xticks(range(k), evaluation.class_names, rotation=45, ha="right")
-    ax.set_yticks(range(k), evaluation.class_names)
+    ax.set_xticks(range(k), names(evaluation.class_names), rotation=45, ha="right")
+    ax.set_yticks(range(k), names(evaluation.class_names))
     ax.set(xlabel="answer", ylabel="label")
     return ax
 
@@ -119,6 +183,6 @@ def draw_mistakes(evaluation: Evaluation, images: NDArray[np.uint8]) -> Figure:
 
 
 def _caption(evaluation: Evaluation, index: int) -> str:
-    names, answer = evaluation.class_names, evaluation.predictions[index]
-    probability = evaluation.probabilities[index, answer]
-    return f"{names[evaluation.labels[index]]}\n→ {names[answer]} {probability:.1%}\n#{index}"
+    answer = evaluation.predictions[index]
+    label, answered = names(evaluation.class_names[i] for i in (evaluation.labels[index], answer))
+    return f"{label}\n→ {answered} {evaluation.probabilities[index, answer]:.1%}\n#{index}"

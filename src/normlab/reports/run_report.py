@@ -2,24 +2,23 @@
 
 import base64
 import io
-import shlex
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
 from normlab.core.files import write_atomic, write_json
+from normlab.core.places import make_folder
 from normlab.data import ImageData
 from normlab.evaluation.evaluation import Evaluation
 from normlab.recipes import RECIPES, changed_settings
 from normlab.recipes.settings import option_words
 from normlab.reports import plots
+from normlab.reports.pages import render
 from normlab.runs import Result, Run
+from normlab.text import html, shell
 
 SHOWN_CLASSES = 20
 
@@ -27,8 +26,9 @@ SHOWN_CLASSES = 20
 def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> None:
     """Draw `curves.png` and `report.html` into the folder of a finished run."""
     result = run.finished()
-    curves = plots.png(plots.draw_curves(run.history))
-    write_atomic(run.path / "curves.png", curves)
+    curves = plots.safely("curves", lambda: plots.png(plots.draw_curves(run.history)))
+    if curves is not None:
+        write_atomic(run.path / "curves.png", curves)
     recipe, environment = run.task.recipe, run.environment
     facts = [
         ("recipe", ", ".join(f"{k} {v}" for k, v in recipe.settings().items() if v is not None)),
@@ -44,23 +44,26 @@ def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> Non
         evaluation,
         images,
         title=f"{recipe.name} on {evaluation.data}",
-        curves=_embed(curves),
+        curves="" if curves is None else _embed(curves),
         facts=facts,
         commands=repeat_command(run),
     )
-    write_atomic(run.path / "report.html", page.encode())
+    write_atomic(run.path / "report.html", page)
 
 
 def write_evaluation(evaluation: Evaluation, images: ImageData, folder: Path) -> None:
     """Write scores, plots and a page of an evaluation into `folder`."""
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     write_json(folder / "evaluation.json", evaluation.as_dict())
     drawings = _drawings(evaluation)
-    drawings["mistakes"] = plots.draw_mistakes(evaluation, images.x_test)
-    for name, fig in drawings.items():
-        write_atomic(folder / f"{name}.png", plots.png(fig))
+    drawings["mistakes"] = plots.safely(
+        "mistakes", lambda: plots.png(plots.draw_mistakes(evaluation, images.x_test))
+    )
+    for name, drawn in drawings.items():
+        if drawn is not None:
+            write_atomic(folder / f"{name}.png", drawn)
     page = _page(evaluation, images, title=f"{evaluation.run} on {evaluation.data}")
-    write_atomic(folder / "report.html", page.encode())
+    write_atomic(folder / "report.html", page)
 
 
 def repeat_command(run: Run) -> str:
@@ -72,7 +75,7 @@ def repeat_command(run: Run) -> str:
     if (start := task.start) is not None:
         words += ["--from", start.run, *(["--freeze"] if start.freeze else [])]
         words += ["--statistics", start.statistics]
-    return shlex.join([*words, "--threads", str(run.environment["threads"])])
+    return shell([*words, "--threads", str(run.environment["threads"])])
 
 
 def closing_lines(run: Run, install_seconds: float | None = None) -> list[str]:
@@ -155,34 +158,39 @@ def _next_commands(run: Run) -> list[str]:
         commands.append((["normlab", "train", "notebook", *data], text))
     text = "every class, plots, the surest mistakes as pictures"
     commands.append((["normlab", "evaluate", str(run.path)], text))
-    return [f"{shlex.join(words)}    # {reason}" for words, reason in commands]
+    return [f"{shell(words)}    # {reason}" for words, reason in commands]
 
 
 def run_summary_html(run: Run) -> str:
     """A run in a notebook cell: its score and its curves."""
     result = run.result
     if result is None:
-        return f"<p>unfinished run <code>{escape(str(run.path))}</code></p>"
+        return f"<p>unfinished run <code>{html(str(run.path))}</code></p>"
     low, high = result["test_accuracy_interval"]
     curves = run.path / "curves.png"
-    picture = f"<img width=640 src='{_embed(curves.read_bytes())}'>" if curves.exists() else ""
+    picture = f"<img width=640 src='{_embed(curves.read_bytes())}'>" if curves.is_file() else ""
     return (
-        f"<p><b>{escape(run.task.recipe.name)}</b>, seed {run.task.seed}: test accuracy "
+        f"<p><b>{html(run.task.recipe.name)}</b>, seed {run.task.seed}: test accuracy "
         f"<b>{result['test_accuracy']:.2%}</b> (95 % interval over test pictures {low:.2%} to "
         f"{high:.2%}) after {result['train_seconds']:.0f} s "
-        f"(<code>{escape(str(run.path))}</code>)</p>{picture}"
+        f"(<code>{html(str(run.path))}</code>)</p>{picture}"
     )
 
 
 def evaluation_summary_html(evaluation: Evaluation) -> str:
     """An evaluation in a notebook cell: its scores and the confusion matrix."""
     fig = plots.figure(5, 4.6)
-    plots.plot_confusion(fig.subplots(), evaluation)
-    text = escape(str(evaluation)).replace("\n", "<br>")
-    return f"<p>{text}</p><img width=480 src='{_embed(plots.png(fig))}'>"
+
+    def draw() -> bytes:
+        plots.plot_confusion(fig.subplots(), evaluation)
+        return plots.png(fig)
+
+    drawn = plots.safely("the confusion matrix", draw)
+    text = html(str(evaluation)).replace("\n", "<br>")
+    return f"<p>{text}</p>" + (f"<img width=480 src='{_embed(drawn)}'>" if drawn else "")
 
 
-def _page(evaluation: Evaluation, images: ImageData, *, title: str, **parts: Any) -> str:
+def _page(evaluation: Evaluation, images: ImageData, *, title: str, **parts: Any) -> bytes:
     values = {
         "title": title,
         "subtitle": f"{evaluation.weights} weights of {evaluation.run}",
@@ -200,13 +208,10 @@ def _page(evaluation: Evaluation, images: ImageData, *, title: str, **parts: Any
         "curves": None,
         "facts": [],
         "commands": "",
-        **{k: _embed(plots.png(fig)) for k, fig in _drawings(evaluation).items()},
+        **{k: drawn and _embed(drawn) for k, drawn in _drawings(evaluation).items()},
         **parts,
     }
-    environment = Environment(
-        loader=PackageLoader("normlab"), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("report.html").render(values)
+    return render("report.html", **values)
 
 
 def _gallery(
@@ -232,14 +237,21 @@ def _picture_png(pixels: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def _drawings(evaluation: Evaluation) -> dict[str, Figure]:
-    confusion, calibration = plots.figure(5.6, 5), plots.figure(4.4, 4)
-    plots.plot_confusion(confusion.subplots(), evaluation)
-    plots.plot_calibration(calibration.subplots(), evaluation.calibration)
-    return {
-        "confusion": confusion,
-        "calibration": calibration,
-    }
+def _drawings(evaluation: Evaluation) -> dict[str, bytes | None]:
+    """Pictures by name; None for one that cannot be drawn."""
+
+    def confusion() -> bytes:
+        fig = plots.figure(5.6, 5)
+        plots.plot_confusion(fig.subplots(), evaluation)
+        return plots.png(fig)
+
+    def calibration() -> bytes:
+        fig = plots.figure(4.4, 4)
+        plots.plot_calibration(fig.subplots(), evaluation.calibration)
+        return plots.png(fig)
+
+    drawings = {"confusion": confusion, "calibration": calibration}
+    return {name: plots.safely(name, draw) for name, draw in drawings.items()}
 
 
 def _embed(image: bytes) -> str:

@@ -1,16 +1,14 @@
 """A study drawn. Each figure is narrow enough for a phone and takes its ink from the page."""
 
-import io
 import re
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from normlab.reports.plots import figure, png
+from normlab.reports.plots import figure, named, png, style, svg
 from normlab.study.design import Design
 from normlab.study.outcomes import Outcome
 from normlab.study.result import Study
@@ -27,7 +25,6 @@ STYLE: Any = {
     "axes.spines.right": False,
     "font.size": 9,
     "svg.fonttype": "none",
-    "svg.hashsalt": "normlab",
 }
 
 
@@ -41,7 +38,7 @@ def draw_all(study: Study) -> dict[str, Figure]:
     }
     figures = {}
     for name, (plot, height) in drawings.items():
-        with matplotlib.rc_context(STYLE):
+        with style(**STYLE):
             fig = figure(4.6, height)
             plot(fig.subplots(), study)
             figures[name] = fig
@@ -50,10 +47,7 @@ def draw_all(study: Study) -> dict[str, Figure]:
 
 def render(fig: Figure) -> tuple[bytes, bytes]:
     """A figure as PNG, on white, and as SVG, without a background."""
-    with matplotlib.rc_context(STYLE):
-        buffer = io.BytesIO()
-        fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        return png(fig), buffer.getvalue()
+    return png(fig, **STYLE), svg(fig, transparent=True, **STYLE)
 
 
 def inline(svg: bytes, label: str) -> str:
@@ -78,7 +72,7 @@ def plot_differences(ax: Axes, study: Study) -> Axes:
         if c.interval != (-1.0, 1.0):  # else so few pairs have no interval to draw
             ax.plot([100 * x for x in c.interval], [row, row], color=COLORS[0], lw=2)
         ax.plot(100 * c.difference, row, "D", color=COLORS[0], ms=6)
-        names.append(f"{c.first}\n- {c.other}")
+        names.append(f"{named(c.first)}\n- {named(c.other)}")
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel("difference in test accuracy, points")
@@ -96,7 +90,7 @@ def plot_curves(ax: Axes, study: Study) -> Axes:
             steps, 100 * curves.min(0), 100 * curves.max(0), color=color, alpha=0.2, lw=0
         )
         marker = "o" if len(steps) < 30 else ""
-        ax.plot(steps, 100 * curves.mean(0), color=color, marker=marker, ms=3, label=arm)
+        ax.plot(steps, 100 * curves.mean(0), color=color, marker=marker, ms=3, label=named(arm))
     kind = "validation" if validation else "training"
     ax.set(xlabel="steps", ylabel=f"{kind} accuracy, %")
     ax.grid(alpha=0.25)
@@ -115,7 +109,9 @@ def plot_pairs(ax: Axes, study: Study) -> Axes:
         for outcome in arm.values():
             marker = "x" if outcome.diverged else "o"
             ax.plot(x, 100 * outcome.accuracy, marker, color=color, ms=5)
-    ax.set_xticks(range(len(arms)), names, rotation=30 if len(arms) > 4 else 0)
+    ax.set_xticks(
+        range(len(arms)), [named(name) for name in names], rotation=30 if len(arms) > 4 else 0
+    )
     ax.set_xlim(-0.4, len(arms) - 0.6)
     ax.set_ylabel("test accuracy, %")
     ax.grid(alpha=0.25, axis="y")
@@ -131,7 +127,7 @@ def plot_step_seconds(ax: Axes, study: Study) -> Axes:
         if milliseconds:
             ax.barh(y, float(np.median(milliseconds)), height=0.6, color=color, alpha=0.45)
             ax.plot(milliseconds, np.full(len(milliseconds), y), "o", ms=3, color=color)
-    ax.set_yticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), [named(name) for name in names])
     ax.invert_yaxis()
     ax.set_xlabel("ms a training step")
     return ax

@@ -2,21 +2,21 @@
 
 import csv
 import io
-import shlex
-from html import escape
+from functools import partial
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from normlab.core.files import write_atomic, write_json
-from normlab.core.text import counted
 from normlab.recipes import changed_settings
 from normlab.recipes.settings import option_words, written
 from normlab.reports import study_figures as figures
+from normlab.reports.pages import render
+from normlab.reports.plots import safely
 from normlab.statistics import level_of_look
 from normlab.study.arms import Arm
 from normlab.study.design import OUTCOMES, Design, default_contrasts
 from normlab.study.result import Study
+from normlab.text import counted, html, shell, utf8
 
 CAPTIONS = {
     "differences": "Difference in test accuracy. Dots are pairs, the diamond is their mean, the "
@@ -32,17 +32,18 @@ CAPTIONS = {
 def write_report(study: Study) -> None:
     """Write `result.json`, `runs.csv`, the figures and `report.html` of a complete study."""
     write_json(study.path / "result.json", study.as_dict())
-    write_atomic(study.path / "runs.csv", runs_csv(study).encode())
+    write_atomic(study.path / "runs.csv", utf8(runs_csv(study)))
     drawn = {}
-    for name, fig in figures.draw_all(study).items():
-        png, svg = figures.render(fig)
+    for name, fig in (safely("the study", lambda: figures.draw_all(study)) or {}).items():
+        pictures = safely(name, partial(figures.render, fig))
+        if pictures is None:
+            continue
+        png, svg = pictures
         write_atomic(study.path / f"{name}.png", png)
         write_atomic(study.path / f"{name}.svg", svg)
         drawn[name] = (Markup(figures.inline(svg, CAPTIONS[name])), CAPTIONS[name])
-    environment = Environment(
-        loader=PackageLoader("normlab"), autoescape=True, undefined=StrictUndefined
-    )
-    page: str = environment.get_template("study.html").render(
+    page = render(
+        "study.html",
         study=study,
         design=study.design,
         outcomes=OUTCOMES,
@@ -57,7 +58,7 @@ def write_report(study: Study) -> None:
         changes=changes,
         counted=counted,
     )
-    write_atomic(study.path / "report.html", page.encode())
+    write_atomic(study.path / "report.html", page)
 
 
 def runs_csv(study: Study) -> str:
@@ -144,7 +145,7 @@ def command(study: Study) -> str:
     words += ["--margin", f"{100 * design.margin:g}", "--checks", str(design.checks)]
     words += ["--thresholds", ",".join(f"{t:g}" for t in design.thresholds)]
     words += ["--threads", str(design.threads), "--out", str(study.path)]
-    return shlex.join(words)
+    return shell(words)
 
 
 def changes(arm: Arm) -> str:
@@ -195,15 +196,15 @@ def methods(study: Study) -> str:
 
 def summary_html(study: Study) -> str:
     """A study in a notebook cell: its verdicts and the differences drawn."""
-    where = f"<code>{escape(str(study.path))}</code>"
+    where = f"<code>{html(str(study.path))}</code>"
     if not study.complete:
         done = f"{len(study.outcomes)} of {study.total} runs"
         return f"<p>unfinished study {where}: {done}, no verdict yet</p>"
     sentences = "".join(
-        f"<p><b>{escape(c.verdict)}</b>: {escape(c.sentence)}</p>" for c in study.comparisons
+        f"<p><b>{html(c.verdict)}</b>: {html(c.sentence)}</p>" for c in study.comparisons
     )
-    fig = figures.draw_all(study)["differences"]
-    svg = figures.inline(figures.render(fig)[1], CAPTIONS["differences"])
+    drawn = safely("the study", lambda: figures.render(figures.draw_all(study)["differences"]))
+    svg = "" if drawn is None else figures.inline(drawn[1], CAPTIONS["differences"])
     return f'{sentences}<div style="max-width: 34rem">{svg}</div><p>{where}</p>'
 
 

@@ -9,6 +9,7 @@ from typing import Any, NotRequired, TypedDict
 from torch import nn
 
 from normlab.core.files import read_tensors
+from normlab.core.places import read_text
 from normlab.core.records import as_object, checked, read_json
 from normlab.errors import DataError, UserError, nearest
 from normlab.runs.folders import latest
@@ -92,7 +93,9 @@ class Run:
         if not path.exists():
             return []
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            rows = [json.loads(line) for line in read_text(path).splitlines()]
+        except DataError:
+            raise
         except (ValueError, OSError, RecursionError) as e:
             raise DataError(f"{path} cannot be read as lines of JSON ({e})") from None
         return [checked(as_object(row, path), Row, path) for row in rows]
@@ -133,6 +136,12 @@ class Run:
                 f"run {self.path} has no {path.name}: {why}; use another run or weights"
             )
         tensors, _ = read_tensors(path)
+        found, expected = sum(t.numel() for t in tensors.values()), self.task.values()
+        if found != expected:  # before a network of any size is built
+            raise DataError(
+                f"{path} does not fit the recipe beside it: it holds {found:,} values, the "
+                f"network has {expected:,}"
+            )
         model = self.task.build()
         try:
             model.load_state_dict(tensors)

@@ -5,11 +5,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from msgspec import Meta
 from torch import nn
 
 from normlab.core.records import as_object, typed
 from normlab.data import ImageData, load
+from normlab.data.given import was_given
+from normlab.data.loading import PUBLIC
+from normlab.errors import DataError
 from normlab.recipes import Recipe
 from normlab.recipes.families import MODELS
 
@@ -56,7 +60,17 @@ class Task:
     start: Start | None = None
 
     def load(self, data: str | Path | Mapping[str, Any] | ImageData | None = None) -> ImageData:
-        """The run's data, or `data`, with pictures read as the run's were."""
+        """The run's data, or `data`, with pictures read as the run's were.
+
+        Raises:
+            DataError: the run names a place that this user has not given before: whoever sent the
+                run chose it.
+        """
+        if data is None and self.data not in PUBLIC and not was_given(Path(self.data)):
+            raise DataError(
+                f"the run's data are {self.data!r}, a place that was not named here before, so it "
+                "is not read: name them with --data"
+            )
         chosen = self.data if data is None else data
         return load(chosen, image_size=self.image_size, skip_bad=self.skip_bad)
 
@@ -74,6 +88,21 @@ class Task:
             seed=self.seed,
         )
         return network
+
+    def values(self) -> int:
+        """How many weights and statistics the network has; nothing is built for it.
+
+        Raises:
+            DataError: no network of such a size can be.
+        """
+        try:
+            with torch.device("meta"):
+                return sum(t.numel() for t in self.build().state_dict().values())
+        except (RuntimeError, OverflowError, TypeError) as e:
+            raise DataError(
+                f"a network for images of {self.image_size} × {self.image_size} cannot be "
+                f"({str(e).splitlines()[0][:100]})"
+            ) from None
 
     def as_dict(self) -> dict[str, Any]:
         values = {

@@ -112,7 +112,7 @@ def level_of_look(look: int) -> float:
     """
     if look < 1:
         raise UserError(f"look {look} does not exist; the first report of a study is look 1")
-    return FIRST_LEVEL if look == 1 else LATER_LEVELS / 2 ** (look - 1)
+    return FIRST_LEVEL if look == 1 else LATER_LEVELS * 2.0 ** (1 - look)
 
 
 def holm(p_values: Sequence[float], level: float) -> tuple[list[float], list[float]]:

@@ -31,6 +31,12 @@ class Arm:
     changes: dict[str, Any] = field(default_factory=dict)
     seed_offset: int = 0
 
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):  # it is a part of files' names: ../ would lead elsewhere
+            raise UserError(
+                f"arm {self.name!r}: name it with letters, digits and . _ + - ×, no spaces"
+            )
+
     def recipe(self, base: Recipe) -> Recipe:
         """The study's recipe with this arm's changes.
 
@@ -57,8 +63,6 @@ def make_arms(arms: Sequence[str | Arm]) -> tuple[Arm, ...]:
     if len(made) < 2:
         raise UserError(f"arms={', '.join(names) or 'none'}: a comparison needs two or more")
     for i, name in enumerate(names):
-        if not NAME.fullmatch(name):
-            raise UserError(f"arm {name!r}: name it with letters, digits and . _ + - ×, no spaces")
         if name.casefold() in map(str.casefold, names[:i]):
             raise UserError(f"two arms are called {name!r}: give each a name of its own")
     return made

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,12 @@ from normlab.errors import DataError, UserError
 from normlab.recipes import Recipe
 from normlab.runs import Task
 from normlab.statistics import level_of_look, smallest_p
+from normlab.statistics.sign_flip import EXACT_PAIRS
 from normlab.study.arms import Arm
 
 FILE = "study.json"
+# What a plan can ask for; a file that asks for more would keep its reader busy for ever.
+MOST_PAIRS, MOST_CHECKS = 10_000, 10_000
 TUNING_SEED = 1_000_000_000  # tuning runs draw from here on, pairs from below
 OUTCOMES = {
     "primary": "test accuracy after the last epoch; this alone decides",
@@ -93,6 +95,8 @@ class Design:
         for ok, problem in (
             (self.seeds >= 1, f"seeds={self.seeds}: choose 1 or more; a verdict needs at least 6"),
             (self.first_seed >= 0, f"first_seed={self.first_seed}: choose 0 or more"),
+            (self.seeds <= MOST_PAIRS, f"seeds={self.seeds}: choose at most {MOST_PAIRS:,}"),
+            (self.checks <= MOST_CHECKS, f"checks={self.checks}: choose at most {MOST_CHECKS:,}"),
             (last <= TUNING_SEED, f"seeds up to {last}: stay below {TUNING_SEED:,}"),
             (0 < self.margin < 1, f"margin={self.margin}: choose a fraction such as 0.005"),
             (self.checks >= 1, f"checks={self.checks}: choose 1 or more"),
@@ -177,7 +181,13 @@ def enough_pairs(contrasts: int, look: int = 1) -> int:
     (6, 8, 9)
     """
     level = level_of_look(look) / contrasts  # of Holm's first step
-    return next(n for n in count(1) if smallest_p(n) <= level)
+    for pairs in range(1, EXACT_PAIRS + 2):  # beyond, p gets no smaller
+        if smallest_p(pairs) <= level:
+            return pairs
+    raise UserError(
+        f"{contrasts} contrasts on look {look}: no number of pairs can decide any more; begin a "
+        "study of its own with another --out"
+    )
 
 
 def default_contrasts(arms: Sequence[Arm]) -> tuple[tuple[str, str], ...]:

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-from normlab.core.text import counted
 from normlab.study.design import enough_pairs
 from normlab.study.outcomes import Outcome
 from normlab.study.result import Study
 from normlab.study.runner import Job, Reporter
+from normlab.text import counted, printable
 
 
 class Progress(Protocol):
@@ -57,19 +57,17 @@ class _Reporter:
     def __enter__(self) -> "_Reporter":
         if self.study is not None:
             design = self.study.design
-            print(
+            _say(
                 f"{design.recipe.name}: {', '.join(design.arm_names)}; "
                 f"{counted(design.seeds, 'seed')} from {design.first_seed}, "
                 f"{counted(self.total, 'run')}, {self.before} done; into {self.study.path}",
-                flush=True,
             )
             enough = enough_pairs(len(design.contrasts), design.look)
             if design.seeds < enough:
-                print(
+                _say(
                     f"{counted(design.seeds, 'pair')} cannot decide "
                     f"{counted(len(design.contrasts), 'contrast')} on look {design.look}: "
                     f"{enough} or more can",
-                    flush=True,
                 )
         if self.bar is not None:
             self.bar.start()
@@ -94,20 +92,19 @@ class _Reporter:
         else:
             score = f"test accuracy {outcome.test_accuracy:.4f}"
         note = f"{in_flight} in flight, {self._remaining()}"
-        print(
+        _say(
             f"{len(self.done)}/{self.total} {job.name}: {score}, {outcome.seconds:.0f} s; {note}",
-            flush=True,
         )
         for line in self._so_far(job):
-            print(line, flush=True)
+            _say(line)
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=len(self.done), note=note)
 
     def repeated(self, job: Job, reason: str) -> None:
-        print(f"{job.name}: {reason}; it is done again", flush=True)
+        _say(f"{job.name}: {reason}; it is done again")
 
     def given_up(self, job: Job, reason: str) -> None:
-        print(f"{job.name}: {reason}; given up", flush=True)
+        _say(f"{job.name}: {reason}; given up")
 
     def _remaining(self) -> str:
         seconds = (time.perf_counter() - self.started) / (len(self.done) - self.before)
@@ -136,6 +133,10 @@ class _Reporter:
                     f"{low:+.2f} to {high:+.2f}, {so_far.n} pairs (no look, decides nothing)"
                 )
         return lines
+
+
+def _say(line: str) -> None:
+    print(printable(line), flush=True)
 
 
 def _bar(console: Console) -> RichProgress:

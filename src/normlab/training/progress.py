@@ -7,6 +7,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from normlab.text import printable_lines
 from normlab.training.state import Plan, State
 
 
@@ -42,7 +43,7 @@ class Lines:
         self.seconds = state.seconds
 
     def _print(self, text: str) -> None:
-        print(text, file=self.file or sys.stdout, flush=True)
+        print(printable_lines(text), file=self.file or sys.stdout, flush=True)
 
 
 class Bar:

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from normlab.core.text import counted
 from normlab.data.batches import Batches, Split, batch_bounds
 from normlab.recipes import Recipe
+from normlab.text import counted
 from normlab.training.optimisers import Optimizer
 
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from normlab.core.places import make_folder
 from normlab.errors import UserError
 from normlab.training.state import Plan, State
 
@@ -29,6 +30,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         if plan.folder is not None:
+            make_folder(plan.folder / "tensorboard")
             self.writer = SummaryWriter(str(plan.folder / "tensorboard"))
 
     def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:

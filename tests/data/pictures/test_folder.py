@@ -220,7 +220,7 @@ def test_the_cache_is_used_checked_and_replaced(
     draw(root / "cat" / "new.png", 100)
     assert len(load(root).y_train) == len(first.y_train) + 1
     assert len(calls) == 19
-    assert [p for p in cache_root.iterdir() if p.is_dir()] == [folder]
+    assert [p for p in cache_root.glob("pictures-*") if p.is_dir()] == [folder]
 
 
 def parquet(path: Path, column: str, labels: list[object], names: list[str], start: int) -> None:

@@ -17,10 +17,10 @@ from normlab.data.pictures.reading import (
     fingerprint,
     read_picture,
     read_square,
-    shown,
     to_square,
 )
 from normlab.errors import DataError, TooLargeError
+from normlab.text import shown
 
 H, W = 6, 9
 RGB = np.random.default_rng(0).integers(0, 256, (H, W, 3), np.uint8)

@@ -10,14 +10,18 @@ import stat
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
+from normlab.core.places import check_regular
 from normlab.errors import DataError
 
 # Any real archive of CIFAR-10 unpacks to less than 190 MB.
 MAX_UNPACKED = 256 << 20
 MAX_MEMBERS = 1000
+# Of a header at a time; tarfile copies what a global one says into every member behind it.
+MAX_HEADER = 64 << 10
 
 _DAMAGE = (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, LookupError, RecursionError)
 
@@ -34,6 +38,7 @@ def read_members(path: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str, by
         yield from _folder_members(path, sizes)
         return
     try:
+        check_regular(path, follow=True)
         with path.open("rb") as file:
             compressed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
@@ -67,9 +72,11 @@ def _tar_members(
     file: BinaryIO, compressed: bool, sizes: Mapping[str, int]
 ) -> Iterator[tuple[str, bytes]]:
     plain = gzip.GzipFile(fileobj=file) if compressed else file
-    bounded = cast(IO[bytes], _Bounded(plain, largest_read=max(sizes.values())))
-    with tarfile.open(fileobj=bounded, mode="r:") as archive:
+    bounded = _Bounded(plain)
+    with tarfile.open(fileobj=cast(IO[bytes], bounded), mode="r:") as archive:
         for count, member in enumerate(archive):
+            # Or it keeps every member, with its copy of the headers.
+            archive.members.clear()  # type: ignore[attr-defined]
             if count == MAX_MEMBERS:
                 raise DataError(f"more than {MAX_MEMBERS} members; not CIFAR-10")
             name = member.name.rpartition("/")[2]
@@ -81,7 +88,8 @@ def _tar_members(
             content = archive.extractfile(member)
             if content is None:
                 continue
-            data = content.read()
+            with bounded.reading(member.size):
+                data = content.read()
             if len(data) != member.size:
                 raise DataError("the archive ends too early")
             yield name, data
@@ -90,9 +98,18 @@ def _tar_members(
 class _Bounded:
     """The part of a binary file that tarfile uses; stops where `MAX_UNPACKED` is passed."""
 
-    def __init__(self, file: BinaryIO | gzip.GzipFile, *, largest_read: int) -> None:
+    def __init__(self, file: BinaryIO | gzip.GzipFile) -> None:
         self._file = file
-        self._largest_read = largest_read
+        self._largest_read = MAX_HEADER
+
+    @contextmanager
+    def reading(self, size: int) -> Iterator[None]:
+        """Allow reads of `size` bytes, a member's content."""
+        self._largest_read = max(size, MAX_HEADER)
+        try:
+            yield
+        finally:
+            self._largest_read = MAX_HEADER
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= self._largest_read:  # a header's claim

@@ -14,6 +14,7 @@ from normlab.data.cifar10.download import Limits
 from normlab.data.cifar10.layouts import CIFAR10, Arrays, Reference
 from normlab.data.cifar10.sources import LocalCopy, Source, default_sources, own_copies
 from normlab.errors import DataError
+from normlab.text import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,4 +100,4 @@ def _obtain(
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

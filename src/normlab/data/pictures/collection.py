@@ -18,8 +18,8 @@ from normlab.core.streams import stream
 from normlab.data.images import ImageData
 from normlab.data.pictures.decoding import Decoded
 from normlab.data.pictures.naming import canonical
-from normlab.data.pictures.reading import shown
 from normlab.errors import DataError
+from normlab.text import printable, shown
 
 TEST_SHARE = 0.2
 PARTS = ("train", "test")
@@ -306,4 +306,4 @@ def _summarise(collection: Collection, skip_bad: bool, report: Report) -> None:
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

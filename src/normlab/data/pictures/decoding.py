@@ -28,6 +28,7 @@ from normlab.core.sandbox import LimitError, Worker
 from normlab.data.cache import cache_folder, write_cache, writing
 from normlab.data.pictures.reading import fingerprint, read_measured, shorter_side, to_square
 from normlab.errors import DataError
+from normlab.text import printable
 
 _VERSION = 2  # raise it when the same file would decode to other pixels
 _ARRAYS = ("pixels", "fingerprints", "problems", "peaks")
@@ -230,4 +231,4 @@ def picture_bar(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

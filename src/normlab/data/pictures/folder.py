@@ -11,10 +11,11 @@ from normlab.data.pictures.collection import Collection, Labelled, assemble, set
 from normlab.data.pictures.decoding import decode, natural_size
 from normlab.data.pictures.layout import WILD, Layout, arrange, match
 from normlab.data.pictures.naming import ending
-from normlab.data.pictures.reading import shown
 from normlab.data.pictures.walking import Tree, grow
 from normlab.errors import DataError
+from normlab.text import shown
 
+MOST_PICTURES = 5_000_000  # ImageNet has 1.3 million
 _UNREACHABLE = "files and folders that cannot be used"
 
 

@@ -28,9 +28,9 @@ from normlab.data.pictures.naming import (
     resembles_litter,
     resembles_part,
 )
-from normlab.data.pictures.reading import shown
 from normlab.data.pictures.walking import Found, Tree
 from normlab.errors import DataError
+from normlab.text import shown
 
 WILD = "*?["
 _SHOWN = 5

@@ -18,8 +18,8 @@ from normlab.data.images import ImageData
 from normlab.data.pictures.collection import Collection, Labelled, assemble, settle
 from normlab.data.pictures.decoding import decode, natural_size
 from normlab.data.pictures.naming import part_of
-from normlab.data.pictures.reading import shown
 from normlab.errors import DataError, UserError
+from normlab.text import shown
 
 PICTURE_COLUMNS = ("img", "image")
 SECONDS = 600.0  # for one file

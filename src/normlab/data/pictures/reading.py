@@ -21,7 +21,6 @@ Metadata (EXIF, colour profiles, texts) that cannot be read never make a picture
 
 import hashlib
 import io
-import os
 import stat
 import struct
 import warnings
@@ -156,12 +155,6 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def shown(path: Path | str) -> str:
-    """A file's name fit to print: no control characters, bytes that are not UTF-8 as \\xNN."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager

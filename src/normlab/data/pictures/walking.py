@@ -80,7 +80,8 @@ def entries(folder: Path) -> Iterator[Found]:
 def walk(folder: Path) -> Iterator[Found]:
     """All files below `folder`, lazily, and every folder that cannot be entered.
 
-    A link to a folder is entered unless it leads back to a folder on the way to it.
+    A link to a folder is entered, but no folder twice: with a few links to the folder that they lie
+    in there are more ways than time.
     """
     yield from _walk(Found(folder, is_folder=True), _above(folder), Counter())
 
