@@ -11,13 +11,9 @@ from typing import Any
 import torch
 
 from normlab import kernels
+from normlab.core.cores import cores as cores
 from normlab.errors import UserError
 from normlab.kernels.memory import keep_freed_memory
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve_threads(threads: int | None) -> int:
