@@ -29,7 +29,7 @@ def quotas(root: Path = Path("/")) -> Iterator[float]:
         return
     mount = root / "sys/fs/cgroup"
     for line in lines:
-        _, controllers, place = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, place = [*line.split(":", 2), "", ""][:3]
         if not controllers:  # version 2
             for folder in _upwards(mount, place):
                 yield from _quota(folder / "cpu.max")
