@@ -23,6 +23,7 @@ GRACE = 10  # seconds for answers that are under way when the server is told to 
 
 # How many connections the kernel holds until they are taken, and asyncio takes in one go.
 _BACKLOG = 128
+_KERNEL_BUFFER = 256 * 1024
 _OTHER_DESCRIPTORS = 64 + _BACKLOG  # what is open beside connections, and those just taken
 _FEWEST_CONNECTIONS = 16
 
@@ -119,6 +120,10 @@ def _listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Each connection inherits these. What the kernel holds of answers that nobody reads, and of
+        # bodies that wait for their turn, would otherwise be megabytes a connection.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _KERNEL_BUFFER)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _KERNEL_BUFFER)
         listener.bind(address)
         listener.listen(_BACKLOG)
     except OSError as error:
