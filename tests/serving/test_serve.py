@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import signal
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import requests
 from PIL import Image
@@ -156,6 +158,106 @@ def test_headers_keep_other_hosts_out(server: Server) -> None:
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["x-frame-options"] == "DENY"
         assert "server" not in headers
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:1", 200),
+        ("127.0.0.1:8000", 200),
+        ("[::1]", 200),
+        ("[::1]:80", 200),
+        ("pets.example", 421),
+        ("localhost.pets.example", 421),
+        ("pets.example:8000", 421),
+        ("127.0.0.2", 421),
+        ("[::2]", 421),
+        ("0.0.0.0", 421),
+        ("", 421),
+    ],
+)
+def test_only_its_own_names_are_answered(server: Server, host: str, status: int) -> None:
+    """A website could otherwise have its name lead here (DNS rebinding), and read the answers."""
+    for path in ("/model", "/", "/nowhere"):
+        answered = requests.get(server.url + path, headers={"Host": host}, timeout=60)
+        assert answered.status_code == (404 if (status, path) == (200, "/nowhere") else status)
+    sent = requests.post(
+        server.url + "/predict", files={"files": PICTURE}, headers={"Host": host}, timeout=60
+    )
+    assert sent.status_code == status
+    assert status == 200 or "--allow-host" in sent.json()["detail"]
+
+
+def test_nobody_is_sent_to_another_address(server: Server) -> None:
+    for path in ("/predict/", "/model/", "//pets.example/model"):
+        answered = requests.get(server.url + path, allow_redirects=False, timeout=60)
+        assert answered.status_code in (404, 405), path
+        assert "location" not in answered.headers
+
+
+def test_further_names_are_allowed_by_an_option(exported: Path) -> None:
+    with running(str(exported), "--allow-host", "Pets.example", "--allow-host", "b") as server:
+        for host, code in (("pets.example:99", 200), ("b", 200), ("c", 421), ("localhost", 200)):
+            answered = requests.get(server.url + "/model", headers={"Host": host}, timeout=60)
+            assert answered.status_code == code, host
+
+
+def told_of_itself(exported: Path, path: Path, **entries: Any) -> Path:
+    """The same file with other metadata."""
+    model = onnx.load(exported)
+    for entry in model.metadata_props:
+        if entry.key in entries:
+            entry.value = json.dumps(entries[entry.key])
+    onnx.save(model, path)
+    return path
+
+
+NAMES = ["a\x1b]0;title\x07", "b\ud800", "\u202egnp.exe", "c\r\nd", "\x00", "<b>", "猫", *"xyz"]
+
+
+def test_what_a_file_says_of_itself_is_only_shown(exported: Path, tmp_path: Path) -> None:
+    certificate = {"test_images": 200, "x\udfff": ["\x9b", float("nan"), {"y": [[[[[1]]]]]}]}
+    recipe = {"recipe": {"name": "r\x1b[2J"}, "data": "/home/p\ud83d"}
+    path = told_of_itself(
+        exported,
+        tmp_path / "model\x1b]0;x\x07.onnx",
+        class_names=NAMES,
+        certificate=certificate,
+        recipe=recipe,
+    )
+    with running(str(path)) as server:
+        said, model, answered = server.said, server.get("/model"), server.post(PICTURE)
+        sample = server.get("/samples/0.png")
+    assert model.status_code == answered.status_code == 200
+    described = model.json()
+    assert all(line.isprintable() for line in (*said, *described["class_names"]))
+    assert described["class_names"][5:7] == ["<b>", "猫"]
+    assert described["recipe"] == r"r\x1b[2J"
+    assert described["certificate"]["test_images"] == 200
+    text = json.dumps(described, ensure_ascii=False)
+    assert text.isprintable()
+    classes = {p["class"] for p in answered.json()["results"][0]["predictions"]}
+    assert classes <= set(described["class_names"])
+    assert described["samples"] == []  # aeroplanes and cats are not what it knows
+    assert sample.status_code == 404
+
+
+def test_an_answer_that_is_not_a_number_is_an_error_of_its_own(
+    exported: Path, tmp_path: Path
+) -> None:
+    model = onnx.load(exported)
+    for tensor in model.graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        if array.dtype == np.float32:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.full_like(array, np.nan), tensor.name))
+    onnx.save(model, tmp_path / "nan.onnx")
+    with running(str(tmp_path / "nan.onnx")) as server:
+        answered = server.post(PICTURE)
+        many = server.post(PICTURE, b"no picture")
+    assert answered.status_code == 500
+    assert "not a number" in answered.json()["detail"]
+    assert [a["error"]["status"] for a in many.json()["results"]] == [500, 415]
 
 
 def test_openapi_describes_errors_too(server: Server) -> None:
@@ -426,8 +528,18 @@ def test_a_decoder_that_is_killed_is_replaced(exported: Path) -> None:
         for pid in children:
             subprocess.run(["kill", "-KILL", str(pid)], check=True)
         codes = [server.post(PICTURE).status_code for _ in range(len(children) + 2)]
-        assert codes[-2:] == [200, 200]
+        assert codes == [200] * len(codes)  # it was not the picture's fault
         assert not set(server.children()) & set(children)
+
+
+def test_a_decoder_that_hangs_is_replaced(exported: Path) -> None:
+    with running(str(exported), limits={"decode_wall": 1.0}) as server:
+        stopped = server.children()
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        codes = [server.post(PICTURE).status_code for _ in range(len(stopped) + 1)]
+        assert codes == [413] * len(stopped) + [200]
+        assert not set(server.children()) & set(stopped)
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -503,6 +615,48 @@ def test_mistakes_are_one_line(exported: Path, tmp_path: Path) -> None:
             timeout=200,
         ).stderr
     )
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(exported: Path, closed: str) -> None:
+    """Their numbers would otherwise go to the server's own sockets and pipes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "normlab", "serve", str(exported), "--port", str(port)]
+    process = subprocess.Popen(
+        ["bash", "-c", f'exec "$@" {closed}', "bash", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while True:
+            try:
+                answered = requests.post(
+                    f"http://127.0.0.1:{port}/predict", files={"files": PICTURE}, timeout=60
+                )
+                break
+            except requests.ConnectionError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+    finally:
+        process.terminate()
+        code = process.wait(60)
+    assert (answered.status_code, code) == (200, 143)
+
+
+def limited_to(files: int, *words: str) -> list[str]:
+    command = [sys.executable, "-m", "normlab", "serve", *words]
+    return ["bash", "-c", f'ulimit -n {files}; exec "$@"', "bash", *command]
+
+
+def test_too_few_descriptors_are_told_at_the_start(exported: Path) -> None:
+    done = subprocess.run(
+        limited_to(100, str(exported), "--port", "0"), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 2
+    assert "may open 100 files" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_another_address_than_this_machine_is_noted(exported: Path) -> None:

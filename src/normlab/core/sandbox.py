@@ -99,6 +99,8 @@ class Worker:
     def _call(
         self, seconds: float, cpu_seconds: float | None, function: Callable[..., T], args: Any
     ) -> T:
+        if self._process is not None and self._process.poll() is not None:
+            self.close()  # it died between two calls, which is not this one's fault
         process = self._process = self._process or _start()
         late = threading.Event()
 
