@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -96,6 +97,17 @@ def test_a_process_that_died_between_two_calls_is_nobodys_fault() -> None:
         assert worker._process is not None
         worker._process.wait(60)
         assert worker.call(double, 2) == 4
+
+
+def test_a_caller_may_watch_the_clock_itself() -> None:
+    with Worker(memory=ROOM, seconds=None) as worker:
+        worker.interrupt()  # there is nothing to end
+        assert worker.call(double, 2) == 4
+        timer = threading.Timer(0.3, worker.interrupt)
+        timer.start()
+        with pytest.raises(LimitError, match="takes longer than it may"):
+            worker.call(nap)
+        assert worker.call(double, 3) == 6
 
 
 def test_processor_time_is_limited() -> None:

@@ -54,13 +54,17 @@ class Worker:
     The first call starts it, and so does the first after a failure.
 
     memory: bytes that a call may take beyond what the process has. Linux only.
-    seconds: wall-clock time that a call may take, the start of the process included.
+    seconds: wall-clock time that a call may take, the start of the process included. None if the
+        caller sees to it with `interrupt`; otherwise each call has a thread that does.
     cpu_seconds: processor time that a call may take; by default as much as it likes.
     """
 
-    def __init__(self, *, memory: int, seconds: float, cpu_seconds: float | None = None) -> None:
+    def __init__(
+        self, *, memory: int, seconds: float | None, cpu_seconds: float | None = None
+    ) -> None:
         self.memory, self.seconds, self.cpu_seconds = memory, seconds, cpu_seconds
         self._process: subprocess.Popen[bytes] | None = None
+        self._late = False
 
     @property
     def started(self) -> bool:
@@ -96,21 +100,27 @@ class Worker:
         """
         self._call(seconds, None, prepare, ())
 
+    def interrupt(self) -> None:
+        """End the call that another thread waits for, as one that took too long."""
+        process, self._late = self._process, True
+        if process is not None:
+            process.kill()
+
     def _call(
-        self, seconds: float, cpu_seconds: float | None, function: Callable[..., T], args: Any
+        self,
+        seconds: float | None,
+        cpu_seconds: float | None,
+        function: Callable[..., T],
+        args: Any,
     ) -> T:
         if self._process is not None and self._process.poll() is not None:
             self.close()  # it died between two calls, which is not this one's fault
         process = self._process = self._process or _start()
-        late = threading.Event()
-
-        def end() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(seconds, end)
-        timer.daemon = True
-        timer.start()
+        self._late = False
+        timer = None if seconds is None else threading.Timer(seconds, self.interrupt)
+        if timer is not None:
+            timer.daemon = True
+            timer.start()
         try:
             assert process.stdin is not None
             assert process.stdout is not None
@@ -123,14 +133,16 @@ class Worker:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_DYING)  # by itself, so that its exit code tells why
             self.close()
-            if late.is_set():
-                raise LimitError(f"takes longer than the {seconds:g} s it may take") from None
+            if self._late:
+                most = "it may" if seconds is None else f"the {seconds:g} s it may take"
+                raise LimitError(f"takes longer than {most}") from None
             raise self._death(process) from None
         except BaseException:  # Ctrl-C, between two messages
             self.close()
             raise
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()
         if spent or isinstance(value, MemoryError):  # its heap may be in pieces
             self.close()
         if good:

@@ -46,7 +46,7 @@ class Decoders:
             Worker(
                 # The process holds the file while it decodes.
                 memory=settings.decode_memory - settings.file_bytes,
-                seconds=settings.decode_wall,
+                seconds=None,  # the event loop watches the clock, without a thread a call
                 cpu_seconds=settings.decode_cpu,
             )
             for _ in range(count)
@@ -117,12 +117,18 @@ class Decoders:
         call = loop.run_in_executor(
             self._threads, worker.call, decode_square, bytes(content), self._size, as_png
         )
+        late = loop.call_later(self._settings.decode_wall, worker.interrupt)
+
+        def done(call: "asyncio.Future[Square]") -> None:
+            late.cancel()
+            call.exception()  # of a cancelled request's picture nobody else asks for it
+            self._give_back(worker)
+
         # A request that is cancelled leaves its decoder at work; it is free when that ends.
-        call.add_done_callback(lambda call: self._give_back(worker, call))
+        call.add_done_callback(done)
         return await asyncio.shield(call)
 
-    def _give_back(self, worker: Worker, call: "asyncio.Future[Square]") -> None:
-        call.exception()  # of a cancelled request's picture nobody else asks for it
+    def _give_back(self, worker: Worker) -> None:
         if worker.started:
             self._idle.put_nowait(worker)
         elif not self._closed:
