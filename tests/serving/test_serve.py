@@ -25,8 +25,10 @@ import normlab
 from hostile_pictures import HOSTILE
 from normlab.data import load
 from normlab.data.pictures.reading import to_square
+from normlab.errors import UserError
 from normlab.interchange import export_run
 from normlab.runs.run import Run
+from normlab.serving.server import _name
 from servers import Server, running, start
 
 LIMITS = {
@@ -197,8 +199,22 @@ def test_nobody_is_sent_to_another_address(server: Server) -> None:
 
 
 def test_further_names_are_allowed_by_an_option(exported: Path) -> None:
-    with running(str(exported), "--allow-host", "Pets.example", "--allow-host", "b") as server:
-        for host, code in (("pets.example:99", 200), ("b", 200), ("c", 421), ("localhost", 200)):
+    with running(
+        str(exported),
+        "--allow-host",
+        "2001:db8::7",
+        "--allow-host",
+        "Pets.example:80",
+        "--allow-host",
+        "b",
+    ) as server:
+        for host, code in (
+            ("pets.example:99", 200),
+            ("b", 200),
+            ("[2001:db8::7]:8", 200),
+            ("c", 421),
+            ("localhost", 200),
+        ):
             answered = requests.get(server.url + "/model", headers={"Host": host}, timeout=60)
             assert answered.status_code == code, host
 
@@ -596,6 +612,9 @@ def test_mistakes_are_one_line(exported: Path, tmp_path: Path) -> None:
         message = refused(str(exported), "--port", port)
     assert f"port {port}" in message
     assert "--port" in message.replace(port, "")
+    message = refused(str(exported), "--allow-host", "http://pets.example")
+    assert "'http://pets.example'" in message
+    assert "such as pictures.example" in message
     assert "no/such.onnx" in refused("no/such.onnx", "--port", "0")
     assert "nowhere" in refused("nowhere", "--port", "0")
     assert (
@@ -648,6 +667,12 @@ def test_standard_streams_may_be_closed(exported: Path, closed: str) -> None:
 def limited_to(files: int, *words: str) -> list[str]:
     command = [sys.executable, "-m", "normlab", "serve", *words]
     return ["bash", "-c", f'ulimit -n {files}; exec "$@"', "bash", *command]
+
+
+@pytest.mark.parametrize("name", ["*", "", " ", "a b", "//a", "*.a", "a@b", "[a", "https://[::1]/"])
+def test_what_is_no_name_is_not_allowed(name: str) -> None:
+    with pytest.raises(UserError, match="give it alone"):
+        _name(name)
 
 
 def test_too_few_descriptors_are_told_at_the_start(exported: Path) -> None:

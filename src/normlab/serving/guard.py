@@ -77,7 +77,7 @@ class Guard:
 
     def _refusal(self, headers: Headers, length: int, chunked: bool) -> JSONResponse | None:
         """The answer to a request whose body is not even read."""
-        if _host(headers.get("host", "")) not in self.hosts:
+        if host_name(headers.get("host", "")) not in self.hosts:
             detail = "this server does not answer under that name; allow it with --allow-host NAME"
             return JSONResponse({"detail": detail}, 421)
         if chunked:  # a million pieces of one byte would take minutes to put together
@@ -177,8 +177,12 @@ class _Body:
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _host(header: str) -> str:
-    """The name in a `Host` header, without its port."""
+def host_name(header: str) -> str:
+    """The name in a `Host` header, without its port.
+
+    >>> host_name("Pictures.example:8000"), host_name("[::1]:80"), host_name("[::1]")
+    ('pictures.example', '[::1]', '[::1]')
+    """
     name, colon, port = header.lower().rpartition(":")
     return name if colon and port.isdecimal() else header.lower()
 

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import logging
+import re
 import signal
 import socket
 import sys
@@ -67,6 +68,7 @@ def serve(
     # uvicorn raises the signal again when it has ended; a shell's background has SIGINT ignored.
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    names = [_name(given) for given in (host, *allow_hosts)]
     connections = Connections(settings)
 
     class Server(uvicorn.Server):
@@ -82,7 +84,7 @@ def serve(
         model = open_served(path)
         say(printable(f"Model {model.name}: {model.checked}."))
         with Decoders(model.onnx.image_size, settings) as decoders:
-            hosts = (*LOCAL_HOSTS, f"[{host}]" if ":" in host else host, *allow_hosts)
+            hosts = (*LOCAL_HOSTS, *names)
             config = uvicorn.Config(
                 create_app(model, decoders, settings, hosts=hosts, ready=ready),
                 http=connections.protocol,  # type: ignore[arg-type]  # makes what a class would
@@ -107,6 +109,20 @@ def _require_packages() -> None:
     for module in MODULES:
         if find_spec(module) is None:
             raise UserError(f"serve needs the package {module}: pip install 'normlab[serve]'")
+
+
+def _name(given: str) -> str:
+    """A host's name or address as a `Host` header has it, without a port.
+
+    Raises:
+        UserError: it is a URL, a pattern, or empty.
+    """
+    from normlab.serving.guard import host_name
+
+    name = f"[{given}]" if given.count(":") > 1 and not given.startswith("[") else host_name(given)
+    if not re.fullmatch(r"[^\s/*@\[\]]+|\[[0-9a-fA-F:.%]+\]", name):
+        raise UserError(f"host {given!r} is no name: give it alone, such as pictures.example")
+    return name
 
 
 def _listen(host: str, port: int) -> socket.socket:
