@@ -17,14 +17,14 @@ import requests
 _LAUNCH = """
 import json, sys, time
 from normlab.__main__ import run
-from normlab.serving import limits, server
+from normlab.serving import server, settings
 from normlab.formats.onnx_model import OnnxModel
-settings = json.loads(sys.argv[1])
-delay = settings.pop("model_seconds", 0)
+given = json.loads(sys.argv[1])
+delay = given.pop("model_seconds", 0)
 if delay:
     answers = OnnxModel.probabilities
     OnnxModel.probabilities = lambda self, x: (time.sleep(delay), answers(self, x))[1]
-limits.Limits.__init__.__kwdefaults__.update(settings)
+settings.ServerSettings.__init__.__kwdefaults__.update(given)
 sys.exit(run(["serve", *sys.argv[2:]]))
 """
 
@@ -50,8 +50,8 @@ class Server:
 
     def children(self) -> list[int]:
         """Process ids of its decoders."""
-        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(word) for word in path.read_text().split()]
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")  # a thread starts each
+        return [int(word) for path in tasks for word in path.read_text().split()]
 
     def stop(self, signum: int = 15) -> tuple[int, str]:
         """Exit code and what it said on standard error."""

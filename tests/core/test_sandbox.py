@@ -3,13 +3,14 @@
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from normlab.core.sandbox import LimitError, Worker, limited
+from normlab.core.sandbox import DeathError, LimitError, Worker, limited
 from normlab.data.pictures.decoding import Readers
 from normlab.errors import DataError
 
@@ -52,6 +53,98 @@ def test_a_crash_is_one_line_and_the_next_call_works() -> None:
         with pytest.raises(LimitError, match=r"crashed \(SIGSEGV\)"):
             worker.call(crash)
         assert worker.call(double, 1) == 2
+
+
+def end_by(signum: int) -> None:
+    os.kill(os.getpid(), signum)
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+def nap() -> None:
+    time.sleep(60)
+
+
+def write(path: str) -> None:
+    with open(path, "w") as f:
+        f.write("x" * 100)
+
+
+KEPT: list[bytes] = []
+
+
+def keep(size: int) -> None:
+    KEPT.append(b"x" * size)
+
+
+def test_a_death_tells_its_signal() -> None:
+    with Worker(memory=ROOM, seconds=60, cpu_seconds=30) as worker:
+        with pytest.raises(DeathError, match="SIGKILL") as caught:
+            worker.call(end_by, signal.SIGKILL)
+        assert caught.value.signal == signal.SIGKILL
+        assert not worker.started
+        with pytest.raises(DeathError, match="exit code 3") as left:
+            worker.call(os._exit, 3)
+        assert left.value.signal is None
+
+
+def test_a_process_that_died_between_two_calls_is_nobodys_fault() -> None:
+    with Worker(memory=ROOM, seconds=60) as worker:
+        os.kill(worker.call(process_id), signal.SIGKILL)
+        assert worker._process is not None
+        worker._process.wait(60)
+        assert worker.call(double, 2) == 4
+
+
+def test_a_caller_may_watch_the_clock_itself() -> None:
+    with Worker(memory=ROOM, seconds=None) as worker:
+        worker.interrupt()  # there is nothing to end
+        assert worker.call(double, 2) == 4
+        timer = threading.Timer(0.3, worker.interrupt)
+        timer.start()
+        with pytest.raises(LimitError, match="takes longer than it may"):
+            worker.call(nap)
+        assert worker.call(double, 3) == 6
+
+
+def test_processor_time_is_limited() -> None:
+    with Worker(memory=ROOM, seconds=60, cpu_seconds=0.2) as worker:
+        with pytest.raises(LimitError, match=r"longer than the 0.2 s of processor time") as caught:
+            worker.call(spin)
+        assert not isinstance(caught.value, DeathError)
+        assert [worker.call(double, x) for x in range(3)] == [0, 2, 4]
+
+
+def test_a_start_that_hangs_or_fails_leaves_no_process() -> None:
+    with Worker(memory=ROOM, seconds=60, cpu_seconds=1) as worker:
+        with pytest.raises(LimitError, match="longer than the 1 s"):
+            worker.start(nap, seconds=1)
+        assert not worker.started
+        with pytest.raises(DeathError):
+            worker.start(crash, seconds=60)
+        assert not worker.started
+        worker.start(process_id, seconds=60)
+        assert worker.started
+
+
+def test_nothing_is_written_to_a_file(tmp_path: Path) -> None:
+    with Worker(memory=ROOM, seconds=60) as worker, pytest.raises((OSError, DeathError)):
+        worker.call(write, str(tmp_path / "x"))
+    assert not (tmp_path / "x").exists() or not (tmp_path / "x").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process has")
+def test_a_process_that_keeps_what_it_was_given_is_replaced() -> None:
+    with Worker(memory=ROOM, seconds=60) as worker:
+        first = worker.call(process_id)
+        worker.call(keep, 1 << 20)
+        assert worker.call(process_id) == first
+        worker.call(keep, 64 << 20)
+        assert not worker.started
+        assert worker.call(process_id) != first
 
 
 def test_time_is_limited() -> None:

@@ -2,11 +2,13 @@
 
 import base64
 import io
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from PIL import Image
 
@@ -23,11 +25,15 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     run = normlab.train("fast79", out=folder / "run", data="sample", epochs=1, threads=1)
-    path = export_run(run, folder / "model.onnx").path
-    with running(str(path), limits={"file_bytes": 100_000}) as server:
+    return export_run(run, folder / "model.onnx").path
+
+
+@pytest.fixture(scope="module")
+def server(exported: Path) -> Iterator[Server]:
+    with running(str(exported), limits={"file_bytes": 100_000}) as server:
         yield server
 
 
@@ -211,6 +217,34 @@ def test_an_overloaded_server_is_asked_again(page: Any, pictures: list[Path]) ->
     page.set_input_files("#files", pictures[0])
     page.wait_for_selector(".bars li")
     assert len(times) == 2
+
+
+def test_a_model_of_other_classes_offers_no_samples(
+    browser: Any, exported: Path, tmp_path: Path
+) -> None:
+    """Who made the model chose the names; they are shown as text, and nothing else."""
+    names = ["mask", "no mask", "<img src=x onerror=alert(1)>", "\u202eback", "e\x1b[31m", *"abcde"]
+    model = onnx.load(exported)
+    for entry in model.metadata_props:
+        if entry.key == "class_names":
+            entry.value = json.dumps(names)
+    onnx.save(model, tmp_path / "masks.onnx")
+    with running(str(tmp_path / "masks.onnx")) as masks:
+        page = browser.new_page()
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("dialog", lambda dialog: problems.append(dialog.message))
+        page.goto(masks.url)
+        page.wait_for_function("document.getElementById('about').children.length")
+        assert page.locator("#samples-section").is_hidden()
+        assert page.locator("#samples button").count() == 0
+        page.click("summary")
+        shown = page.inner_text("#about")
+        page.close()
+    assert problems == []
+    assert "mask, no mask, <img src=x onerror=alert(1)>" in shown
+    assert "\u202e" not in shown
+    assert "\x1b" not in shown
 
 
 def lightness(page: Any) -> int:

@@ -5,6 +5,7 @@ import ipaddress
 import click
 
 from normlab.cli.output import say
+from normlab.core.descriptors import open_standard_streams
 
 
 @click.command()
@@ -17,12 +18,20 @@ from normlab.cli.output import say
     show_default=True,
     help="0 takes a free one.",
 )
-def serve(model: str | None, host: str, port: int) -> None:
+@click.option(
+    "--allow-host",
+    "allow_hosts",
+    metavar="NAME",
+    multiple=True,
+    help="A name under which the server answers, beside localhost and --host. May be repeated.",
+)
+def serve(model: str | None, host: str, port: int, allow_hosts: tuple[str, ...]) -> None:
     """Serve RUN (by default the latest) or MODEL.onnx: a page to drop pictures on, and HTTP.
 
     Only this machine reaches it, unless --host says otherwise. Ctrl-C and SIGTERM end it once the
     requests under way are answered; the exit code is 130 or 143.
     """
+    open_standard_streams()
     from normlab.serving.server import serve as run_server
 
     if not _is_loopback(host):
@@ -31,7 +40,7 @@ def serve(model: str | None, host: str, port: int) -> None:
             "and no encryption (docs/serve.md)",
             err=True,
         )
-    run_server(model, host=host, port=port, say=say)
+    run_server(model, host=host, port=port, allow_hosts=allow_hosts, say=say)
 
 
 def _is_loopback(host: str) -> bool:

@@ -3,9 +3,10 @@
 import asyncio
 import base64
 import io
+import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from importlib import resources
 from importlib.metadata import version
@@ -18,8 +19,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from PIL import Image
 from pydantic import BeforeValidator
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from normlab.data.cifar10.layouts import CLASS_NAMES
+from normlab.data.images import Pixels
 from normlab.data.pictures.reading import FORMATS, MAX_PIXELS
 from normlab.serving.answers import (
     Answers,
@@ -35,10 +39,11 @@ from normlab.serving.answers import (
 )
 from normlab.serving.batching import Batcher
 from normlab.serving.decoders import Decoders, RefusedError
-from normlab.serving.guard import RETRY, Guard
-from normlab.serving.limits import Limits
+from normlab.serving.guard import LOCAL_HOSTS, RETRY, Guard
 from normlab.serving.model import ServedModel, one_of_each_class
+from normlab.serving.settings import ServerSettings
 from normlab.serving.uploads import FIELD, Upload, read_uploads
+from normlab.text import printable
 
 _PAGE = {
     "/": ("serve.html", "text/html; charset=utf-8"),
@@ -70,10 +75,14 @@ _BODY = {
 }
 _ERRORS = {
     408: "The request came too slowly.",
+    411: "The body's length is not told.",
     413: "Too many bytes or pixels, or too much memory or time to decode them.",
     415: "The body is not multipart/form-data, or a picture sent alone cannot be read.",
+    421: "The server does not answer under the name in `Host`.",
     422: "No picture was sent, or something else than pictures, or a wrong parameter.",
     429: "Too much is under way; `Retry-After` says when to try again.",
+    500: "The network's answer to a picture sent alone is not a number.",
+    503: "The process that decoded a picture sent alone was ended by something else.",
 }
 
 
@@ -81,25 +90,25 @@ class Service:
     """The model with its decoders and batches."""
 
     def __init__(
-        self, model: ServedModel, limits: Limits, ready: Callable[[], object] | None
+        self,
+        model: ServedModel,
+        decoders: Decoders,
+        settings: ServerSettings,
+        ready: Callable[[], object],
     ) -> None:
         self.model = model
-        self.ready = ready
-        self.limits = limits
-        self.decoders = Decoders(model.onnx.image_size, limits)
+        self.class_names = [printable(name) for name in model.onnx.class_names]
+        self.settings = settings
+        self.decoders = decoders
         self.batcher = Batcher(model.onnx.probabilities)
+        self._ready = ready
 
     @asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
-        """Hold the decoding processes and the batcher."""
-        try:
-            await self.decoders.start()
-            async with self.batcher:
-                if self.ready is not None:
-                    self.ready()
-                yield
-        finally:
-            await self.decoders.close()
+        """Hold the batcher."""
+        async with self.batcher:
+            self._ready()
+            yield
 
     async def answer(self, upload: Upload, top: int, seen: bool) -> PictureAnswer:
         """Answer one picture.
@@ -108,14 +117,16 @@ class Service:
             RefusedError: there is no answer.
         """
         if upload.too_large:
-            megabytes = self.limits.file_bytes / 1e6
+            megabytes = self.settings.file_bytes / 1e6
             raise RefusedError(413, f"more than {megabytes:g} MB; make it smaller")
         started = time.perf_counter()
         square = await self.decoders.decode(upload.content, as_png=seen)
         decoded = time.perf_counter()
         probabilities = await self.batcher(square.pixels)
         done = time.perf_counter()
-        names = self.model.onnx.class_names
+        if not np.isfinite(probabilities).all():
+            raise RefusedError(500, "the network's answer is not a number: train it anew")
+        names = self.class_names
         order = np.argsort(-probabilities, kind="stable")[:top]
         return PictureAnswer(
             name=upload.name,
@@ -139,32 +150,47 @@ class Service:
 
 
 def create_app(
-    model: ServedModel, limits: Limits | None = None, ready: Callable[[], object] | None = None
+    model: ServedModel,
+    decoders: Decoders,
+    settings: ServerSettings,
+    *,
+    hosts: Iterable[str] = LOCAL_HOSTS,
+    ready: Callable[[], object],
 ) -> FastAPI:
-    """The application that serves `model`; `ready` is called when it is about to."""
-    limits = limits or Limits()
-    service = Service(model, limits, ready)
+    """Return the application that serves `model` under the names `hosts`.
+
+    Args:
+        ready: is called when the server is about to answer.
+    """
+    service = Service(model, decoders, settings, ready)
     app = FastAPI(
         title="normlab",
         version=version("normlab"),
         summary=f"Says which of {len(model.onnx.class_names)} classes a picture shows.",
         lifespan=service.running,
+        redirect_slashes=False,  # to what the client calls this server
         # Its pages of documentation load scripts from another host.
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(Guard, limits=limits)
+    app.add_middleware(Guard, settings=settings, hosts=hosts)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(RefusedError, _refused)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _failed)
-    _add_api(app, service)
-    _add_page(app)
+    samples = _samples(model)
+    _add_api(app, service, samples)
+    _add_page(app, samples)
     return app
 
 
-def _add_api(app: FastAPI, service: Service) -> None:
-    description = _describe(service)
+def _samples(model: ServedModel) -> list[tuple[str, Pixels]]:
+    """Pictures of CIFAR-10, if it is CIFAR-10's classes that the model knows."""
+    return one_of_each_class() if set(model.onnx.class_names) == set(CLASS_NAMES) else []
+
+
+def _add_api(app: FastAPI, service: Service, samples: list[tuple[str, Pixels]]) -> None:
+    description = _describe(service, samples)
     errors: dict[int | str, dict[str, Any]] = {
         code: {"model": Problem, "description": text} for code, text in _ERRORS.items()
     }
@@ -185,7 +211,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
         A picture alone that cannot be answered gives its error's code. Of several, each has its
         own answer or error, and the code is 200.
         """
-        uploads = await read_uploads(request, service.limits)
+        uploads = await read_uploads(request, service.settings)
         if len(uploads) == 1:
             return Answers(results=[await service.answer(uploads[0], top, seen)])
         answers = (service.answer_one_of_many(upload, top, seen) for upload in uploads)
@@ -210,40 +236,58 @@ def _only_digits(value: object) -> object:
     return value
 
 
-def _describe(service: Service) -> ModelDescription:
-    model, limits = service.model, service.limits
+def _describe(service: Service, samples: list[tuple[str, Pixels]]) -> ModelDescription:
+    model, settings = service.model, service.settings
     task = model.onnx.metadata.get("recipe")
     task = task if isinstance(task, dict) else {}
     recipe = task.get("recipe")
+    name = recipe.get("name") if isinstance(recipe, dict) else None
     return ModelDescription(
-        name=model.name,
-        class_names=list(model.onnx.class_names),
+        name=printable(model.name),
+        class_names=service.class_names,
         image_size=model.onnx.image_size,
         formats=list(FORMATS),
-        recipe=str(recipe["name"]) if isinstance(recipe, dict) and "name" in recipe else None,
+        recipe=printable(name) if isinstance(name, str) else None,
         data=_data_name(task.get("data")),
         sha256=model.sha256,
-        checked=model.checked,
-        certificate=model.certificate,
+        checked=printable(model.checked),
+        certificate=_plain(model.certificate),
         limits=ModelLimits(
-            file_bytes=limits.file_bytes,
+            file_bytes=settings.file_bytes,
             pixels=MAX_PIXELS,
-            parts=limits.parts,
-            body_bytes=limits.body_bytes,
+            parts=settings.parts,
+            body_bytes=settings.body_bytes,
         ),
         samples=[
-            Sample(label=label, path=f"samples/{i}.png")
-            for i, (label, _) in enumerate(one_of_each_class())
+            Sample(label=label, path=f"samples/{i}.png") for i, (label, _) in enumerate(samples)
         ],
     )
 
 
+def _plain(value: Any, depth: int = 4) -> Any:
+    """What a file says of itself, fit for JSON and for a page: no control characters, no NaN."""
+    match value:
+        case str():
+            return printable(value)
+        case float():
+            return value if math.isfinite(value) else None
+        case dict() if depth:
+            return {printable(str(k)): _plain(v, depth - 1) for k, v in value.items()}
+        case list() if depth:
+            return [_plain(v, depth - 1) for v in value]
+        case bool() | int():
+            return value
+    return None
+
+
 def _data_name(data: object) -> str | None:
     """The last part of a path: where data lie is nobody's business."""
-    return data.replace("\\", "/").rstrip("/").rpartition("/")[2] if isinstance(data, str) else None
+    if not isinstance(data, str):
+        return None
+    return printable(data.replace("\\", "/").rstrip("/").rpartition("/")[2])
 
 
-def _add_page(app: FastAPI) -> None:
+def _add_page(app: FastAPI, samples: list[tuple[str, Pixels]]) -> None:
     """Everything is read once: no request ever names a file."""
     folder = resources.files("normlab") / "templates"
     for route, (name, kind) in _PAGE.items():
@@ -254,7 +298,7 @@ def _add_page(app: FastAPI) -> None:
             include_in_schema=False,
         )
     pngs = []
-    for _, pixels in one_of_each_class():
+    for _, pixels in samples:
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
         pngs.append(file.getvalue())
@@ -264,11 +308,14 @@ def _add_page(app: FastAPI) -> None:
         response_class=Response,
         responses={
             200: {"content": {"image/png": {}}, "description": "A picture of 32 × 32 pixels."},
+            404: {"model": Problem, "description": "There is no such sample for this model."},
             422: {"model": Problem, "description": "There is no such sample."},
         },
     )
     async def sample(index: Annotated[str, PathValue(pattern="^[0-9]$")]) -> Response:
-        """A picture to try, from CIFAR-10."""
+        """A picture to try, from CIFAR-10, if the model knows its classes."""
+        if int(index) >= len(pngs):
+            raise HTTPException(404, "this model knows other classes than the samples show")
         return Response(pngs[int(index)], media_type="image/png")
 
 

@@ -2,22 +2,21 @@
 
 import asyncio
 import logging
-import os
-import sys
-from asyncio.subprocess import PIPE, Process
-from dataclasses import dataclass
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-from numpy.typing import NDArray
-
-from normlab.core.children import child_environment
-from normlab.serving.decoder import ANSWER, REQUEST, Status
-from normlab.serving.limits import Limits
+from normlab.core.cores import cores
+from normlab.core.sandbox import DeathError, LimitError, Worker
+from normlab.errors import DataError, TooLargeError, UserError
+from normlab.serving.decoder import Square, decode_square, load_formats
+from normlab.serving.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
-_GRACE = 1.0  # seconds for a decoder to end by itself
 _TOO_SLOW = "takes too long to decode; make it smaller, or save it anew as PNG or JPEG"
+_AGAIN = 1.0  # seconds between two tries to start a decoder
+_TRIES = 2  # of a picture whose decoder was killed from outside
 
 
 class RefusedError(Exception):
@@ -29,137 +28,125 @@ class RefusedError(Exception):
         self.detail = detail
 
 
-@dataclass(frozen=True)
-class Square:
-    """What the network sees: pixels (S, S, 3) uint8, and as a PNG file if that was asked for."""
-
-    pixels: NDArray[np.uint8]
-    png: bytes
-
-
 class Decoders:
     """A few decoding processes; one that dies or grows is replaced.
+
+    Each is a `Worker`, and a thread waits for its answer. Use it as a context manager.
 
     Args:
         size: S of the squares.
         count: processes; by default one a core.
     """
 
-    def __init__(self, size: int, limits: Limits, count: int | None = None) -> None:
+    def __init__(self, size: int, settings: ServerSettings, count: int | None = None) -> None:
         self._size = size
-        self._limits = limits
-        self._count = count or _cores()
-        self._all: set[Process] = set()
-        self._idle: asyncio.Queue[Process] = asyncio.Queue()
-        self._replacing: set[asyncio.Task[None]] = set()
+        self._settings = settings
+        count = count or cores()
+        self._workers = [
+            Worker(
+                # The process holds the file while it decodes.
+                memory=settings.decode_memory - settings.file_bytes,
+                seconds=None,  # the event loop watches the clock, without a thread a call
+                cpu_seconds=settings.decode_cpu,
+            )
+            for _ in range(count)
+        ]
+        self._threads = ThreadPoolExecutor(count)
+        self._idle: asyncio.Queue[Worker] = asyncio.Queue()
+        self._closed = False
 
-    async def start(self) -> None:
-        """Start the processes."""
-        for process in await asyncio.gather(*(self._spawn() for _ in range(self._count))):
-            self._idle.put_nowait(process)
+    def __enter__(self) -> "Decoders":
+        """Start the processes.
 
-    async def close(self) -> None:
+        Raises:
+            UserError: one cannot be started.
+        """
+        try:
+            for _ in self._threads.map(self._start, self._workers):
+                pass
+        except (DataError, OSError) as error:
+            self.__exit__()
+            raise UserError(
+                f"no process to decode pictures can be started ({error}): "
+                "end other programs, or raise the limits of memory and processes (`ulimit -a`)"
+            ) from None
+        for worker in self._workers:
+            self._idle.put_nowait(worker)
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End the processes."""
-        for task in self._replacing:
-            task.cancel()
-        await asyncio.gather(*self._replacing, return_exceptions=True)
-        await asyncio.gather(*(self._end(process) for process in list(self._all)))
+        self._closed = True
+        for worker in self._workers:
+            worker.close()  # so that no thread waits for its answer
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.close()  # what a thread has started meanwhile
 
     async def decode(self, content: bytes | bytearray, *, as_png: bool = False) -> Square:
         """Decode a file.
 
         Raises:
             RefusedError: 413 if it is too large in pixels, memory or time, 415 if it is no
-                picture that can be read, 429 if no decoder came free in time.
+                picture that can be read, 429 if no decoder came free in time, 503 if the decoder
+                was killed from outside, twice.
         """
+        for _ in range(_TRIES):
+            try:
+                return await self._decode(content, as_png)
+            except DeathError as error:
+                if error.signal is None or error.signal not in (signal.SIGKILL, signal.SIGTERM):
+                    detail = f"{error}: it is damaged; save it anew as PNG or JPEG"
+                    raise RefusedError(415, detail) from None
+            except (TooLargeError, LimitError) as error:
+                detail = _TOO_SLOW if isinstance(error, LimitError) else str(error)
+                raise RefusedError(413, detail) from None
+            except DataError as error:
+                raise RefusedError(415, str(error)) from None
+            except OSError:  # no process or descriptor to be had
+                break
+        raise RefusedError(503, "the decoder was ended by something else; try again")
+
+    async def _decode(self, content: bytes | bytearray, as_png: bool) -> Square:
         try:
-            async with asyncio.timeout(self._limits.wait):
-                process = await self._idle.get()
+            async with asyncio.timeout(self._settings.wait):
+                worker = await self._idle.get()
         except TimeoutError:
             raise RefusedError(429, "all decoders are busy; try again later") from None
-        usable = False
-        try:
-            async with asyncio.timeout(self._limits.decode_wall):
-                status, spent, body, png = await _ask(process, content, as_png)
-            usable = not spent
-        except (TimeoutError, EOFError, OSError):
-            raise RefusedError(413, _TOO_SLOW) from None
-        finally:
-            if usable:
-                self._idle.put_nowait(process)
-            else:
-                self._replace(process)
-        if status != Status.DECODED:
-            raise RefusedError(413 if status == Status.TOO_LARGE else 415, body.decode())
-        shape = (self._size, self._size, 3)
-        return Square(np.frombuffer(body, np.uint8).reshape(shape), png)
-
-    def _replace(self, process: Process) -> None:
-        task = asyncio.create_task(self._replacement(process))
-        self._replacing.add(task)
-        task.add_done_callback(self._replacing.discard)
-
-    async def _replacement(self, process: Process) -> None:
-        await self._end(process)
-        while True:
-            try:
-                self._idle.put_nowait(await self._spawn())
-                return
-            except (
-                OSError,
-                EOFError,
-            ) as error:  # no memory or no process to be had; there may be soon
-                logger.error("no new decoder (%s); trying again", error)
-                await asyncio.sleep(1)
-
-    async def _spawn(self) -> Process:
-        limits = self._limits
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "normlab.serving.decoder"),
-            *map(str, (self._size, limits.decode_cpu, limits.decode_memory)),
-            stdin=PIPE,
-            stdout=PIPE,
-            env=_ENVIRONMENT | child_environment(),
+        loop = asyncio.get_running_loop()
+        call = loop.run_in_executor(
+            self._threads, worker.call, decode_square, bytes(content), self._size, as_png
         )
-        self._all.add(process)
-        await _ask(process, b"", False)  # until it is ready
-        return process
+        late = loop.call_later(self._settings.decode_wall, worker.interrupt)
 
-    async def _end(self, process: Process) -> None:
-        # Its input's end ends it, if it has not died of a picture. To kill what has died already
-        # would take its exit code from asyncio, which would then write a warning.
-        assert process.stdin is not None
-        process.stdin.close()
-        try:
-            async with asyncio.timeout(_GRACE):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-        self._all.discard(process)
+        def done(call: "asyncio.Future[Square]") -> None:
+            late.cancel()
+            call.exception()  # of a cancelled request's picture nobody else asks for it
+            self._give_back(worker)
 
+        # A request that is cancelled leaves its decoder at work; it is free when that ends.
+        call.add_done_callback(done)
+        return await asyncio.shield(call)
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    def _give_back(self, worker: Worker) -> None:
+        if worker.started:
+            self._idle.put_nowait(worker)
+        elif not self._closed:
+            loop = asyncio.get_running_loop()
+            restart = loop.run_in_executor(self._threads, self._restart, worker)
+            restart.add_done_callback(lambda _: self._idle.put_nowait(worker))
 
+    def _start(self, worker: Worker) -> None:
+        worker.start(load_formats, seconds=self._settings.decoder_start)
 
-# One thread a decoder, and large blocks of memory given back to the system when they are freed.
-_ENVIRONMENT = {
-    "OPENBLAS_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "1048576",
-}
-
-
-async def _ask(
-    process: Process, content: bytes | bytearray, as_png: bool
-) -> tuple[int, bool, bytes, bytes]:
-    """Status, whether the process is spent, pixels or message, PNG."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.writelines((REQUEST.pack(as_png, len(content)), content))  # one system call
-    await process.stdin.drain()
-    status, spent, length, png = ANSWER.unpack(await process.stdout.readexactly(ANSWER.size))
-    body = await process.stdout.readexactly(length + png)
-    return status, spent, body[:length], body[length:]
+    def _restart(self, worker: Worker) -> None:
+        """Start a worker's process anew, however often that takes."""
+        told = False
+        while not self._closed:
+            try:
+                return self._start(worker)
+            except (DataError, OSError) as error:  # no memory or no process to be had; soon perhaps
+                if not told and not self._closed:
+                    logger.error("no new decoder (%s); trying again", error)
+                told = True
+                time.sleep(_AGAIN)

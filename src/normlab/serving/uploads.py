@@ -8,7 +8,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from normlab.serving.limits import Limits
+from normlab.serving.settings import ServerSettings
+from normlab.text import printable
 
 FIELD = "files"
 _NAME = 200  # characters of a file's name that are kept, to be shown beside its answer
@@ -23,7 +24,7 @@ class Upload:
     too_large: bool = False
 
 
-async def read_uploads(request: Request, limits: Limits) -> list[Upload]:
+async def read_uploads(request: Request, settings: ServerSettings) -> list[Upload]:
     """The pictures in a request's body.
 
     Raises:
@@ -36,7 +37,7 @@ async def read_uploads(request: Request, limits: Limits) -> list[Upload]:
     boundary = options.get(b"boundary")
     if not boundary or len(boundary) > 70:  # RFC 2046
         raise HTTPException(422, "the content type names no boundary of 1 to 70 characters")
-    form = _Form(limits)
+    form = _Form(settings)
     parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
     try:
         async for chunk in request.stream():
@@ -56,10 +57,10 @@ async def read_uploads(request: Request, limits: Limits) -> list[Upload]:
 class _Form:
     """Takes the parser's events."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, settings: ServerSettings) -> None:
         self.uploads: list[Upload] = []
         self.ended = False
-        self._limits = limits
+        self._settings = settings
         self._header = bytearray()
         self._value = bytearray()
         self._disposition: bytes | None = None
@@ -72,8 +73,8 @@ class _Form:
         return {f"on_{name}": getattr(self, name) for name in names}
 
     def part_begin(self) -> None:
-        if len(self.uploads) == self._limits.parts:
-            most = self._limits.parts
+        if len(self.uploads) == self._settings.parts:
+            most = self._settings.parts
             raise HTTPException(413, f"more than {most} pictures; send fewer in a request")
         self._disposition = None
 
@@ -99,7 +100,7 @@ class _Form:
 
     def part_data(self, data: bytes, start: int, end: int) -> None:
         upload = self.uploads[-1]
-        if len(upload.content) + end - start > self._limits.file_bytes:
+        if len(upload.content) + end - start > self._settings.file_bytes:
             upload.too_large = True
             upload.content.clear()
         if not upload.too_large:
@@ -110,5 +111,4 @@ class _Form:
 
 
 def _shown(name: bytes) -> str:
-    text = name.decode("utf-8", "replace")[:_NAME]
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return printable(name.decode("utf-8", "replace")[:_NAME])

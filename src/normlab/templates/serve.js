@@ -39,8 +39,7 @@ async function describe() {
     byId("about").append(element("dt", term), element("dd", text));
   }
   model.samples.forEach(addSample);
-  const known = model.samples.some((s) => model.class_names.includes(s.label));
-  if (!known) byId("samples-note").textContent = "The samples are from CIFAR-10; this model knows other classes.";
+  byId("samples-section").hidden = !model.samples.length; // none for a model of other classes
 }
 
 function element(name, text) {
