@@ -407,7 +407,15 @@ def test_findings_are_plain_json(resnet: ResNet, tmp_path: Path) -> None:
     path = tmp_path / "fresh.pt"
     torch.save(ResNet().state_dict(), path)
     told = json.loads(json.dumps(normlab.doctor(path).as_dict()))
-    assert {*told} == {"path", "kind", "normalizers", "findings", "checked", "not_checked"}
+    assert {*told} == {
+        "path",
+        "kind",
+        "normalizers",
+        "findings",
+        "checked",
+        "not_checked",
+        "caveats",
+    }
     for finding in told["findings"]:
         assert {*finding} == {"rule", "where", "severity", "evidence", "remedy", "source"}
         assert all(isinstance(v, str) and v for v in finding.values())

@@ -1,10 +1,9 @@
 """`normlab.doctor`: from a model, in whatever form, to a diagnosis."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from normlab.core.sandbox import LimitError, limited
@@ -37,8 +36,9 @@ def doctor(
             safetensors or PyTorch state dict, a `.keras` file, an ONNX graph. Files are read,
             never executed.
         data: for a module or a run: what `normlab.load` takes, whose training images give
-            statistics and whose test images are scored; for a module also `(images, labels)`, a
-            tensor (N, C, *) as the network takes it and labels (N,) or None.
+            statistics and whose test images are scored; for a module also `(images, labels)`:
+            a tensor (N, C, *) as the network takes it, or a dictionary of its keyword arguments,
+            and labels (N,) or None.
         weights: of a run: `last`, `best` or `recalibrated`.
         batch_size: of a module: how many images are normalised together in training.
         accumulation: of a module: how many batches' gradients make one update.
@@ -55,6 +55,11 @@ def doctor(
             last = count % batch_size or batch_size
         batches = Batches(size=batch_size, last=last, accumulation=accumulation)
         return examine(from_module(subject, samples, batches))
+    if not isinstance(subject, Run | str | Path):
+        raise UserError(
+            f"a {type(subject).__name__} cannot be examined: give a torch.nn.Module, a run or a "
+            "file's name"
+        )
     if isinstance(subject, Run) or Path(subject).is_dir():
         run = subject if isinstance(subject, Run) else open_run(subject)
         return examine(from_run(run, weights, None if data is None else load(data)))
@@ -71,10 +76,20 @@ def _samples(data: Any) -> tuple[Samples | None, int | None]:
     if data is None:
         return None, None
     if isinstance(data, tuple):
+        if len(data) != 2:
+            raise UserError(f"data of {len(data)} parts: give (images, labels); labels may be None")
         images, labels = data
-        if not isinstance(images, Tensor):
-            raise UserError(f"data=({type(images).__name__}, …): give images as a torch.Tensor")
-        return Samples(images, images, None if labels is None else np.asarray(labels)), len(images)
+        inputs = list(images.values()) if isinstance(images, Mapping) else [images]
+        if not inputs or not all(isinstance(x, Tensor) and x.ndim for x in inputs):
+            raise UserError(
+                f"data=({type(images).__name__}, …): give images as a torch.Tensor, or a "
+                "dictionary of tensors that the network takes as keyword arguments"
+            )
+        if len({len(x) for x in inputs}) > 1:
+            raise UserError(f"images of {[len(x) for x in inputs]} rows: give each the same number")
+        if any(x.is_floating_point() and not x.isfinite().all() for x in inputs):
+            raise UserError("the images hold NaN or infinite values: leave these images out")
+        return Samples(images, images, labels), len(inputs[0])
     found: ImageData = load(data)
     return Samples(evenly(found.x_train), found.x_test, found.y_test), len(found.x_train)
 
@@ -115,6 +130,11 @@ def _limited(reader: Callable[[Path], Patient], path: Path) -> Patient:
         raise LimitError(f"{path}: {e}") from None
 
 
+def _assumption(patient: Patient) -> tuple[str, ...]:
+    assumed = patient.assumes.strip(" ()")
+    return (f"Examined {assumed}",) if assumed else ()
+
+
 def examine(patient: Patient) -> Diagnosis:
     """Check every rule for which there is what it needs."""
     findings: list[Finding] = []
@@ -139,4 +159,5 @@ def examine(patient: Patient) -> Diagnosis:
         findings=tuple(findings),
         checked=tuple(checked),
         not_checked=not_checked,
+        caveats=(*_assumption(patient), *patient.caveats),
     )

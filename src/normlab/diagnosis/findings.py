@@ -37,6 +37,7 @@ class Diagnosis:
         normalizers: how many batch normalisations it has.
         checked: ids of the rules that could be checked.
         not_checked: ids of the others, each with what was missing.
+        caveats: sentences on what was taken for granted, or cannot be seen in such a source.
     """
 
     path: str
@@ -45,6 +46,7 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     checked: tuple[str, ...]
     not_checked: dict[str, str]
+    caveats: tuple[str, ...] = ()
 
     @property
     def serious(self) -> bool:
@@ -68,6 +70,7 @@ class Diagnosis:
         for rule, reason in self.not_checked.items():
             reasons.setdefault(reason, []).append(rule)
         lines += ["", _wrap(self._summary(), width)]
+        lines += [_wrap(f"{caveat}.", width) for caveat in self.caveats]
         if reasons:
             missing = "; ".join(f"{', '.join(r)} (need {reason})" for reason, r in reasons.items())
             lines.append(_wrap(f"Not checked: {missing}.", width))

@@ -22,6 +22,7 @@ from normlab.data.batches import EVALUATION_BATCH, split_validation
 from normlab.errors import DataError, UserError
 from normlab.evaluation.population import (
     Images,
+    count,
     evenly,
     logits_of,
     normalizers,
@@ -62,7 +63,7 @@ class ThreeWay:
 def three_way(
     model: nn.Module,
     images: Images,
-    labels: NDArray[np.integer],
+    labels: NDArray[np.integer] | Tensor,
     *,
     population: Images | None = None,
     batch_size: int = 32,
@@ -70,16 +71,18 @@ def three_way(
     """Score `images` with batch, running and population statistics; the model stays as it was.
 
     Args:
-        images: (N, H, W, 3) uint8, or (N, C, *) ready for the network.
-        labels: (N,).
+        images: (N, H, W, 3) uint8, (N, C, *) ready for the network, or a dictionary of the
+            network's keyword arguments.
+        labels: (N,), the number of each image's class.
         population: images that the population statistics are taken from, without their labels:
             those of the training set, as a rule. None: `images` themselves.
         batch_size: images a batch where batches are normalised by their own statistics.
 
     Raises:
-        UserError: a batch with fewer than two images.
+        UserError: a batch with fewer than two images, labels of another number, form or range,
+            or a network that does not answer with one row of logits for each image.
     """
-    truth = torch.as_tensor(np.asarray(labels, np.int64))
+    truth = _truth(labels, count(images))
     found = population_moments(model, images if population is None else population)
     with untouched(model), torch.no_grad():
         batch = _score(logits_of(model, images, batch_size, own_statistics=True), truth)
@@ -89,7 +92,32 @@ def three_way(
     return ThreeWay(batch, running, pooled, len(truth), batch_size)
 
 
+def _truth(labels: NDArray[np.integer] | Tensor, total: int) -> Tensor:
+    """Labels (N,) as whole numbers."""
+    values = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if values.shape != (total,):
+        hint = "; of one-hot rows take .argmax(1)" if values.ndim == 2 else ""
+        raise UserError(
+            f"labels of shape {values.shape} for {total} images: give one class number an "
+            f"image{hint}"
+        )
+    if values.dtype.kind not in "iub":
+        raise UserError(f"labels of type {values.dtype}: give class numbers, whole ones from 0")
+    return torch.as_tensor(values.astype(np.int64))
+
+
 def _score(logits: Tensor, labels: Tensor) -> Score:
+    if logits.ndim != 2 or len(logits) != len(labels):
+        raise UserError(
+            f"the network answers {len(labels)} images with logits of shape "
+            f"{tuple(logits.shape)}: scores take (N, K); without labels only statistics are taken"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= logits.shape[1]:
+        raise UserError(
+            f"labels from {low} to {high} for a network of {logits.shape[1]} classes: give class "
+            f"numbers from 0 to {logits.shape[1] - 1}"
+        )
     loss = cross_entropy(logits.double(), labels).item()
     return Score(loss, (logits.argmax(1) == labels).double().mean().item())
 
