@@ -198,7 +198,7 @@ CASES = {
         "negative in 1 of 16 channels, at lowest -0.0048",
     ),
     "never-updated": Case(
-        lambda: diagnose(network()), healthy, "1", "serious", "running_var 1 after 0 batches"
+        lambda: diagnose(network()), healthy, "1", "serious", "running_var 1 after 0 counted"
     ),
     "stale": Case(
         lambda: diagnose(settled(24, momentum=0.01)),

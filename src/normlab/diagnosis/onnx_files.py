@@ -184,7 +184,7 @@ def _describe(path: str, model: Any, folder: Path) -> Patient:
                     name=name,
                     kind=_kind(node),
                     inputs=tuple(source[0] for source in sources if source is not None),
-                    has_bias=node.op_type in _WEIGHTS and len(node.input) > 2,
+                    has_bias=node.op_type in _WEIGHTS and _has_bias(graph, node),
                 )
             )
     return Patient(
@@ -221,6 +221,12 @@ def _absence(model: Any, total: int) -> str:
         "torch.onnx.export with dynamo=True, does so unless optimize=False) or write them as "
         "single operations: their statistics are then not in the file"
     )
+
+
+def _has_bias(graph: _Graph, node: Any) -> bool:
+    """Whether a bias is added: PyTorch's newer exporter also writes zeros where there is none."""
+    bias = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+    return bias is not None and bool(bias.any())
 
 
 def _kind(node: Any) -> str:

@@ -75,7 +75,7 @@ def never_updated(patient: Patient) -> Iterator[Sign]:
     """Running statistics stand where they began."""
     for n, mean, var in tracked(patient):
         if not mean.any() and (var == 1).all():
-            after = "" if n.steps is None else f" after {n.steps:,} batches"
+            after = "" if n.steps is None else f" after {n.steps:,} counted batches"
             yield Sign(n.name, "serious", f"running_mean is 0 and running_var 1{after}")
 
 
