@@ -301,6 +301,13 @@ CASES = {
         "serious",
         "keeps no running statistics",
     ),
+    "half-precision-statistics": Case(
+        lambda: diagnose(settled().train().bfloat16()),
+        lambda: diagnose(normlab.convert_batchnorm(settled()).train().bfloat16()),
+        "1",
+        "warning",
+        "a step below 1/256",
+    ),
     "score-gap": Case(
         lambda: gap(shift=3.0),
         lambda: gap(shift=0.0),

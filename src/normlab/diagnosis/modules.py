@@ -182,6 +182,7 @@ def _normalizer(
         data_var=None if found is None else found.var.cpu().numpy(),
         updates=tracked and not getattr(layer, "frozen", False),
         takes_batch=not frozen,
+        dtype=_dtype(layer.running_var),
         single=None if found is None else found.count <= total,
         trainable=any(p.requires_grad for p in layer.parameters()),
         training=layer.training,
@@ -234,6 +235,10 @@ def _others(model: nn.Module) -> Iterator[Normalizer]:
             steps=int(steps) if steps is not None and steps.numel() == 1 else None,
             takes_batch=False if "frozen" in type(module).__name__.lower() else None,
         )
+
+
+def _dtype(t: Tensor | None) -> str | None:
+    return None if t is None else str(t.dtype).removeprefix("torch.")
 
 
 def _vector(t: Tensor | None) -> NDArray[np.float64] | None:

@@ -132,6 +132,26 @@ def no_running_statistics(patient: Patient) -> Iterator[Sign]:
 
 
 @rule(
+    "modes",
+    worst="warning",
+    remedy="keep the layer in float32 and use torch.autocast, or call "
+    "normlab.convert_batchnorm(network) before the cast",
+    source="PyTorch issue 70901; Micikevicius et al. 2018, arXiv 1710.03740",
+)
+def half_precision_statistics(patient: Patient) -> Iterator[Sign]:
+    """Running statistics are kept in half precision: small steps are lost.
+
+    A warning in training, a note in evaluation, where they no longer move.
+    """
+    for n in patient.normalizers:
+        if n.dtype in ("bfloat16", "float16") and n.by_batch:
+            severity = "warning" if patient.training else "note"
+            digits = 8 if n.dtype == "bfloat16" else 11
+            evidence = f"they are {n.dtype}, of {digits} binary digits: a step below 1/{2**digits} "
+            yield Sign(n.name, severity, evidence + "of their size moves nothing")
+
+
+@rule(
     worst="warning",
     remedy="give the network in another form: live, or as its state dict",
     source="docs/doctor.md, section on what is read",

@@ -48,6 +48,7 @@ class Normalizer:
         data_mean, data_var: population moments of its input, where data were given.
         updates: whether its running statistics move when its model is in training mode.
         takes_batch: whether it normalises by the batch's statistics then; None: if it `updates`.
+        dtype: the type of the running statistics in a live module, such as `bfloat16`.
         single: whether one image gives it a single value a channel, where data were given.
         trainable: whether γ or β learns.
         training: the mode it stands in.
@@ -64,6 +65,7 @@ class Normalizer:
     data_var: Vector | None = None
     updates: bool | None = None
     takes_batch: bool | None = None
+    dtype: str | None = None
     single: bool | None = None
     trainable: bool | None = None
     training: bool | None = None

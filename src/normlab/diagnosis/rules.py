@@ -20,6 +20,7 @@ RULES = (
     network.learning_but_frozen,
     network.training_mode_exported,
     network.no_running_statistics,
+    network.half_precision_statistics,
     network.unread_normalizer,
     network.no_normalizer,
     training.small_batches,
