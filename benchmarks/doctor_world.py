@@ -38,7 +38,7 @@ STEPS, SETTLING, BATCH = 3, 90, 8
 
 # Names with the size of picture that they take.
 TORCHVISION = {
-    **dict.fromkeys(("resnet18", "resnet50", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small"), 32),
+    **dict.fromkeys(("resnet18", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small"), 32),
     **dict.fromkeys(("mnasnet0_5", "shufflenet_v2_x0_5", "regnet_x_400mf", "regnet_y_400mf"), 32),
     **dict.fromkeys(("efficientnet_b0", "densenet121", "squeezenet1_1", "googlenet"), 64),
     "inception_v3": 80,
@@ -280,17 +280,23 @@ def onnx_cases(model: nn.Module, size: int, folder: Path, normalised: bool) -> I
     for form, options in (kept | folded).items():
         path = folder / f"{form}.onnx"
 
-        def healthy(path: Path = path, options: Any = options) -> normlab.Diagnosis:
-            torch.onnx.export(model.eval(), (x,), path, verbose=False, **options)
-            return normlab.doctor(path)
+        def exported(path: Path = path, options: Any = options) -> Path:
+            if not path.exists():
+                torch.onnx.export(model.eval(), (x,), path, verbose=False, **options)
+            return path
+
+        def healthy(exported: Callable[[], Path] = exported) -> normlab.Diagnosis:
+            return normlab.doctor(exported())
 
         yield form, "", "", healthy
         if form in kept and normalised:
             for fault, rule in VECTOR_FAULTS.items():
                 spoiled = folder / "spoiled.onnx"
 
-                def ill(path: Path = path, fault: str = fault) -> normlab.Diagnosis:
-                    spoil_onnx(path, spoiled, fault)  # noqa: B023
+                def ill(
+                    exported: Callable[[], Path] = exported, fault: str = fault
+                ) -> normlab.Diagnosis:
+                    spoil_onnx(exported(), spoiled, fault)  # noqa: B023
                     return normlab.doctor(spoiled)  # noqa: B023
 
                 yield form, fault, rule, ill
@@ -384,15 +390,16 @@ def cases(source: str, name: str, size: int, folder: Path) -> Iterator[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", help="names of architectures")
+    parser.add_argument("--skip", default=None, help="forms with this in their name, for later")
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
     if not args.table:
-        run(args.result, args.only)
+        run(args.result, args.only, args.skip)
     print(table(read(args.result)))
 
 
-def run(result: Path, only: list[str] | None) -> None:
+def run(result: Path, only: list[str] | None, skip: str | None) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     before = read(result)
@@ -409,12 +416,16 @@ def run(result: Path, only: list[str] | None) -> None:
                 row: dict[str, Any] = {"architecture": architecture}
                 try:
                     for form, fault, rule, examine in cases(source, name, size, Path(folder)):
+                        if skip is not None and skip in form:
+                            continue
                         if (architecture, form, fault) not in done:
                             row |= {"form": form, "fault": fault, "rule": rule}
                             print(json.dumps(row | examined(examine)), file=f, flush=True)
                 except Exception as e:  # the network cannot be made here: say so and go on
                     print(f"{architecture}: {type(e).__name__}: {e}", flush=True)
                 else:
+                    if skip is not None:
+                        continue
                     print(json.dumps({**row, "form": "end", "fault": ""}), file=f, flush=True)
 
 
