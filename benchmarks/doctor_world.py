@@ -14,7 +14,9 @@ fault counts as found if its rule says something that it does not say of the hea
 """
 
 import argparse
+import contextlib
 import copy
+import io
 import json
 import os
 import tempfile
@@ -208,10 +210,13 @@ def with_fault(model: nn.Module, fault: str) -> nn.Module:
 def examined(examine: Callable[[], normlab.Diagnosis]) -> dict[str, Any]:
     """What an examination came to, in plain values."""
     start = time.perf_counter()
+    outcome: dict[str, Any]
     try:
         diagnosis = examine()
+    except NotExportedError as e:
+        outcome = {"not exported": str(e)[:300]}
     except normlab.NormlabError as e:
-        outcome: dict[str, Any] = {"refused": str(e)[:300]}
+        outcome = {"refused": str(e)[:300]}
     except Exception as e:
         outcome = {"crashed": f"{type(e).__name__}: {e}"[:300]}
     else:
@@ -264,6 +269,18 @@ def _saved_cases(model: nn.Module, folder: Path, fault: str, rule: str) -> Itera
     yield ".safetensors", fault, rule, safetensors
 
 
+class NotExportedError(Exception):
+    """PyTorch could not export the network: nothing for the doctor to look at."""
+
+
+def export(model: nn.Module, x: Tensor, path: Path, **options: Any) -> None:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # a failure prints the whole network
+            torch.onnx.export(model, (x,), path, verbose=False, **options)
+    except Exception as e:
+        raise NotExportedError(str(e).partition("\n")[0]) from e
+
+
 def onnx_cases(model: nn.Module, size: int, folder: Path, normalised: bool) -> Iterator[Case]:
     """Both exporters, with normalisations left as they are and, as is their default, folded."""
     from torch.onnx import TrainingMode
@@ -282,7 +299,7 @@ def onnx_cases(model: nn.Module, size: int, folder: Path, normalised: bool) -> I
 
         def exported(path: Path = path, options: Any = options) -> Path:
             if not path.exists():
-                torch.onnx.export(model.eval(), (x,), path, verbose=False, **options)
+                export(model.eval(), x, path, **options)
             return path
 
         def healthy(exported: Callable[[], Path] = exported) -> normlab.Diagnosis:
@@ -305,9 +322,7 @@ def onnx_cases(model: nn.Module, size: int, folder: Path, normalised: bool) -> I
         def in_training() -> normlab.Diagnosis:
             training = {"training": TrainingMode.TRAINING, "do_constant_folding": False}
             path = folder / "training.onnx"
-            torch.onnx.export(
-                copy.deepcopy(model).train(), (x,), path, dynamo=False, verbose=False, **training
-            )
+            export(copy.deepcopy(model).train(), x, path, dynamo=False, **training)
             return normlab.doctor(path)
 
         yield "ONNX, older exporter", "in training mode", "training-mode-exported", in_training
@@ -404,7 +419,8 @@ def run(result: Path, only: list[str] | None, skip: str | None) -> None:
     warnings.simplefilter("ignore")
     before = read(result)
     again = {r["architecture"] for r in before if {"refused", "crashed"} & {*r}}
-    done = {(r["architecture"], r["form"], r["fault"]) for r in before if "findings" in r}
+    kept = [r for r in before if {"findings", "not exported"} & {*r}]
+    done = {(r["architecture"], r["form"], r["fault"]) for r in kept}
     complete = {r["architecture"] for r in before if r["form"] == "end"} - again
     sources = {"torchvision": TORCHVISION, "timm": TIMM, "keras": KERAS}
     for source, networks in sources.items():
