@@ -106,6 +106,11 @@ class Patient:
         assumes: what was taken for granted where the source does not say; cited as evidence.
         training: whether the model as a whole is in training mode, if it is a live one.
         training_nodes: nodes of an exported graph that are in training mode.
+        part: the keys that lead to it in a file that holds several things, such as `model_ema`.
+        unread: the normalisers that could not be read, each with the reason.
+        unread_tensors: the same of other tensors.
+        passed_over: what lies beside the weights and was not looked at.
+        meant_without: why it is meant to have no batch normalisation, where that is known.
     """
 
     path: str
@@ -118,6 +123,11 @@ class Patient:
     training_nodes: tuple[str, ...] | None = None
     batches: Batches = Batches()
     scores: "ThreeWay | None" = None
+    part: str = ""
+    unread: Mapping[str, str] = field(default_factory=dict)
+    unread_tensors: Mapping[str, str] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()
+    meant_without: str = ""
 
     @property
     def facts(self) -> frozenset[str]:

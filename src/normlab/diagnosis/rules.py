@@ -1,10 +1,13 @@
 """All rules, in the order of docs/doctor.md."""
 
 from normlab.diagnosis import network_rules as network
+from normlab.diagnosis import reading_rules as reading
 from normlab.diagnosis import statistics_rules as statistics
 from normlab.diagnosis import training_rules as training
 
 RULES = (
+    reading.no_normalizer,
+    reading.not_read,
     statistics.not_finite,
     statistics.variance_not_positive,
     statistics.never_updated,
