@@ -104,11 +104,15 @@ def _npz(data: bytes, path: Path) -> None:
 
 
 def _torch(data: bytes, path: Path) -> None:
-    from normlab.diagnosis.state_dicts import from_arrays
+    """A zip, its pickle alone, or, with 2 as the first byte, a file of PyTorch before 1.6."""
+    from normlab.diagnosis.examination import examine_all
+    from normlab.diagnosis.state_dicts import from_torch_file
     from normlab.formats.torch_files import read_torch
 
-    path.write_bytes(zipped(data, "a/data.pkl", {"a/data/0": bytes(64), "a/byteorder": b"little"}))
-    from_arrays("x", "x", read_torch(path))
+    parts = {"a/data/0": bytes(64), "a/byteorder": b"little"}
+    legacy = data[0] == 2
+    path.write_bytes(data[1:] if legacy else zipped(data, "a/data.pkl", parts))
+    examine_all(from_torch_file("x", read_torch(path)))
 
 
 def _json(data: bytes, path: Path) -> None:

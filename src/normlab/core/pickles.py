@@ -131,6 +131,8 @@ class PickleReader:
 
     def made(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         """What stands for the result of a call."""
+        if isinstance(function, Unbuilt):
+            return Unbuilt(function.name, (function, *arguments))
         return Unbuilt(function.text if isinstance(function, Name) else "?", arguments)
 
     def reference(self, reference: Any) -> Any:

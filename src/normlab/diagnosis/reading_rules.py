@@ -45,3 +45,8 @@ def not_read(patient: Patient) -> Iterator[Sign]:
         yield Sign(name, "serious", f"{count}: {reason}")
     for name, reason in patient.unread_tensors.items():
         yield Sign(name, "note", f"the tensor could not be read: {reason}")
+    if "eps" in patient.facts:
+        for n in patient.normalizers:
+            if n.eps is None:
+                lacking = "its ε and momentum are not in the file, so no rule on them was checked"
+                yield Sign(n.name, "note", lacking)

@@ -358,7 +358,9 @@ def _entries(model: Json) -> list[Json]:
 
 
 def _name(layer: Json) -> str:
-    return str(layer["config"]["name"])
+    """A class of the file's own may leave it out of its settings."""
+    name = layer["config"].get("name") or layer.get("name") or _snake_case(layer["class_name"])
+    return str(name)
 
 
 def _sources(value: Any) -> Iterator[str]:
@@ -369,7 +371,7 @@ def _sources(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         if isinstance(history := value.get("keras_history"), list) and history:
             yield str(history[0])
-        value = list(value.values())
+        value = [v for k, v in value.items() if k != "keras_history"]
     if isinstance(value, list):
         if len(value) in (3, 4) and isinstance(value[0], str) and isinstance(value[1], int):
             yield value[0]

@@ -214,7 +214,7 @@ class _Reader(PickleReader):
     limit = MAX_OPCODES
 
     def made(self, function: Any, arguments: tuple[Any, ...]) -> Any:
-        name = function.text if isinstance(function, Name) else "?"
+        name = function.text if isinstance(function, Name) else ""
         if name in _DICTIONARIES:
             return _pairs(arguments)
         if name in _PARAMETERS and arguments and isinstance(arguments[0], _Tensor | _Odd):
@@ -424,18 +424,25 @@ class _Search:
 
     def __init__(self) -> None:
         self.parts: list[_Part] = []
-        self.passed_over: list[str] = []
+        self.passed_over: dict[str, str] = {}  # by place
         self.more = 0
         self.seen: set[int] = set()
 
     def told(self) -> tuple[str, ...]:
         """What was passed over, in words."""
         more = [f"{self.more:,} more objects"] if self.more else []
-        return (*self.passed_over, *more)
+        told = (
+            f"{place or 'the file itself'} ({what})" for place, what in self.passed_over.items()
+        )
+        return (*told, *more)
 
     def pass_over(self, place: str, what: str) -> None:
+        """Note something that stays unbuilt, and not what lies inside it."""
+        place = _shown(place)
+        if any(place == p or place.startswith(f"{p}.") for p in self.passed_over):
+            return
         if len(self.passed_over) < MAX_PASSED_OVER:
-            self.passed_over.append(f"{_shown(place) or 'the file itself'} ({what})")
+            self.passed_over[place] = what
         else:
             self.more += 1
 
@@ -459,7 +466,7 @@ class _Search:
                 self.parts.append(self.module(place, item))
                 return
             if _leaf(item) is None:
-                self.pass_over(place, _shown(item.name))
+                self.pass_over(place, _shown(item.name.replace(" ", ".")))
                 yield from (
                     (place, x) for x in (*item.arguments, item.state, item.items, item.pairs)
                 )
@@ -545,7 +552,7 @@ def _joined(place: str, key: str) -> str:
 
 def _shown(text: str) -> str:
     """A name from the file as it may be printed."""
-    return "".join(c if c.isprintable() else "?" for c in text.replace(" ", "."))
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _state_dict(part: _Part, storages: _Storages) -> StateDict:
