@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from build import torch_file
 
 from normlab.core.pickles import as_array, read_pickle
 from normlab.data.cifar10.archives import read_members
@@ -104,14 +105,18 @@ def _npz(data: bytes, path: Path) -> None:
 
 
 def _torch(data: bytes, path: Path) -> None:
-    """A zip, its pickle alone, or, with 2 as the first byte, a file of PyTorch before 1.6."""
+    """By the first byte: 2 a file of PyTorch before 1.6, 4 a program for one, else a zip's part."""
     from normlab.diagnosis.examination import examine_all
     from normlab.diagnosis.state_dicts import from_torch_file
     from normlab.formats.torch_files import read_torch
 
     parts = {"a/data/0": bytes(64), "a/byteorder": b"little"}
-    legacy = data[0] == 2
-    path.write_bytes(data[1:] if legacy else zipped(data, "a/data.pkl", parts))
+    if data[0] == 2:
+        path.write_bytes(data[1:])
+    elif data[0] == 4:
+        path.write_bytes(torch_file(data[1:]))
+    else:
+        path.write_bytes(zipped(data, "a/data.pkl", parts))
     examine_all(from_torch_file("x", read_torch(path)))
 
 

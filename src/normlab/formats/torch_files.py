@@ -38,7 +38,7 @@ from normlab.errors import DataError
 Arrays = dict[str, NDArray[Any]]
 
 MAX_OPCODES = 2_000_000  # about 50,000 tensors
-BUDGET, ALWAYS = 8, 1 << 24  # times the file's bytes, and bytes that any file may take
+BUDGET, ALWAYS = 8, 1 << 23  # times the file's bytes, and bytes that any file may take
 MAX_DEPTH = 100  # dictionaries in dictionaries, and modules in modules
 MAX_PASSED_OVER = 20  # things beside the weights that are named
 LARGEST = 1 << 60  # no size, stride or count of numbers is larger
@@ -463,7 +463,8 @@ class _Search:
         """Note what `item` is; what it holds that may hold weights in its turn."""
         if isinstance(item, Unbuilt):
             if _is_module(item):
-                self.parts.append(self.module(place, item))
+                part = self.module(place, item)
+                self.parts += [part] if part.entries else []
                 return
             if _leaf(item) is None:
                 self.pass_over(place, _shown(item.name.replace(" ", ".")))
