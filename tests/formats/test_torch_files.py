@@ -207,6 +207,33 @@ def test_huge_numbers_cost_what_they_take_in_the_file(tmp_path: Path, pickled: b
     assert memory < 60 << 20
 
 
+MANY = 8_000
+LIST = b"(" + b"N" * MANY + b"lq\x00"
+STATE = b"}(" + b"".join(text(f"k{i}") + b"N" for i in range(MANY)) + b"uq\x00"
+LONG_NAME = b"c" + b"m" * 500_000 + b"\nx\nq\x00"
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        LIST + b"0](" + b"ccollections\nOrderedDict\nh\x00\x85R" * MANY + b"e",
+        STATE + b"0](" + b"ca\nb\n)\x81h\x00b" * MANY + b"e",
+        STATE + b"0](" + b"c__torch__\nb\n)\x81h\x00b" * MANY + b"e",
+        b"(" + b"N" * MANY + b"tq\x000](" + b"ca\nb\nh\x00R" * MANY + b"e",
+        b"(" + b"N" * MANY + b"tq\x000](" + b"ca\nb\n)Rh\x00R" * MANY + b"e",
+        LONG_NAME + b"0](" + b"h\x00)R" * MANY + b"e",
+        b"](" + (text("a") + dictionary([("w.x", tensor("0", 4))]))[6:] * 2_000 + b"e",
+    ],
+    ids=["lists", "states", "scripts", "arguments", "calls of calls", "names", "state dicts"],
+)
+def test_what_many_things_share_is_looked_through_once(tmp_path: Path, pickled: bytes) -> None:
+    """Each would take the square of its length in time or memory."""
+    path = archive(tmp_path / "x.pt", pickled, {"0": bytes(16)})
+    seconds, memory = cost(refused(path, "no weights|without measure|damaged|2,000 state dicts"))
+    assert seconds < 10
+    assert memory < 40 << 20
+
+
 def deep(levels: int) -> bytes:
     return b"]" * levels + b"a" * (levels - 1)
 

@@ -24,7 +24,7 @@ from normlab.errors import DataError
 
 # A batch of 10,000 labels and file names takes about 50,000.
 MAX_OPCODES = 250_000
-MAX_KEY = 1_000  # characters of a dictionary's key that is looked at
+MAX_KEY = 1_000  # characters of a name, or of a dictionary's key that is looked at
 
 _RECONSTRUCT = {
     "numpy.core.multiarray _reconstruct",
@@ -132,7 +132,7 @@ class PickleReader:
     def made(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         """What stands for the result of a call."""
         if isinstance(function, Unbuilt):
-            return Unbuilt(function.name, (function, *arguments))
+            return Unbuilt(function.name, (function, arguments))
         return Unbuilt(function.text if isinstance(function, Name) else "?", arguments)
 
     def reference(self, reference: Any) -> Any:
@@ -209,12 +209,14 @@ class PickleReader:
     def step_call(self, name: str, argument: Any) -> None:
         match name:
             case "GLOBAL":
+                if len(argument) > MAX_KEY:
+                    raise ValueError
                 self.stack.append(self.name(argument))
             case "STACK_GLOBAL":
                 module, attribute = self.pop(2)
                 if not isinstance(module, str) or not isinstance(attribute, str):
                     raise ValueError
-                if len(module) + len(attribute) > MAX_KEY:  # else each mention would copy it
+                if len(module) + len(attribute) >= MAX_KEY:  # else each mention would copy it
                     raise ValueError
                 self.stack.append(self.name(f"{module} {attribute}"))
             case "REDUCE" | "NEWOBJ":
@@ -224,6 +226,8 @@ class PickleReader:
                 self.call(function, arguments)
             case "INST":
                 arguments = tuple(self.pop_to_mark())
+                if len(argument) > MAX_KEY:
+                    raise ValueError
                 self.call(self.name(argument), arguments)
             case "OBJ":
                 function, *rest = self.pop_to_mark()
@@ -371,9 +375,11 @@ def _dtype(value: Any) -> str | None:
         case Unbuilt(name=name, arguments=(str() | bytes() as code, *_), state=state) if (
             name == _DTYPE
         ):
-            text = code.decode("latin-1") if isinstance(code, bytes) else code
+            text = code[:8].decode("latin-1") if isinstance(code, bytes) else code
         case _:
             return None
+    if len(text) > 4:
+        return None
     order = state[1] if isinstance(state, tuple) and len(state) > 1 else "|"
     big = order in (">", b">")
     return (">" if big else "<") + text if text in _NUMBERS else None

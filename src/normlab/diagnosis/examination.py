@@ -35,9 +35,9 @@ def doctor(
         normlab.doctor(model, data=(images, labels))
 
     Args:
-        subject: a live module, which is left as it was; a run or its folder; or a file: a
-            safetensors or PyTorch state dict, a `.keras` file, an ONNX graph. Files are read,
-            never executed.
+        subject: a live module, which is left as it was; a run or its folder; or a file: of
+            `torch.save` or TorchScript, safetensors, of Keras, an ONNX graph. Files are read, never
+            executed.
         data: for a module or a run: what `normlab.load` takes, whose training images give
             statistics and whose test images are scored; for a module also `(images, labels)`, a
             tensor (N, C, *) as the network takes it and labels (N,) or None.

@@ -41,6 +41,7 @@ MAX_OPCODES = 2_000_000  # about 50,000 tensors
 BUDGET, ALWAYS = 8, 1 << 23  # times the file's bytes, and bytes that any file may take
 MAX_DEPTH = 100  # dictionaries in dictionaries, and modules in modules
 MAX_PASSED_OVER = 20  # things beside the weights that are named
+MAX_PARTS = 1_000  # state dicts
 LARGEST = 1 << 60  # no size, stride or count of numbers is larger
 
 # PyTorch's name of a type of number → bytes, and NumPy's name where NumPy has the type.
@@ -213,10 +214,14 @@ class _Reader(PickleReader):
 
     limit = MAX_OPCODES
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.copied = 0
+
     def made(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         name = function.text if isinstance(function, Name) else ""
         if name in _DICTIONARIES:
-            return _pairs(arguments)
+            return self.pairs(arguments)
         if name in _PARAMETERS and arguments and isinstance(arguments[0], _Tensor | _Odd):
             return arguments[0]
         if name == _OF_A_TYPE and len(arguments) > 2 and isinstance(arguments[2], tuple):
@@ -231,6 +236,7 @@ class _Reader(PickleReader):
         match reference:
             case ("storage", Name(text), str(key), _, int(count), *rest):
                 kind = text.rpartition(" ")[2]
+                kind = kind if kind in _STORAGES else kind[:40]
                 view = rest[0] if rest else None
                 if not 0 <= count < LARGEST or len(key) > MAX_KEY:
                     return None
@@ -244,13 +250,15 @@ class _Reader(PickleReader):
                 return value
         return None
 
-
-def _pairs(arguments: tuple[Any, ...]) -> Pairs:
-    """The dictionary of these arguments: nothing, a dictionary, or Python 2's list of pairs."""
-    given = arguments[0] if arguments else []
-    if not isinstance(given, list):
-        return Pairs()
-    return Pairs((x[0], x[1]) for x in given if isinstance(x, list | tuple) and len(x) == 2)
+    def pairs(self, arguments: tuple[Any, ...]) -> Pairs:
+        """The dictionary of these arguments: nothing, or Python 2's list of pairs."""
+        given = arguments[0] if arguments else []
+        if not isinstance(given, list):
+            return Pairs()
+        self.copied += len(given)  # the same list can be given again and again
+        if self.copied > self.limit:
+            raise DataError("its dictionaries repeat the same list without measure")
+        return Pairs((x[0], x[1]) for x in given if isinstance(x, list | tuple) and len(x) == 2)
 
 
 def _tensor(arguments: tuple[Any, ...]) -> _Leaf:
@@ -259,10 +267,9 @@ def _tensor(arguments: tuple[Any, ...]) -> _Leaf:
             pass
         case _:
             return _Odd("its bytes are not where torch.save puts them: save it with torch.save")
-    whole = (offset, *size, *stride)
     if len(size) != len(stride) or len(size) > 64:
         return _Odd("its sizes and strides do not fit together")
-    if not all(type(n) is int and 0 <= n < LARGEST for n in whole):
+    if not all(type(n) is int and 0 <= n < LARGEST for n in (offset, *size, *stride)):
         return _Odd("its sizes or strides are no sizes")
     if storage.kind == "UntypedStorage":
         named = rest[2] if len(rest) > 2 else None
@@ -384,9 +391,12 @@ def _read(value: Any, storages: _Storages, size: int) -> TorchFile:
     search = _Search()
     search.run(value)
     parts = [p for p in search.parts if _looks_like_weights(p)] or search.parts
+    chosen = {id(part) for part in parts}
     for part in search.parts:
-        if part not in parts:
+        if id(part) not in chosen:
             search.pass_over(part.place, f"{counted(len(part.entries), 'tensor')} of no layer")
+    if len(parts) > MAX_PARTS:
+        raise DataError(f"it holds {len(parts):,} state dicts, more than {MAX_PARTS:,}")
     if not parts:
         raise DataError("it holds no weights, as far as it can be read: save model.state_dict()")
     wanted = sum(_bytes(leaf) for part in parts for leaf in part.entries.values())
@@ -425,6 +435,7 @@ class _Search:
     def __init__(self) -> None:
         self.parts: list[_Part] = []
         self.passed_over: dict[str, str] = {}  # by place
+        self.modules: dict[int, bool] = {}  # by the id of the state, which many objects may share
         self.more = 0
         self.seen: set[int] = set()
 
@@ -432,13 +443,13 @@ class _Search:
         """What was passed over, in words."""
         more = [f"{self.more:,} more objects"] if self.more else []
         told = (
-            f"{place or 'the file itself'} ({what})" for place, what in self.passed_over.items()
+            f"{_shown(place) or 'the file itself'} ({_shown(what)})"
+            for place, what in self.passed_over.items()
         )
         return (*told, *more)
 
     def pass_over(self, place: str, what: str) -> None:
         """Note something that stays unbuilt, and not what lies inside it."""
-        place = _shown(place)
         if any(place == p or place.startswith(f"{p}.") for p in self.passed_over):
             return
         if len(self.passed_over) < MAX_PASSED_OVER:
@@ -462,14 +473,14 @@ class _Search:
     def look(self, place: str, item: Any) -> _Found:
         """Note what `item` is; what it holds that may hold weights in its turn."""
         if isinstance(item, Unbuilt):
-            if _is_module(item):
+            if self.is_module(item):
                 part = self.module(place, item)
                 self.parts += [part] if part.entries else []
                 return
             if _leaf(item) is None:
-                self.pass_over(place, _shown(item.name.replace(" ", ".")))
+                self.pass_over(place, item.name.replace(" ", "."))
                 yield from (
-                    (place, x) for x in (*item.arguments, item.state, item.items, item.pairs)
+                    (place, x) for x in (item.arguments, item.state, item.items, item.pairs)
                 )
         elif isinstance(item, Pairs):
             known = {key: x for key, x in item if isinstance(key, str) and len(key) <= MAX_KEY}
@@ -495,39 +506,44 @@ class _Search:
                 continue
             self.seen.add(id(module))
             inside = []
-            for key, x in _attributes(module):
+            for key, x in self.attributes(module):
                 leaf = _leaf(x)
                 if leaf is not None:
                     part.entries[_joined(name, _shown(key))] = leaf
-                elif isinstance(x, Unbuilt) and _is_module(x) and id(x) not in self.seen:
+                elif isinstance(x, Unbuilt) and self.is_module(x) and id(x) not in self.seen:
                     inside.append((_joined(name, _shown(key)), x, depth + 1))
                 elif x is None or (type(x) in (int, float, bool) and abs(x) < LARGEST):
                     part.settings.setdefault(name, {})[key] = x
             waiting += reversed(inside)
         return part
 
+    def is_module(self, item: Unbuilt) -> bool:
+        """Whether it is a `torch.nn.Module` or one of TorchScript."""
+        if item.name.startswith("__torch__"):
+            return True
+        state = item.state
+        if not isinstance(state, Pairs):
+            return False
+        if id(state) not in self.modules:
+            names = {key for key, _ in state if isinstance(key, str)}
+            self.modules[id(state)] = {"_parameters", "_buffers", "_modules"} <= names
+        return self.modules[id(state)]
 
-def _is_module(item: Unbuilt) -> bool:
-    """Whether it is a `torch.nn.Module` or one of TorchScript."""
-    if item.name.startswith("__torch__"):
-        return True
-    names = {key for key, _ in _state(item) if isinstance(key, str)}
-    return {"_parameters", "_buffers", "_modules"} <= names
+    def attributes(self, module: Unbuilt) -> _Found:
+        """Parameters, buffers, modules and settings; TorchScript keeps them all side by side.
 
+        A dictionary that belongs to several modules is looked through once.
+        """
+        for key, x in self.once(module.state):
+            if key in ("_parameters", "_buffers", "_modules") and isinstance(x, Pairs):
+                yield from self.once(x)
+            else:
+                yield key, x
 
-def _state(item: Unbuilt) -> Pairs:
-    return item.state if isinstance(item.state, Pairs) else Pairs()
-
-
-def _attributes(module: Unbuilt) -> Iterator[tuple[str, Any]]:
-    """Parameters, buffers, modules and settings; TorchScript keeps them all side by side."""
-    for key, x in _state(module):
-        if not isinstance(key, str) or len(key) > MAX_KEY:
-            continue
-        if key in ("_parameters", "_buffers", "_modules") and isinstance(x, Pairs):
-            yield from ((k, v) for k, v in x if isinstance(k, str) and len(k) <= MAX_KEY)
-        else:
-            yield key, x
+    def once(self, pairs: Any) -> _Found:
+        if isinstance(pairs, Pairs) and id(pairs) not in self.seen:
+            self.seen.add(id(pairs))
+            yield from ((k, v) for k, v in pairs if isinstance(k, str) and len(k) <= MAX_KEY)
 
 
 def _leaf(value: Any) -> _Leaf | None:
