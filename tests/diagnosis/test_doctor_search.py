@@ -223,3 +223,16 @@ def test_a_counter_that_counts_nothing_is_no_counter(tmp_path: Path, counter: An
     state["num_batches_tracked"] = counter
     torch.save(state, tmp_path / "x.pt")
     assert "stale" in normlab.doctor(tmp_path / "x.pt").not_checked
+
+
+def test_names_from_a_file_cannot_command_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.pt"
+    state = {f"\x1b[31m.{k}": v for k, v in nn.BatchNorm2d(3).state_dict().items()}
+    objects = {"\x1b]52;c;eA==\x07": Options()}
+    torch.save({"\x1b]0;x\x07": state, "\x9b2J": nn.Linear(2, 2).state_dict(), **objects}, path)
+    assert command(["doctor", str(path)]) == 1
+    told = capsys.readouterr().out
+    assert "never-updated" in told
+    assert all(line.isprintable() for line in told.splitlines())

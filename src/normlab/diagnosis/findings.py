@@ -64,7 +64,10 @@ class Diagnosis:
         return asdict(self)
 
     def text(self, width: int = 80) -> str:
-        """The findings for people, in lines of at most `width`; a rule's places stand together."""
+        """The findings for people, in lines of at most `width`; a rule's places stand together.
+
+        Names come from the file: what in them would command a terminal is replaced.
+        """
         lines = [_wrap(self._heading(), width)]
         groups: dict[tuple[str, str], list[Finding]] = {}
         for f in self.findings:
@@ -85,7 +88,7 @@ class Diagnosis:
             lines.append(_wrap(f"Taken for granted: {self.assumes}.", width))
         if self.passed_over:
             lines.append(_wrap(f"Passed over, unbuilt: {_some(self.passed_over)}.", width))
-        return "\n".join(lines)
+        return "".join(c if c.isprintable() or c == "\n" else "?" for c in "\n".join(lines))
 
     def _heading(self) -> str:
         examined = f"examined {counted(self.normalizers, 'batch normalisation')}"

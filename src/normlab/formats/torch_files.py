@@ -443,8 +443,7 @@ class _Search:
         """What was passed over, in words."""
         more = [f"{self.more:,} more objects"] if self.more else []
         told = (
-            f"{_shown(place) or 'the file itself'} ({_shown(what)})"
-            for place, what in self.passed_over.items()
+            f"{place or 'the file itself'} ({what})" for place, what in self.passed_over.items()
         )
         return (*told, *more)
 
@@ -487,7 +486,7 @@ class _Search:
             if {"state", "param_groups"} <= known.keys():
                 self.pass_over(place, "an optimiser's state")
                 return
-            entries = {_shown(key): leaf for key, x in known.items() if (leaf := _leaf(x))}
+            entries = {key: leaf for key, x in known.items() if (leaf := _leaf(x))}
             if entries:
                 self.parts.append(_Part(place, entries))
             for i, (key, x) in enumerate(item):
@@ -509,9 +508,9 @@ class _Search:
             for key, x in self.attributes(module):
                 leaf = _leaf(x)
                 if leaf is not None:
-                    part.entries[_joined(name, _shown(key))] = leaf
+                    part.entries[_joined(name, key)] = leaf
                 elif isinstance(x, Unbuilt) and self.is_module(x) and id(x) not in self.seen:
-                    inside.append((_joined(name, _shown(key)), x, depth + 1))
+                    inside.append((_joined(name, key), x, depth + 1))
                 elif x is None or (type(x) in (int, float, bool) and abs(x) < LARGEST):
                     part.settings.setdefault(name, {})[key] = x
             waiting += reversed(inside)
@@ -567,11 +566,6 @@ def _joined(place: str, key: str) -> str:
     return f"{place}.{key}" if place else key
 
 
-def _shown(text: str) -> str:
-    """A name from the file as it may be printed."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
 def _state_dict(part: _Part, storages: _Storages) -> StateDict:
     arrays: Arrays = {}
     unread: dict[str, str] = {}
@@ -580,7 +574,7 @@ def _state_dict(part: _Part, storages: _Storages) -> StateDict:
             arrays[name] = _array(leaf, storages)
         except (DataError, zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError) as e:
             unread[name] = str(e)
-    return StateDict(_shown(part.place), arrays, unread, part.settings)
+    return StateDict(part.place, arrays, unread, part.settings)
 
 
 def _array(leaf: _Leaf, storages: _Storages) -> NDArray[Any]:
