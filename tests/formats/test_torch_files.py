@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from normlab.errors import DataError
-from normlab.formats import torch_files
 from normlab.formats.torch_files import TorchFile, read_torch
+from normlab.formats.torch_tensors import TorchReader
 
 TYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64),
@@ -268,7 +268,7 @@ def test_sharing_is_walked_once(tmp_path: Path) -> None:
 def test_shapes_that_are_no_checkpoint_are_refused(
     tmp_path: Path, pickled: bytes, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_files._Reader, "limit", 250_000)
+    monkeypatch.setattr(TorchReader, "limit", 250_000)
     path = archive(tmp_path / "x.pt", pickled, {"0": bytes(16)})
     _, memory = cost(refused(path, message))
     assert memory < 50 << 20

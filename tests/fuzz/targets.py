@@ -151,7 +151,7 @@ def _task() -> object:
 def _keras_config(data: bytes, path: Path) -> None:
     """What is made of the description of a model; the arrays are another target's."""
     from normlab.diagnosis import keras_files
-    from normlab.formats import keras_files as keras_reader
+    from normlab.formats import keras_notebook as keras_reader
 
     path = path.with_name("x.keras")
     path.write_bytes(zipped(b"\0" + data[1:], "config.json", {"model.weights.h5": b"no"}))
@@ -163,7 +163,7 @@ def _keras_config(data: bytes, path: Path) -> None:
 
 def _hdf5(data: bytes, path: Path) -> None:
     from normlab.diagnosis import keras_files
-    from normlab.formats import keras_files as keras_reader
+    from normlab.formats import keras_notebook as keras_reader
 
     if data[0] % 2:
         path = path.with_name("x.h5")

@@ -11,90 +11,27 @@ made. The bytes may not exceed `BUDGET` times the file's: many tensors can share
 """
 
 import io
-import math
 import tarfile
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from normlab.core.pickles import (
-    MAX_KEY,
-    Name,
-    Pairs,
-    PickledArray,
-    PickleReader,
-    Unbuilt,
-    array_in,
-    read_with,
-)
+from normlab.core.pickles import Pairs, PickledArray, read_with
 from normlab.core.text import counted
 from normlab.errors import DataError
+from normlab.formats.torch_search import Part, Search, looks_like_weights
+from normlab.formats.torch_tensors import DTYPES, Leaf, LegacyReader, Odd, TorchReader
 
 Arrays = dict[str, NDArray[Any]]
 
-MAX_OPCODES = 2_000_000  # about 50,000 tensors
 BUDGET, ALWAYS = 8, 1 << 23  # times the file's bytes, and bytes that any file may take
-MAX_DEPTH = 100  # dictionaries in dictionaries, and modules in modules
-MAX_PASSED_OVER = 20  # things beside the weights that are named
 MAX_PARTS = 1_000  # state dicts
-LARGEST = 1 << 60  # no size, stride or count of numbers is larger
 
-# PyTorch's name of a type of number → bytes, and NumPy's name where NumPy has the type.
-_DTYPES = {
-    "float64": (8, "<f8"),
-    "float32": (4, "<f4"),
-    "float16": (2, "<f2"),
-    "bfloat16": (2, None),
-    "int64": (8, "<i8"),
-    "int32": (4, "<i4"),
-    "int16": (2, "<i2"),
-    "int8": (1, "<i1"),
-    "uint64": (8, "<u8"),
-    "uint32": (4, "<u4"),
-    "uint16": (2, "<u2"),
-    "uint8": (1, "<u1"),
-    "bool": (1, "?"),
-    "complex64": (8, "<c8"),
-    "complex128": (16, "<c16"),
-    "float8_e4m3fn": (1, None),
-    "float8_e4m3fnuz": (1, None),
-    "float8_e5m2": (1, None),
-    "float8_e5m2fnuz": (1, None),
-}
-_STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-    "UntypedStorage": "bytes",
-}
-_DICTIONARIES = {"collections OrderedDict", "builtins dict", "__builtin__ dict"}
-_PARAMETERS = {
-    "torch._utils _rebuild_parameter",
-    "torch._utils _rebuild_parameter_with_state",
-}
-_OLD_PARAMETERS = {"torch.nn.parameter Parameter", "torch.autograd.variable Variable"}
-_OF_A_TYPE = "torch._tensor _rebuild_from_type_v2"
-_TENSORS = {
-    "torch._utils _rebuild_tensor",
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_tensor_v3",
-}
 _MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
-_PARAMETER_NAMES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
@@ -155,10 +92,10 @@ def read_torch(path: Path) -> TorchFile:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 storages = _ZipStorages(archive, size)
-                value = read_with(_Reader(), io.BytesIO(storages.member("data.pkl")))
+                value = read_with(TorchReader(), io.BytesIO(storages.member("data.pkl")))
                 return _read(value, storages, size)
         if begin[:1] == b"\x80":  # what pickle.dump wrote: arrays of NumPy can be in it
-            return _read(read_with(_Reader(), io.BytesIO(path.read_bytes())), _Storages(), size)
+            return _read(read_with(TorchReader(), io.BytesIO(path.read_bytes())), _Storages(), size)
     except (
         *(DataError, RuntimeError, EOFError, OSError, OverflowError, zipfile.BadZipFile),
         *(ValueError, NotImplementedError),
@@ -170,115 +107,6 @@ def read_torch(path: Path) -> TorchFile:
         f"{path} is no zip and no older file of torch.save, or is cut off: save model.state_dict() "
         "with torch.save"
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Storage:
-    """A storage that the pickle mentions; `start` is that of a view on another one."""
-
-    key: str
-    kind: str
-    count: int
-    start: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """A tensor that the pickle mentions: nothing of it has been read."""
-
-    storage: _Storage
-    dtype: str
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the array that it becomes."""
-        width, name = _DTYPES[self.dtype]
-        return math.prod(self.size) * (width if name else 4)
-
-
-@dataclass(frozen=True, slots=True)
-class _Odd:
-    """A tensor that cannot be read, and why."""
-
-    reason: str
-
-
-_Leaf = _Tensor | _Odd | PickledArray
-
-
-class _Reader(PickleReader):
-    """Keeps tensors and dictionaries; leaves everything else unbuilt."""
-
-    limit = MAX_OPCODES
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.copied = 0
-
-    def made(self, function: Any, arguments: tuple[Any, ...]) -> Any:
-        name = function.text if isinstance(function, Name) else ""
-        if name in _DICTIONARIES:
-            return self.pairs(arguments)
-        if name in _PARAMETERS and arguments and isinstance(arguments[0], _Tensor | _Odd):
-            return arguments[0]
-        if name == _OF_A_TYPE and len(arguments) > 2 and isinstance(arguments[2], tuple):
-            return self.made(arguments[0], arguments[2])
-        if name in _TENSORS:
-            return _tensor(arguments)
-        if name.startswith("torch._utils _rebuild_"):
-            return _Odd(f"it is a tensor of another kind ({name.rpartition('_rebuild_')[2][:40]})")
-        return super().made(function, arguments)
-
-    def reference(self, reference: Any) -> Any:
-        match reference:
-            case ("storage", Name(text), str(key), _, int(count), *rest):
-                kind = text.rpartition(" ")[2]
-                kind = kind if kind in _STORAGES else kind[:40]
-                view = rest[0] if rest else None
-                if not 0 <= count < LARGEST or len(key) > MAX_KEY:
-                    return None
-                if isinstance(view, tuple):  # PyTorch before 0.4: (key, start, count)
-                    match view:
-                        case (str(), int(start), int()) if 0 <= start < LARGEST:
-                            return _Storage(key, kind, count, start)
-                    return None
-                return _Storage(key, kind, count)
-            case ("module", value, *_):  # with its source code, which older PyTorch noted
-                return value
-        return None
-
-    def pairs(self, arguments: tuple[Any, ...]) -> Pairs:
-        """The dictionary of these arguments: nothing, or Python 2's list of pairs."""
-        given = arguments[0] if arguments else []
-        if not isinstance(given, list):
-            return Pairs()
-        self.copied += len(given)  # the same list can be given again and again
-        if self.copied > self.limit:
-            raise DataError("its dictionaries repeat the same list without measure")
-        return Pairs((x[0], x[1]) for x in given if isinstance(x, list | tuple) and len(x) == 2)
-
-
-def _tensor(arguments: tuple[Any, ...]) -> _Leaf:
-    match arguments:
-        case (_Storage() as storage, int(offset), tuple(size), tuple(stride), *rest):
-            pass
-        case _:
-            return _Odd("its bytes are not where torch.save puts them: save it with torch.save")
-    if len(size) != len(stride) or len(size) > 64:
-        return _Odd("its sizes and strides do not fit together")
-    if not all(type(n) is int and 0 <= n < LARGEST for n in (offset, *size, *stride)):
-        return _Odd("its sizes or strides are no sizes")
-    if storage.kind == "UntypedStorage":
-        named = rest[2] if len(rest) > 2 else None
-        dtype = named.text.rpartition(" ")[2] if isinstance(named, Name) else "?"
-    else:
-        dtype = _STORAGES.get(storage.kind, storage.kind)
-    if dtype not in _DTYPES:
-        return _Odd(f"its type of number, {dtype[:40]}, is not known")
-    return _Tensor(storage, dtype, offset + storage.start, tuple(size), tuple(stride))
 
 
 class _Storages:
@@ -337,7 +165,7 @@ def _inner(name: str) -> str:
 
 def _legacy(content: bytes) -> tuple[Any, _Storages]:
     """The value of a file of PyTorch before 1.6, and where its storages lie."""
-    file, reader = io.BytesIO(content), _LegacyReader()
+    file, reader = io.BytesIO(content), LegacyReader()
     read_with(reader, file)  # the magic number
     read_with(reader, file)  # the version of the format
     if _setting(read_with(reader, file), "little_endian") is False:
@@ -356,41 +184,14 @@ def _legacy(content: bytes) -> tuple[Any, _Storages]:
     return value, _LegacyStorages(places)
 
 
-class _LegacyReader(_Reader):
-    """Also notes how many bytes a number has in each storage."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.widths: dict[str, int] = {}
-
-    def reference(self, reference: Any) -> Any:
-        found = super().reference(reference)
-        if isinstance(found, _Storage):
-            view = reference[5] if len(reference) > 5 else None
-            key = view[0] if isinstance(view, tuple) else found.key
-            width = _DTYPES.get(_STORAGES.get(found.kind, ""), (1, None))[0]
-            self.widths[key] = width
-            return _Storage(key, found.kind, found.count, found.start)
-        return found
-
-
 def _setting(value: Any, key: str) -> Any:
     return next((v for k, v in value if k == key), None) if isinstance(value, Pairs) else None
 
 
-@dataclass(eq=False)
-class _Part:
-    """Weights that belong together, before any array is made."""
-
-    place: str
-    entries: dict[str, _Leaf]
-    settings: dict[str, dict[str, float | None]] = field(default_factory=dict)
-
-
 def _read(value: Any, storages: _Storages, size: int) -> TorchFile:
-    search = _Search()
+    search = Search()
     search.run(value)
-    parts = [p for p in search.parts if _looks_like_weights(p)] or search.parts
+    parts = [p for p in search.parts if looks_like_weights(p)] or search.parts
     chosen = {id(part) for part in parts}
     for part in search.parts:
         if id(part) not in chosen:
@@ -412,161 +213,11 @@ def _read(value: Any, storages: _Storages, size: int) -> TorchFile:
     return TorchFile(found, search.told())
 
 
-def _bytes(leaf: _Leaf) -> int:
-    return 0 if isinstance(leaf, _Odd) else leaf.nbytes
+def _bytes(leaf: Leaf) -> int:
+    return 0 if isinstance(leaf, Odd) else leaf.nbytes
 
 
-def _looks_like_weights(part: _Part) -> bool:
-    """Whether the names are those of layers; a score beside the weights may be a tensor, too."""
-    return bool(part.settings) or any(
-        name in _PARAMETER_NAMES
-        or name.endswith("running_var")
-        or ("." in name and getattr(leaf, "size", None) != ())
-        for name, leaf in part.entries.items()
-    )
-
-
-_Found = Iterator[tuple[str, Any]]
-
-
-class _Search:
-    """Looks for state dicts and modules in whatever lies in a file, each thing once."""
-
-    def __init__(self) -> None:
-        self.parts: list[_Part] = []
-        self.passed_over: dict[str, str] = {}  # by place
-        self.modules: dict[int, bool] = {}  # by the id of the state, which many objects may share
-        self.more = 0
-        self.seen: set[int] = set()
-
-    def told(self) -> tuple[str, ...]:
-        """What was passed over, in words."""
-        more = [f"{self.more:,} more objects"] if self.more else []
-        told = (
-            f"{place or 'the file itself'} ({what})" for place, what in self.passed_over.items()
-        )
-        return (*told, *more)
-
-    def pass_over(self, place: str, what: str) -> None:
-        """Note something that stays unbuilt, and not what lies inside it."""
-        if any(place == p or place.startswith(f"{p}.") for p in self.passed_over):
-            return
-        if len(self.passed_over) < MAX_PASSED_OVER:
-            self.passed_over[place] = what
-        else:
-            self.more += 1
-
-    def run(self, value: Any) -> None:
-        path: list[_Found] = [iter([("", value)])]  # iterators: only one line of places is kept
-        while path:
-            place, item = next(path[-1], (None, None))
-            if place is None:
-                path.pop()
-            elif id(item) not in self.seen and isinstance(item, list | tuple | Unbuilt):
-                if len(path) > MAX_DEPTH:
-                    self.pass_over(place, f"more than {MAX_DEPTH} levels deep")
-                    continue
-                self.seen.add(id(item))
-                path.append(self.look(place, item))
-
-    def look(self, place: str, item: Any) -> _Found:
-        """Note what `item` is; what it holds that may hold weights in its turn."""
-        if isinstance(item, Unbuilt):
-            if self.is_module(item):
-                part = self.module(place, item)
-                self.parts += [part] if part.entries else []
-                return
-            if _leaf(item) is None:
-                self.pass_over(place, item.name.replace(" ", "."))
-                yield from (
-                    (place, x) for x in (item.arguments, item.state, item.items, item.pairs)
-                )
-        elif isinstance(item, Pairs):
-            known = {key: x for key, x in item if isinstance(key, str) and len(key) <= MAX_KEY}
-            if {"state", "param_groups"} <= known.keys():
-                self.pass_over(place, "an optimiser's state")
-                return
-            entries = {key: leaf for key, x in known.items() if (leaf := _leaf(x))}
-            if entries:
-                self.parts.append(_Part(place, entries))
-            for i, (key, x) in enumerate(item):
-                yield _joined(place, key if isinstance(key, str) and key in known else str(i)), x
-        else:
-            yield from ((_joined(place, str(i)), x) for i, x in enumerate(item))
-
-    def module(self, place: str, root: Unbuilt) -> _Part:
-        """The weights in a module and the modules inside it, by their names in a state dict."""
-        part = _Part(place, {})
-        waiting = [("", root, 0)]
-        while waiting:
-            name, module, depth = waiting.pop()
-            if depth > MAX_DEPTH:
-                self.pass_over(_joined(place, name), f"more than {MAX_DEPTH} levels deep")
-                continue
-            self.seen.add(id(module))
-            inside = []
-            for key, x in self.attributes(module):
-                leaf = _leaf(x)
-                if leaf is not None:
-                    part.entries[_joined(name, key)] = leaf
-                elif isinstance(x, Unbuilt) and self.is_module(x) and id(x) not in self.seen:
-                    inside.append((_joined(name, key), x, depth + 1))
-                elif x is None or (type(x) in (int, float, bool) and abs(x) < LARGEST):
-                    part.settings.setdefault(name, {})[key] = x
-            waiting += reversed(inside)
-        return part
-
-    def is_module(self, item: Unbuilt) -> bool:
-        """Whether it is a `torch.nn.Module` or one of TorchScript."""
-        if item.name.startswith("__torch__"):
-            return True
-        state = item.state
-        if not isinstance(state, Pairs):
-            return False
-        if id(state) not in self.modules:
-            names = {key for key, _ in state if isinstance(key, str)}
-            self.modules[id(state)] = {"_parameters", "_buffers", "_modules"} <= names
-        return self.modules[id(state)]
-
-    def attributes(self, module: Unbuilt) -> _Found:
-        """Parameters, buffers, modules and settings; TorchScript keeps them all side by side.
-
-        A dictionary that belongs to several modules is looked through once.
-        """
-        for key, x in self.once(module.state):
-            if key in ("_parameters", "_buffers", "_modules") and isinstance(x, Pairs):
-                yield from self.once(x)
-            else:
-                yield key, x
-
-    def once(self, pairs: Any) -> _Found:
-        if isinstance(pairs, Pairs) and id(pairs) not in self.seen:
-            self.seen.add(id(pairs))
-            yield from ((k, v) for k, v in pairs if isinstance(k, str) and len(k) <= MAX_KEY)
-
-
-def _leaf(value: Any) -> _Leaf | None:
-    """A tensor or an array, if it is one."""
-    if isinstance(value, _Tensor | _Odd):
-        return value
-    if isinstance(value, Unbuilt):
-        if value.name in _OLD_PARAMETERS and isinstance(value.state, tuple) and value.state:
-            return value.state[0] if isinstance(value.state[0], _Tensor | _Odd) else None
-        return array_in(value)
-    return None
-
-
-def _joined(place: str, key: str) -> str:
-    """
-    Raises:
-        DataError: such a name is no network's, and many of them would fill the memory.
-    """
-    if len(place) + len(key) > MAX_KEY:
-        raise DataError(f"a name in it has more than {MAX_KEY:,} characters")
-    return f"{place}.{key}" if place else key
-
-
-def _state_dict(part: _Part, storages: _Storages) -> StateDict:
+def _state_dict(part: Part, storages: _Storages) -> StateDict:
     arrays: Arrays = {}
     unread: dict[str, str] = {}
     for name, leaf in part.entries.items():
@@ -577,12 +228,12 @@ def _state_dict(part: _Part, storages: _Storages) -> StateDict:
     return StateDict(part.place, arrays, unread, part.settings)
 
 
-def _array(leaf: _Leaf, storages: _Storages) -> NDArray[Any]:
-    if isinstance(leaf, _Odd):
+def _array(leaf: Leaf, storages: _Storages) -> NDArray[Any]:
+    if isinstance(leaf, Odd):
         raise DataError(leaf.reason)
     if isinstance(leaf, PickledArray):
         return leaf.build()
-    width, name = _DTYPES[leaf.dtype]
+    width, name = DTYPES[leaf.dtype]
     content = storages.content(leaf.storage.key)
     if leaf.storage.kind != "UntypedStorage" and len(content) < leaf.storage.count * width:
         raise DataError(
