@@ -168,7 +168,7 @@ def test_a_vector_that_is_not_in_the_file(tmp_path: Path) -> None:
     del weights["v"]
     nodes = [helper.make_node("Exp", ["log"], ["v"]), bn(), bn(y="y2", name="other")]
     path = saved(tmp_path / "a.onnx", nodes, {**weights, "log": np.zeros(3, np.float32)})
-    assert found(path, "unread-normalizer") == [("bn", "warning"), ("other", "warning")]
+    assert found(path, "not-read") == [("bn", "serious"), ("other", "serious")]
     diagnosis = normlab.doctor(path)
     assert diagnosis.normalizers == 2
     assert "the variance is not in the file" in diagnosis.text(width=1000)
@@ -176,7 +176,7 @@ def test_a_vector_that_is_not_in_the_file(tmp_path: Path) -> None:
 
 def test_a_graph_without_normalisers_says_where_they_may_have_gone(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.onnx", [helper.make_node("Relu", ["x"], ["y"])])
-    assert found(path, "no-normalizer") == [("model", "warning")]
+    assert found(path, "no-normalizer") == [("model", "serious")]
     text = normlab.doctor(path).text(width=1000)
     assert "none of the 1 nodes is a BatchNormalization; me wrote it" in text
     assert "fold" in text

@@ -321,8 +321,8 @@ CASES = {
 # Rules whose tests stand by themselves.
 ELSEWHERE = {
     "training-mode-exported": "test_training_mode_exported",
-    "no-normalizer": "test_no_normaliser_is_a_finding",
-    "unread-normalizer": "test_a_vector_that_is_not_in_the_file",
+    "no-normalizer": "test_a_file_without_normalisers_is_never_called_healthy",
+    "not-read": "test_what_could_not_be_read_is_counted",
 }
 
 WORST = {rule.id: rule.worst for rule in RULES}
@@ -736,5 +736,5 @@ def test_what_was_assumed_is_told_when_nothing_is_found(tmp_path: Path) -> None:
     diagnosis = doctor(tmp_path / "healthy.pt")
     assert diagnosis.findings == ()
     assert "momentum 0.1 and eps 1e-5" in diagnosis.text(width=1000)
-    assert len(diagnosis.as_dict()["caveats"]) == 1
-    assert diagnose(settled()).caveats == ()
+    assert diagnosis.as_dict()["assumes"]
+    assert diagnose(settled()).assumes == ""

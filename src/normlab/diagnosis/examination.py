@@ -1,6 +1,8 @@
 """`normlab.doctor`: from a model, in whatever form, to a diagnosis."""
 
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,9 @@ def doctor(
         normlab.doctor(model, data=(images, labels))
 
     Args:
-        subject: a live module, which is left as it was; a run or its folder; or a file: a
-            safetensors or PyTorch state dict, a `.keras` file, an ONNX graph. Files are read,
-            never executed.
+        subject: a live module, which is left as it was; a run or its folder; or a file: of
+            `torch.save` or TorchScript, safetensors, of Keras, an ONNX graph. Files are read, never
+            executed.
         data: for a module or a run: what `normlab.load` takes, whose training images give
             statistics and whose test images are scored; for a module also `(images, labels)`:
             a tensor (N, C, *) as the network takes it, or a dictionary of its keyword arguments,
@@ -68,7 +70,7 @@ def doctor(
             f"data with {str(subject)!r}: a file's network cannot be run; give a run, or call "
             "normlab.doctor(model, data=…) in Python"
         )
-    return examine(read(Path(subject)))
+    return examine_all(read(Path(subject)))
 
 
 def _samples(data: Any) -> tuple[Samples | None, int | None]:
@@ -94,31 +96,43 @@ def _samples(data: Any) -> tuple[Samples | None, int | None]:
     return Samples(evenly(found.x_train), found.x_test, found.y_test), len(found.x_train)
 
 
-def read(path: Path) -> Patient:
-    """Describe the model in a file, by its suffix.
+def read(path: Path) -> tuple[Patient, ...]:
+    """Describe the models in a file: by what it holds, whatever it is called.
 
     Raises:
-        UserError: no such file, an unknown suffix, or a damaged file.
+        UserError: no such file, one of no known form, or a damaged one.
     """
     from normlab.diagnosis import keras_files, onnx_files, state_dicts
     from normlab.formats import torch_files
 
     if not path.is_file():
         raise DataError(f"{path} does not exist: name a run's folder or a model's file")
-    match path.suffix.lower():
-        case ".safetensors":
-            arrays = state_dicts.read_safetensors(path)
-            return state_dicts.from_arrays(str(path), "safetensors state dict", arrays)
-        case ".pt" | ".pth" | ".bin" | ".ckpt":
-            arrays = torch_files.read_torch(path)
-            return state_dicts.from_arrays(str(path), "PyTorch state dict", arrays)
-        case ".keras":
-            return _limited(keras_files.read_keras, path)
-        case ".onnx":
-            return _limited(onnx_files.read_onnx, path)
+    suffix = path.suffix.lower()
+    if torch_files.is_torch(path) or suffix in (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl"):
+        return state_dicts.from_torch_file(str(path), torch_files.read_torch(path))
+    if suffix in (".keras", ".h5", ".hdf5") or _begins_as_keras(path):
+        return (_limited(keras_files.read_keras, path),)
+    if suffix == ".onnx":
+        return (_limited(onnx_files.read_onnx, path),)
+    if suffix == ".safetensors":
+        arrays = state_dicts.read_safetensors(path)
+        return (state_dicts.from_arrays(str(path), "safetensors state dict", arrays),)
     raise UserError(
-        f"{path} is of no known form: give a run's folder, .safetensors, .pt, .pth, .keras or .onnx"
+        f"{path} is of no known form: give a run's folder, .safetensors, a file of torch.save or "
+        "TorchScript (.pt, .pth), of Keras (.keras, .h5), or .onnx"
     )
+
+
+def _begins_as_keras(path: Path) -> bool:
+    """Whether it is HDF5, or a zip with a description of layers."""
+    with open(path, "rb") as f:
+        if f.read(8) == b"\x89HDF\r\n\x1a\n":
+            return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "config.json" in archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
 
 
 def _limited(reader: Callable[[Path], Patient], path: Path) -> Patient:
@@ -130,9 +144,36 @@ def _limited(reader: Callable[[Path], Patient], path: Path) -> Patient:
         raise LimitError(f"{path}: {e}") from None
 
 
-def _assumption(patient: Patient) -> tuple[str, ...]:
-    assumed = patient.assumes.strip(" ()")
-    return (f"Examined {assumed}",) if assumed else ()
+def examine_all(patients: Sequence[Patient]) -> Diagnosis:
+    """One diagnosis of all that lies in a file; a finding names the part that it is in.
+
+    A part without a normaliser, such as a head, is no illness beside one that has some.
+    """
+    diagnoses = [examine(patient) for patient in patients]
+    if len(diagnoses) == 1:
+        return diagnoses[0]
+    found_some = any(p.normalizers or p.unread for p in patients)
+    findings = [
+        replace(f, where=f"{patient.part or 'the file'}: {f.where}")
+        for patient, diagnosis in zip(patients, diagnoses, strict=True)
+        for f in diagnosis.findings
+        if f.rule != "no-normalizer" or not found_some
+    ]
+    checked = [rule.id for rule in RULES if any(rule.id in d.checked for d in diagnoses)]
+    missing = {rule: need for d in diagnoses for rule, need in d.not_checked.items()}
+    return replace(
+        diagnoses[0],
+        normalizers=sum(d.normalizers for d in diagnoses),
+        findings=_sorted(findings),
+        checked=tuple(checked),
+        not_checked={rule: need for rule, need in missing.items() if rule not in checked},
+        parts={patient.part or "the file": len(patient.normalizers) for patient in patients},
+        assumes=next((d.assumes for d in diagnoses if d.assumes), ""),
+    )
+
+
+def _sorted(findings: list[Finding]) -> tuple[Finding, ...]:
+    return tuple(sorted(findings, key=lambda f: -SEVERITIES.index(f.severity)))
 
 
 def examine(patient: Patient) -> Diagnosis:
@@ -151,13 +192,15 @@ def examine(patient: Patient) -> Diagnosis:
             Finding(rule.id, s.where, s.severity, s.evidence, rule.remedy, rule.source)
             for s in rule.check(patient)
         ]
-    findings.sort(key=lambda f: -SEVERITIES.index(f.severity))
     return Diagnosis(
         path=patient.path,
         kind=patient.kind,
         normalizers=len(patient.normalizers),
-        findings=tuple(findings),
+        findings=_sorted(findings),
         checked=tuple(checked),
         not_checked=not_checked,
-        caveats=(*_assumption(patient), *patient.caveats),
+        parts={patient.part: len(patient.normalizers)} if patient.part else {},
+        passed_over=patient.passed_over,
+        assumes=patient.assumes.removeprefix(" (taking ").removesuffix(", for granted)"),
+        caveats=patient.caveats,
     )

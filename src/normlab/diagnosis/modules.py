@@ -80,6 +80,7 @@ def from_module(
         tensors={name: array(t) for name, t in model.state_dict().items()},
         graph=trace(model),
         training=training,
+        meant_without="every layer was looked at",
         batches=batches,
         scores=scores,
     )
@@ -105,7 +106,9 @@ def from_run(run: Run, weights: str, data: ImageData | None) -> Patient:
     if weights == "recalibrated":  # these do not come from steps: nothing initial is left in them
         ns = tuple(replace(n, steps=None) for n in patient.normalizers)
         patient = replace(patient, normalizers=ns)
-    patient = replace(patient, kind=f"run, {weights} weights", training=None)
+    meant = "" if recipe.norm == "batch" else f"its recipe has norm={recipe.norm}"
+    kind = f"run, {weights} weights"
+    patient = replace(patient, kind=kind, training=None, meant_without=meant)
     return patient if run.task.start is None else _as_trained(patient, run.task.start)
 
 

@@ -149,30 +149,3 @@ def half_precision_statistics(patient: Patient) -> Iterator[Sign]:
             digits = 8 if n.dtype == "bfloat16" else 11
             evidence = f"they are {n.dtype}, of {digits} binary digits: a step below 1/{2**digits} "
             yield Sign(n.name, severity, evidence + "of their size moves nothing")
-
-
-@rule(
-    worst="warning",
-    remedy="give the network in another form: live, or as its state dict",
-    source="docs/doctor.md, section on what is read",
-)
-def unread_normalizer(patient: Patient) -> Iterator[Sign]:
-    """Something of a batch normalisation could not be read, so it was not examined."""
-    for name, reason in patient.unread.items():
-        yield Sign(name, "warning", reason)
-
-
-@rule(
-    worst="warning",
-    remedy="if the network has batch normalisations, give it in another form: live, as its state "
-    "dict, or exported without optimisation",
-    source="docs/doctor.md, section on what is read",
-)
-def no_normalizer(patient: Patient) -> Iterator[Sign]:
-    """No batch normalisation was found, so hardly any rule says anything.
-
-    A note where every layer of a live network or a run was looked at.
-    """
-    if not patient.normalizers:
-        live = patient.training is not None or patient.kind.startswith("run")
-        yield Sign("model", "note" if live else "warning", patient.absence or "there is none")

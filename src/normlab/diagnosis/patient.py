@@ -120,11 +120,15 @@ class Patient:
         tensors: all weights and statistics, by name.
         graph: its layers in an order in which they can run.
         assumes: what was taken for granted where the source does not say; cited as evidence.
-        unread: normalisers of which something could not be read, each with what.
         caveats: sentences on what else the source leaves open, told whatever is found.
         absence: why none may have been found where there were some once.
         training: whether the model as a whole is in training mode, if it is a live one.
         training_nodes: nodes of an exported graph that are in training mode.
+        part: the keys that lead to it in a file that holds several things, such as `model_ema`.
+        unread: the normalisers that could not be read, each with the reason.
+        unread_tensors: the same of other tensors.
+        passed_over: what lies beside the weights and was not looked at.
+        meant_without: why it is meant to have no batch normalisation, where that is known.
     """
 
     path: str
@@ -133,13 +137,17 @@ class Patient:
     tensors: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     graph: tuple[Node, ...] | None = None
     assumes: str = ""
-    unread: Mapping[str, str] = field(default_factory=dict)
     absence: str = ""
     caveats: tuple[str, ...] = ()
     training: bool | None = None
     training_nodes: tuple[str, ...] | None = None
     batches: Batches = Batches()
     scores: "ThreeWay | None" = None
+    part: str = ""
+    unread: Mapping[str, str] = field(default_factory=dict)
+    unread_tensors: Mapping[str, str] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()
+    meant_without: str = ""
 
     @property
     def facts(self) -> frozenset[str]:

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from normlab.errors import UserError
-from normlab.formats.keras_files import read_notebook
 from normlab.formats.keras_layout import SNAKE_CASE
+from normlab.formats.keras_notebook import read_notebook
 from normlab.interchange.certificate import Certificate, Check
 from normlab.interchange.keras_layers import KerasLayer, layers_of
 from normlab.models import NotebookNet
