@@ -26,15 +26,17 @@ def test_a_fault_counts_where_its_rule_says_more_than_of_the_healthy_network(
         row("live", "y", "eps-matters", findings=[old]),
         row("live", "z", "eps-matters", crashed="KeyError"),
         row("file", findings=[["serious", "stale", "bn1", "few"]]),
+        row("graph", findings=[["serious", "no-normalizer", "model", "folded"]]),
         row("end"),
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     lines = table(read(path)).splitlines()[2:]
     assert lines == [
-        "| live | 1 | 2 | 1 | 1 | 0 | 1 | 0 | 1 |",
-        "| file | 1 | 0 | 0 | 1 | 1 | 0 | 0 | 0 |",
-        "| all | 1 | 2 | 1 | 2 | 1 | 1 | 0 | 1 |",
+        "| live | 1 | 2 | 1 | 1 | 0 | 1 | 0 | 0 | 1 |",
+        "| file | 1 | 0 | 0 | 1 | 1 | 0 | 0 | 0 | 0 |",
+        "| graph | 1 | 0 | 0 | 1 | 0 | 0 | 1 | 0 | 0 |",
+        "| all | 1 | 2 | 1 | 3 | 1 | 1 | 1 | 0 | 1 |",
     ]
 
 
