@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from normlab.evaluation.scores import ThreeWay as ThreeWay
     from normlab.evaluation.scores import three_way as three_way
     from normlab.layers import BatchNorm as BatchNorm
+    from normlab.layers import convert_batchnorm as convert_batchnorm
     from normlab.recipes import Recipe as Recipe
     from normlab.reports.inspection_report import Inspection as Inspection
     from normlab.reports.inspection_report import inspect as inspect
@@ -56,6 +57,7 @@ _HOMES = {
     "ThreeWay": "evaluation.scores",
     "UserError": "errors",
     "compare": "api.compare",
+    "convert_batchnorm": "layers",
     "doctor": "diagnosis",
     "evaluate": "api.run",
     "inspect": "reports.inspection_report",

@@ -155,6 +155,13 @@ def test_a_claim_of_gigabytes_allocates_nothing(content):
     assert peak_memory(lambda: refused(content)) < 1_000_000
 
 
+def test_a_long_key_mentioned_often_is_not_copied():
+    """1 MB of key under 10,000 names took 10 GB."""
+    key = b"X" + (1 << 20).to_bytes(4, "little") + b"k" * (1 << 20)
+    content = b"\x80\x02}(" + key + b"q\x00N" + b"h\x00N" * 10_000 + b"u."
+    assert peak_memory(lambda: refused(content)) < 12 << 20
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(

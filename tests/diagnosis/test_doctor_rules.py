@@ -20,6 +20,7 @@ from normlab.diagnosis.findings import SEVERITIES
 from normlab.diagnosis.modules import from_module
 from normlab.diagnosis.patient import FACTS
 from normlab.diagnosis.rule import Rule
+from normlab.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs" / "doctor.md"
 
@@ -144,6 +145,15 @@ def exported(path: Path, *, training: bool, opset: int = 17) -> Path:
     return path
 
 
+def vectors() -> nn.Sequential:
+    """A network that normalises vectors: one value a channel from each image."""
+    model = nn.Sequential(nn.Linear(192, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    with torch.no_grad():
+        for step in range(80):
+            model(pictures(16, seed=step, size=8).flatten(1))
+    return model
+
+
 def forgetful(momentum: float) -> nn.Sequential:
     return settled(momentum=momentum)
 
@@ -188,7 +198,7 @@ CASES = {
         "negative in 1 of 16 channels, at lowest -0.0048",
     ),
     "never-updated": Case(
-        lambda: diagnose(network()), healthy, "1", "serious", "running_var 1 after 0 batches"
+        lambda: diagnose(network()), healthy, "1", "serious", "running_var 1 after 0 counted"
     ),
     "stale": Case(
         lambda: diagnose(settled(24, momentum=0.01)),
@@ -198,7 +208,7 @@ CASES = {
         "after 24 steps with m = 0.99 they weigh 0.79",
     ),
     "updated-unequally": Case(
-        lambda: diagnose(unequal()), healthy, "1", "warning", "updated 80 times, others 81 times"
+        lambda: diagnose(unequal()), healthy, "1", "warning", "counted 80 updates, others 81"
     ),
     "momentum-turned-round": Case(
         lambda: diagnose(forgetful(0.99)),
@@ -264,11 +274,11 @@ CASES = {
         "4 images a batch",
     ),
     "last-batch-of-one": Case(
-        lambda: diagnose(settled(), data=DATA, batch_size=21),
-        lambda: diagnose(settled(), data=DATA, batch_size=20),
+        lambda: diagnose(vectors(), data=(DATA[0].flatten(1), None), batch_size=21),
+        lambda: diagnose(vectors(), data=(DATA[0].flatten(1), None), batch_size=20),
         "batches",
         "serious",
-        "leave one image over",
+        "batches of 21 leave one image over, which has no variance",
     ),
     "accumulation": Case(
         lambda: diagnose(settled(), batch_size=8, accumulation=4),
@@ -284,6 +294,20 @@ CASES = {
         "serious",
         "the variance by a factor of 8.",
     ),
+    "no-running-statistics": Case(
+        lambda: diagnose(settled(track_running_stats=False)),
+        healthy,
+        "1",
+        "serious",
+        "keeps no running statistics",
+    ),
+    "half-precision-statistics": Case(
+        lambda: diagnose(settled().train().bfloat16()),
+        lambda: diagnose(normlab.convert_batchnorm(settled()).train().bfloat16()),
+        "1",
+        "warning",
+        "a step below 1/256",
+    ),
     "score-gap": Case(
         lambda: gap(shift=3.0),
         lambda: gap(shift=0.0),
@@ -293,6 +317,13 @@ CASES = {
     ),
 }
 
+
+# Rules whose tests stand by themselves.
+ELSEWHERE = {
+    "training-mode-exported": "test_training_mode_exported",
+    "no-normalizer": "test_a_file_without_normalisers_is_never_called_healthy",
+    "not-read": "test_what_could_not_be_read_is_counted",
+}
 
 WORST = {rule.id: rule.worst for rule in RULES}
 
@@ -340,7 +371,7 @@ def test_a_healthy_model_has_no_findings_at_all() -> None:
 
 
 def test_every_rule_has_its_case_and_its_line_in_the_docs() -> None:
-    tested = {*CASES, "training-mode-exported"}
+    tested = {*CASES, *ELSEWHERE}
     assert {r.id for r in RULES} == tested
     text = DOCS.read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| `")]
@@ -349,10 +380,8 @@ def test_every_rule_has_its_case_and_its_line_in_the_docs() -> None:
 
 def row(rule: Rule) -> str:
     """A rule's line in docs/doctor.md."""
-    name = "test_training_mode_exported"
-    if rule.id in CASES:
-        name = f"test_the_ill_are_accused[{rule.id}]"
-    needs = ", ".join(FACTS[need] for need in rule.needs)
+    name = ELSEWHERE.get(rule.id, f"test_the_ill_are_accused[{rule.id}]")
+    needs = ", ".join(FACTS[need] for need in rule.needs) or "nothing"
     return f"| `{rule.id}` | {rule.title} | {rule.worst} | {needs} | `{name}` |"
 
 
@@ -393,7 +422,8 @@ def test_a_gap_names_its_cause() -> None:
     assert "far from these data" in finding.evidence
     patient = from_module(classifier())
     scores = normlab.three_way(classifier(), *learnable(3.0), population=learnable(3.0)[0])
-    stale = tuple(replace(n, old_weight=0.99, steps=10) for n in patient.normalizers)
+    young = {"running_mean": np.full(4, 0.02), "running_var": np.full(4, 0.95)}
+    stale = tuple(replace(n, old_weight=0.99, steps=10, **young) for n in patient.normalizers)
     fresh = tuple(
         replace(n, running_mean=np.zeros(4), running_var=np.ones(4)) for n in patient.normalizers
     )
@@ -424,10 +454,14 @@ def test_the_doctor_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_a_model_without_normalisers_is_not_accused_of_any() -> None:
-    diagnosis = diagnose(nn.Sequential(nn.Linear(3, 2)), data=(torch.randn(8, 3), None))
-    assert diagnosis.findings == ()
+def test_no_normaliser_is_a_finding() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    diagnosis = diagnose(
+        model, data=(torch.randn(9, 3), np.zeros(9, int)), batch_size=4, accumulation=8
+    )
+    assert [(f.rule, f.severity) for f in diagnosis.findings] == [("no-normalizer", "note")]
     assert diagnosis.normalizers == 0
+    assert "Nothing found" not in diagnosis.text()
 
 
 def test_a_forward_that_cannot_be_traced_leaves_the_graph_rules_unchecked() -> None:
@@ -441,3 +475,266 @@ def test_a_forward_that_cannot_be_traced_leaves_the_graph_rules_unchecked() -> N
 
     diagnosis = diagnose(Branching())
     assert diagnosis.not_checked["useless-bias"] == "the order of the layers"
+
+
+def single_image_over(model: nn.Module, x: torch.Tensor) -> list[str]:
+    found = diagnose(model, data=(x, None), batch_size=21)
+    return [f.severity for f in found.findings if f.rule == "last-batch-of-one"]
+
+
+def test_a_single_image_has_a_variance_over_its_pixels() -> None:
+    assert single_image_over(settled(), DATA[0]) == ["warning"]
+    assert single_image_over(vectors(), DATA[0].flatten(1)) == ["serious"]
+    mixed = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3))
+    assert single_image_over(mixed, DATA[0]) == ["serious"]
+
+
+# Premises: a rule says nothing where what it is about cannot happen.
+
+BATCH_RULES = {"small-batches", "last-batch-of-one", "accumulation"}
+
+
+def all_frozen(how: str) -> nn.Module:
+    if how == "normlab":
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), normlab.BatchNorm(8), nn.Conv2d(8, 4, 3))
+        for step in range(900):
+            model[:2](pictures(4, seed=step % 9, size=4))
+        model[1].freeze()
+        return model
+    model = settled()
+    if how == "modes":
+        model.train()
+    for index in (1, 4):
+        model[index].eval().requires_grad_(how == "modes")
+    return model
+
+
+@pytest.mark.parametrize("how", ["normlab", "modes", "nothing learns"])
+def test_rules_on_batches_pass_frozen_normalisers_by(how: str) -> None:
+    model = all_frozen(how)
+    diagnosis = diagnose(model, data=(DATA[0][:33], None), batch_size=4, accumulation=4)
+    assert {*diagnosis.not_checked} >= BATCH_RULES
+    assert not {f.rule for f in diagnosis.findings} & {*BATCH_RULES, "useless-bias"}
+    assert not diagnosis.serious
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 8), nn.InstanceNorm2d(8), nn.Identity()])
+def test_rules_on_batches_pass_other_normalisers_by(norm: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU())
+    diagnosis = diagnose(model, data=(DATA[0][:33], None), batch_size=4, accumulation=4)
+    assert {*diagnosis.not_checked} >= BATCH_RULES
+    assert not diagnosis.serious
+
+
+def test_momentum_of_a_frozen_layer_is_nobodys_concern() -> None:
+    layer = normlab.BatchNorm(3, momentum=0.01)
+    layer(pictures(9, size=4))
+    assert of("momentum-turned-round", diagnose(nn.Sequential(layer)))
+    layer.freeze()
+    diagnosis = diagnose(nn.Sequential(layer, nn.Conv2d(3, 2, 1)))
+    assert of("momentum-turned-round", diagnosis) == []
+
+
+def test_a_new_container_of_evaluated_layers_is_not_in_training() -> None:
+    model = nn.Sequential(*settled().eval())
+    assert model.training
+    assert diagnose(model).findings == ()
+
+
+def test_statistics_that_are_not_tracked_any_more() -> None:
+    model = settled().train()
+    model[1].track_running_stats = False
+    rules = {(f.rule, f.where, f.severity) for f in diagnose(model).findings}
+    assert rules == {("no-running-statistics", "1", "warning")}
+
+
+def test_an_attention_mask_is_no_infinite_weight() -> None:
+    model = settled()
+    model.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+    assert diagnose(model).findings == ()
+    model.mask[0, 0] = torch.nan
+    assert {f.where for f in of("not-finite", diagnose(model))} == {"mask"}
+
+
+# A counter is a lower bound of the steps.
+
+
+def resumed(steps: int, **bn: Any) -> nn.Sequential:
+    """A network whose counter began anew, `steps` ago, when its old weights were loaded."""
+    old = {k: v for k, v in settled(200).state_dict().items() if "num_batches" not in k}
+    model = network(**bn)
+    model.load_state_dict(old)
+    model.train()
+    with torch.no_grad():
+        for step in range(steps):
+            model(pictures(16, seed=step, size=8))
+    return model.eval()
+
+
+@pytest.mark.parametrize("data", [None, DATA])
+@pytest.mark.parametrize("momentum", [0.1, 0.01])
+def test_a_counter_that_began_anew_is_no_staleness(data: Any, momentum: float) -> None:
+    diagnosis = diagnose(resumed(3, momentum=momentum), data=data)
+    assert "stale" in diagnosis.checked
+    assert diagnosis.findings == ()
+
+
+def wide_layer(mean: float, var: float, steps: int) -> nn.Sequential:
+    """One layer that says `mean` and `var` after `steps` updates of PyTorch's momentum."""
+    layer = nn.BatchNorm1d(4)
+    with torch.no_grad():
+        layer.running_mean.fill_(mean)
+        layer.running_var.fill_(var)
+        layer.num_batches_tracked.fill_(steps)
+    return nn.Sequential(layer).eval()
+
+
+def severities(model: nn.Module, data: Any = None) -> list[str]:
+    return [f.severity for f in of("stale", diagnose(model, data=data))]
+
+
+def test_without_data_the_distance_from_0_and_1_decides() -> None:
+    assert severities(wide_layer(0.1, 0.9, steps=3)) == ["serious"]
+    assert severities(wide_layer(1.0, 1.5, steps=3)) == ["warning"]  # nobody can know
+    assert severities(wide_layer(0.1, 0.6, steps=3)) == []  # 0.73 of 1 is more than that
+    assert severities(wide_layer(2.0, 1.5, steps=3)) == []  # three batches with a mean of 7?
+    assert severities(wide_layer(0.1, 0.9, steps=25)) == ["warning"]
+    assert severities(wide_layer(0.1, 0.9, steps=0)) == []
+
+
+def test_with_data_these_decide() -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 4, generator=rng)
+    assert severities(wide_layer(0.1, 0.9, steps=3), (x, None)) == []
+    assert severities(wide_layer(1.0, 2.0, steps=3), (x * 1.4 + 1, None)) == []
+    assert severities(wide_layer(1.0, 2.0, steps=3), (x * 9 + 4, None)) == ["serious"]
+
+
+# Networks that are no plain classifiers.
+
+
+@dataclass
+class Output:
+    loss: torch.Tensor | None
+    logits: torch.Tensor
+
+
+class Answering(nn.Module):
+    """The settled network, with its answer in another form."""
+
+    def __init__(self, wrap: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.inner = settled()
+        self.wrap = wrap
+
+    def forward(self, pixels: torch.Tensor) -> Any:
+        return self.wrap(self.inner(pixels))
+
+
+ANSWERS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "tuple": lambda y: (y, [y]),
+    "nested": lambda y: ([None, {"out": y}], 3),
+    "dictionary": lambda y: {"loss": y.sum(), "logits": y},
+    "dataclass": lambda y: Output(None, y),
+}
+LABELS = np.arange(64) % 10
+
+
+@pytest.mark.parametrize("form", ANSWERS)
+@pytest.mark.parametrize("keywords", [True, False])
+def test_answers_of_all_forms(form: str, keywords: bool) -> None:
+    images = {"pixels": DATA[0]} if keywords else DATA[0]
+    model = Answering(ANSWERS[form])
+    plain = diagnose(settled(), data=(DATA[0], LABELS))
+    found = diagnose(model, data=(images, torch.as_tensor(LABELS)))
+    assert found.checked == plain.checked
+    assert [f.evidence for f in found.findings] == [f.evidence for f in plain.findings]
+
+
+def test_a_normaliser_called_by_keyword() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.bn(input=x)
+
+    assert of("far-from-data", diagnose(Named(), data=(DATA[0] + 9, None)))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (DATA[0], LABELS[:10], r"labels of shape \(10,\) for 64 images"),
+        (DATA[0], np.eye(10)[LABELS], "argmax"),
+        (DATA[0], LABELS + 0.5, "type float64"),
+        (DATA[0], LABELS + 7, "from 7 to 16 for a network of 10 classes"),
+        (DATA[0], LABELS - 1, "from -1 to 8"),
+        (DATA[0][:, :2], LABELS, "fails on these images"),
+        ({"picture": DATA[0]}, None, "unexpected keyword argument"),
+        ({"a": DATA[0], "b": DATA[0][:3]}, None, "same number"),
+        ({}, None, "as a torch.Tensor"),
+        (np.zeros((4, 3, 8, 8)), None, "as a torch.Tensor"),
+        (DATA[0] * torch.nan, None, "NaN"),
+        (DATA[0][:1], None, "two or more"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_in_one_line(
+    images: Any, labels: Any, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        diagnose(settled(), data=(images, labels))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_networks_that_cannot_be_scored_are_refused_in_one_line() -> None:
+    data = (DATA[0], LABELS)
+    with pytest.raises(UserError, match=r"holds no tensor"):
+        diagnose(Answering(lambda y: y.tolist()), data=data)
+    with pytest.raises(UserError, match=r"scores take \(N, K\)"):
+        diagnose(Answering(lambda y: y[:, :, None]), data=data)
+    for wrap in (lambda y: y.tolist(), lambda y: y[:, :, None]):
+        assert "far-from-data" in diagnose(Answering(wrap), data=(DATA[0], None)).checked
+
+
+def test_networks_without_values_are_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match="lazy layers"):
+        diagnose(nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d()))
+    with pytest.raises(UserError, match="'meta'"), torch.device("meta"):
+        diagnose(network())
+    with pytest.raises(UserError, match="a dict cannot be examined"):
+        doctor({"weight": torch.zeros(3)})
+    with pytest.raises(UserError, match="of 1 parts"):
+        diagnose(settled(), data=(DATA[0],))
+
+
+class Fixed(nn.Module):
+    """Somebody's own normaliser, of no class that is known."""
+
+    def __init__(self, var: float) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(3) + 0.1)
+        self.register_buffer("running_var", torch.full((3,), var))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = (self.running_var + 1e-5).rsqrt()
+        return (x - self.running_mean[:, None, None]) * scale[:, None, None]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
+def test_normalisers_of_other_classes_are_read_by_their_statistics() -> None:
+    assert diagnose(nn.Sequential(Fixed(0.5), nn.ReLU())).findings == ()
+    found = of("variance-not-positive", diagnose(nn.Sequential(Fixed(-0.5), nn.ReLU())))
+    assert [f.where for f in found] == ["0"]
+    scripted = torch.jit.trace(changed(1, "running_var", -1.0).eval(), DATA[0])
+    assert [f.where for f in of("variance-not-positive", diagnose(scripted))] == ["1"]
+
+
+def test_what_was_assumed_is_told_when_nothing_is_found(tmp_path: Path) -> None:
+    torch.save(settled().state_dict(), tmp_path / "healthy.pt")
+    diagnosis = doctor(tmp_path / "healthy.pt")
+    assert diagnosis.findings == ()
+    assert "momentum 0.1 and eps 1e-5" in diagnosis.text(width=1000)
+    assert diagnosis.as_dict()["assumes"]
+    assert diagnose(settled()).assumes == ""

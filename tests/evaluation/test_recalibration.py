@@ -283,3 +283,8 @@ def test_recalibration_refuses_what_it_cannot_do(sample: normlab.ImageData, tmp_
         normlab.recalibrate(plain)
     with pytest.raises(UserError, match="`normlab recalibrate` makes it"):
         plain.model("recalibrated")
+
+
+def test_a_live_network_is_refused_with_the_way_to_renew_it() -> None:
+    with pytest.raises(normlab.UserError, match="update_bn"):
+        normlab.recalibrate(torch.nn.Sequential(normlab.BatchNorm(3)))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from build import torch_file
 
 from normlab.core.pickles import as_array, read_pickle
 from normlab.data.cifar10.archives import read_members
@@ -115,11 +116,19 @@ def _npz(data: bytes, path: Path) -> None:
 
 
 def _torch(data: bytes, path: Path) -> None:
-    from normlab.diagnosis.state_dicts import from_arrays
+    """By the first byte: 2 a file of PyTorch before 1.6, 4 a program for one, else a zip's part."""
+    from normlab.diagnosis.examination import examine_all
+    from normlab.diagnosis.state_dicts import from_torch_file
     from normlab.formats.torch_files import read_torch
 
-    path.write_bytes(zipped(data, "a/data.pkl", {"a/data/0": bytes(64), "a/byteorder": b"little"}))
-    from_arrays("x", "x", read_torch(path))
+    parts = {"a/data/0": bytes(64), "a/byteorder": b"little"}
+    if data[0] == 2:
+        path.write_bytes(data[1:])
+    elif data[0] == 4:
+        path.write_bytes(torch_file(data[1:]))
+    else:
+        path.write_bytes(zipped(data, "a/data.pkl", parts))
+    examine_all(from_torch_file("x", read_torch(path)))
 
 
 def _json(data: bytes, path: Path) -> None:
@@ -153,7 +162,7 @@ def _task() -> object:
 def _keras_config(data: bytes, path: Path) -> None:
     """What is made of the description of a model; the arrays are another target's."""
     from normlab.diagnosis import keras_files
-    from normlab.formats import keras_files as keras_reader
+    from normlab.formats import keras_notebook as keras_reader
 
     path = path.with_name("x.keras")
     path.write_bytes(zipped(b"\0" + data[1:], "config.json", {"model.weights.h5": b"no"}))
@@ -165,7 +174,7 @@ def _keras_config(data: bytes, path: Path) -> None:
 
 def _hdf5(data: bytes, path: Path) -> None:
     from normlab.diagnosis import keras_files
-    from normlab.formats import keras_files as keras_reader
+    from normlab.formats import keras_notebook as keras_reader
 
     if data[0] % 2:
         path = path.with_name("x.h5")

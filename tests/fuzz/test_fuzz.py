@@ -14,7 +14,7 @@ from targets import CORPUS, TARGETS, Target, attempt, zipped
 from normlab.core.sandbox import limited
 from normlab.diagnosis import examination
 from normlab.errors import DataError
-from normlab.formats.keras_files import read_notebook
+from normlab.formats.keras_notebook import read_notebook
 
 
 def test_every_parser_has_a_corpus_of_small_files() -> None:

@@ -19,7 +19,7 @@ from normlab import DataError, UserError
 from normlab.__main__ import run as command
 from normlab.data import load
 from normlab.evaluation.forward import logits_of
-from normlab.formats.keras_files import read_notebook
+from normlab.formats.keras_notebook import read_notebook
 from normlab.interchange import export_run
 from normlab.interchange.importing import import_model
 from normlab.models import NotebookNet

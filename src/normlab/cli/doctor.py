@@ -25,9 +25,9 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 def doctor(path: str, data: str | None, weights: str, as_json: bool) -> None:
     """Say what is wrong with a batch-normalised model, where, how bad, and what to do.
 
-    PATH is a run's folder, or a file: a safetensors or PyTorch state dict, a .keras file, an ONNX
-    graph. With --data a run's network is run on its images, too. Exit code 1 if anything is
-    serious.
+    PATH is a run's folder, or a file: of torch.save or TorchScript, safetensors, of Keras (.keras,
+    .h5), an ONNX graph. With --data a run's network is run on its images, too. Exit code 1 if
+    anything is serious, or no batch normalisation was found or could be read.
     """
     from normlab.diagnosis import doctor
 

@@ -1,10 +1,11 @@
 """`normlab.doctor`: from a model, in whatever form, to a diagnosis."""
 
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from normlab.core.sandbox import LimitError, limited
@@ -33,12 +34,13 @@ def doctor(
         normlab.doctor(model, data=(images, labels))
 
     Args:
-        subject: a live module, which is left as it was; a run or its folder; or a file: a
-            safetensors or PyTorch state dict, a `.keras` file, an ONNX graph. Files are read,
-            never executed.
+        subject: a live module, which is left as it was; a run or its folder; or a file: of
+            `torch.save` or TorchScript, safetensors, of Keras, an ONNX graph. Files are read, never
+            executed.
         data: for a module or a run: what `normlab.load` takes, whose training images give
-            statistics and whose test images are scored; for a module also `(images, labels)`, a
-            tensor (N, C, *) as the network takes it and labels (N,) or None.
+            statistics and whose test images are scored; for a module also `(images, labels)`:
+            a tensor (N, C, *) as the network takes it, or a dictionary of its keyword arguments,
+            and labels (N,) or None.
         weights: of a run: `last`, `best` or `recalibrated`.
         batch_size: of a module: how many images are normalised together in training.
         accumulation: of a module: how many batches' gradients make one update.
@@ -55,6 +57,11 @@ def doctor(
             last = count % batch_size or batch_size
         batches = Batches(size=batch_size, last=last, accumulation=accumulation)
         return examine(from_module(subject, samples, batches))
+    if not isinstance(subject, Run | str | Path):
+        raise UserError(
+            f"a {type(subject).__name__} cannot be examined: give a torch.nn.Module, a run or a "
+            "file's name"
+        )
     if isinstance(subject, Run) or Path(subject).is_dir():
         run = subject if isinstance(subject, Run) else open_run(subject)
         return examine(from_run(run, weights, None if data is None else load(data)))
@@ -63,7 +70,7 @@ def doctor(
             f"data with {str(subject)!r}: a file's network cannot be run; give a run, or call "
             "normlab.doctor(model, data=…) in Python"
         )
-    return examine(read(Path(subject)))
+    return examine_all(read(Path(subject)))
 
 
 def _samples(data: Any) -> tuple[Samples | None, int | None]:
@@ -71,39 +78,61 @@ def _samples(data: Any) -> tuple[Samples | None, int | None]:
     if data is None:
         return None, None
     if isinstance(data, tuple):
+        if len(data) != 2:
+            raise UserError(f"data of {len(data)} parts: give (images, labels); labels may be None")
         images, labels = data
-        if not isinstance(images, Tensor):
-            raise UserError(f"data=({type(images).__name__}, …): give images as a torch.Tensor")
-        return Samples(images, images, None if labels is None else np.asarray(labels)), len(images)
+        inputs = list(images.values()) if isinstance(images, Mapping) else [images]
+        if not inputs or not all(isinstance(x, Tensor) and x.ndim for x in inputs):
+            raise UserError(
+                f"data=({type(images).__name__}, …): give images as a torch.Tensor, or a "
+                "dictionary of tensors that the network takes as keyword arguments"
+            )
+        if len({len(x) for x in inputs}) > 1:
+            raise UserError(f"images of {[len(x) for x in inputs]} rows: give each the same number")
+        if any(x.is_floating_point() and not x.isfinite().all() for x in inputs):
+            raise UserError("the images hold NaN or infinite values: leave these images out")
+        return Samples(images, images, labels), len(inputs[0])
     found: ImageData = load(data)
     return Samples(evenly(found.x_train), found.x_test, found.y_test), len(found.x_train)
 
 
-def read(path: Path) -> Patient:
-    """Describe the model in a file, by its suffix.
+def read(path: Path) -> tuple[Patient, ...]:
+    """Describe the models in a file: by what it holds, whatever it is called.
 
     Raises:
-        UserError: no such file, an unknown suffix, or a damaged file.
+        UserError: no such file, one of no known form, or a damaged one.
     """
     from normlab.diagnosis import keras_files, onnx_files, state_dicts
     from normlab.formats import torch_files
 
     if not path.is_file():
         raise DataError(f"{path} does not exist: name a run's folder or a model's file")
-    match path.suffix.lower():
-        case ".safetensors":
-            arrays = state_dicts.read_safetensors(path)
-            return state_dicts.from_arrays(str(path), "safetensors state dict", arrays)
-        case ".pt" | ".pth" | ".bin" | ".ckpt":
-            arrays = torch_files.read_torch(path)
-            return state_dicts.from_arrays(str(path), "PyTorch state dict", arrays)
-        case ".keras":
-            return _limited(keras_files.read_keras, path)
-        case ".onnx":
-            return _limited(onnx_files.read_onnx, path)
+    suffix = path.suffix.lower()
+    if torch_files.is_torch(path) or suffix in (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl"):
+        return state_dicts.from_torch_file(str(path), torch_files.read_torch(path))
+    if suffix in (".keras", ".h5", ".hdf5") or _begins_as_keras(path):
+        return (_limited(keras_files.read_keras, path),)
+    if suffix == ".onnx":
+        return (_limited(onnx_files.read_onnx, path),)
+    if suffix == ".safetensors":
+        arrays = state_dicts.read_safetensors(path)
+        return (state_dicts.from_arrays(str(path), "safetensors state dict", arrays),)
     raise UserError(
-        f"{path} is of no known form: give a run's folder, .safetensors, .pt, .pth, .keras or .onnx"
+        f"{path} is of no known form: give a run's folder, .safetensors, a file of torch.save or "
+        "TorchScript (.pt, .pth), of Keras (.keras, .h5), or .onnx"
     )
+
+
+def _begins_as_keras(path: Path) -> bool:
+    """Whether it is HDF5, or a zip with a description of layers."""
+    with open(path, "rb") as f:
+        if f.read(8) == b"\x89HDF\r\n\x1a\n":
+            return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "config.json" in archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
 
 
 def _limited(reader: Callable[[Path], Patient], path: Path) -> Patient:
@@ -113,6 +142,38 @@ def _limited(reader: Callable[[Path], Patient], path: Path) -> Patient:
         return limited(reader, path, memory=memory, seconds=SECONDS)
     except LimitError as e:
         raise LimitError(f"{path}: {e}") from None
+
+
+def examine_all(patients: Sequence[Patient]) -> Diagnosis:
+    """One diagnosis of all that lies in a file; a finding names the part that it is in.
+
+    A part without a normaliser, such as a head, is no illness beside one that has some.
+    """
+    diagnoses = [examine(patient) for patient in patients]
+    if len(diagnoses) == 1:
+        return diagnoses[0]
+    found_some = any(p.normalizers or p.unread for p in patients)
+    findings = [
+        replace(f, where=f"{patient.part or 'the file'}: {f.where}")
+        for patient, diagnosis in zip(patients, diagnoses, strict=True)
+        for f in diagnosis.findings
+        if f.rule != "no-normalizer" or not found_some
+    ]
+    checked = [rule.id for rule in RULES if any(rule.id in d.checked for d in diagnoses)]
+    missing = {rule: need for d in diagnoses for rule, need in d.not_checked.items()}
+    return replace(
+        diagnoses[0],
+        normalizers=sum(d.normalizers for d in diagnoses),
+        findings=_sorted(findings),
+        checked=tuple(checked),
+        not_checked={rule: need for rule, need in missing.items() if rule not in checked},
+        parts={patient.part or "the file": len(patient.normalizers) for patient in patients},
+        assumes=next((d.assumes for d in diagnoses if d.assumes), ""),
+    )
+
+
+def _sorted(findings: list[Finding]) -> tuple[Finding, ...]:
+    return tuple(sorted(findings, key=lambda f: -SEVERITIES.index(f.severity)))
 
 
 def examine(patient: Patient) -> Diagnosis:
@@ -131,12 +192,15 @@ def examine(patient: Patient) -> Diagnosis:
             Finding(rule.id, s.where, s.severity, s.evidence, rule.remedy, rule.source)
             for s in rule.check(patient)
         ]
-    findings.sort(key=lambda f: -SEVERITIES.index(f.severity))
     return Diagnosis(
         path=patient.path,
         kind=patient.kind,
         normalizers=len(patient.normalizers),
-        findings=tuple(findings),
+        findings=_sorted(findings),
         checked=tuple(checked),
         not_checked=not_checked,
+        parts={patient.part: len(patient.normalizers)} if patient.part else {},
+        passed_over=patient.passed_over,
+        assumes=patient.assumes.removeprefix(" (taking ").removesuffix(", for granted)"),
+        caveats=patient.caveats,
     )

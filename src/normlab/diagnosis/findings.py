@@ -1,10 +1,11 @@
 """What a diagnosis says: findings, worst first, and what could not be looked at."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from textwrap import fill
 from typing import Any
 
-from normlab.text import printable
+from normlab.text import counted, printable
 
 SEVERITIES = ("note", "warning", "serious")
 
@@ -39,6 +40,11 @@ class Diagnosis:
         normalizers: how many batch normalisations it has.
         checked: ids of the rules that could be checked.
         not_checked: ids of the others, each with what was missing.
+        parts: of a file that holds several things, the state dicts that were examined, by the keys
+            that lead to them, each with its number of batch normalisations.
+        passed_over: what lies beside the weights and was not looked at.
+        assumes: what was taken for granted because the file does not say it.
+        caveats: sentences on what cannot be seen in such a source.
     """
 
     path: str
@@ -47,6 +53,10 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     checked: tuple[str, ...]
     not_checked: dict[str, str]
+    parts: dict[str, int] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()
+    assumes: str = ""
+    caveats: tuple[str, ...] = ()
 
     @property
     def serious(self) -> bool:
@@ -56,8 +66,11 @@ class Diagnosis:
         return asdict(self)
 
     def text(self, width: int = 80) -> str:
-        """The findings for people, in lines of at most `width`; a rule's places stand together."""
-        lines = [_wrap(f"{self.path}: {self.kind}, {self.normalizers} batch normalisations", width)]
+        """The findings for people, in lines of at most `width`; a rule's places stand together.
+
+        Names come from the file: what in them would command a terminal is replaced.
+        """
+        lines = [_wrap(self._heading(), width)]
         groups: dict[tuple[str, str], list[Finding]] = {}
         for f in self.findings:
             groups.setdefault((f.severity, f.rule), []).append(f)
@@ -70,10 +83,23 @@ class Diagnosis:
         for rule, reason in self.not_checked.items():
             reasons.setdefault(reason, []).append(rule)
         lines += ["", _wrap(self._summary(), width)]
+        lines += [_wrap(f"{caveat}.", width) for caveat in self.caveats]
         if reasons:
             missing = "; ".join(f"{', '.join(r)} (need {reason})" for reason, r in reasons.items())
             lines.append(_wrap(f"Not checked: {missing}.", width))
-        return "\n".join(lines)
+        if self.assumes:
+            lines.append(_wrap(f"Taken for granted: {self.assumes}.", width))
+        if self.passed_over:
+            lines.append(_wrap(f"Passed over, unbuilt: {_some(self.passed_over)}.", width))
+        return "".join(c if c.isprintable() or c == "\n" else "?" for c in "\n".join(lines))
+
+    def _heading(self) -> str:
+        examined = f"examined {counted(self.normalizers, 'batch normalisation')}"
+        if self.parts:
+            several = len(self.parts) > 1
+            names = [f"{part} ({n})" if several else part for part, n in self.parts.items()]
+            examined += f" in {counted(len(self.parts), 'state dict')}: {_some(names)}"
+        return f"{self.path}: {self.kind}, {examined}"
 
     def _summary(self) -> str:
         total = f"{len(self.checked)} rules checked"
@@ -86,6 +112,12 @@ class Diagnosis:
 
     def __str__(self) -> str:
         return self.text()
+
+
+def _some(names: Sequence[str]) -> str:
+    """At most six names, and how many more there are."""
+    more = [f"and {len(names) - 6} more"] if len(names) > 6 else []
+    return ", ".join([*names[:6], *more])
 
 
 def _evidence(found: list[Finding]) -> list[str]:

@@ -1,202 +1,187 @@
-"""Describe a `.keras` file from its JSON and its HDF5 weights; Keras itself is not asked.
+"""Describe a model that Keras saved, from what `normlab.formats.keras_files` reads of it.
 
-Keras rebuilds a model by importing what the file names. Here the configuration is only read, and
-the weights are taken by their place: `layers/<class in snake case>[_<n>]/vars/<i>`, numbered in the
-order in which the configuration lists the layers of a model.
+A normaliser is found by its settings, whatever its class is called and whatever it is wrapped in,
+and also by its weights where the file does not describe its layers: in a model of a class of its
+own, or in a file of weights only.
 """
 
-import io
-import json
 import re
-import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from normlab.diagnosis.patient import Batches, Node, Normalizer, Patient
-from normlab.errors import DataError, UserError
+from normlab.errors import UserError
 
-Arrays = dict[str, NDArray[Any]]
+if TYPE_CHECKING:
+    from normlab.formats.keras_files import KerasModel, Layer, Weights
 
-_MODELS = ("Sequential", "Functional", "Model")
+_MEANS = ("moving_mean", "running_mean")
+_VARIANCES = ("moving_variance", "moving_var", "running_var")
+_SETTINGS = {"momentum", "epsilon", "center", "scale"}
 _WEIGHTS = re.compile(r"(Depthwise|Separable)?(Conv[123]D|Dense)(Transpose)?")
 _DROPOUTS = re.compile(r"(Spatial|Gaussian|Alpha)?Dropout([123]D)?")
 
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer of the configuration, with the group of its weights and what it takes."""
-
-    name: str
-    kind: str
-    config: dict[str, Any]
-    group: str
-    inputs: tuple[str, ...]
+Vectors = dict[str, NDArray[np.float64]]
 
 
 def read_keras(path: Path) -> Patient:
-    """Describe the model in a `.keras` file.
+    """Describe the model in a file of Keras.
 
     Raises:
         UserError: h5py is not installed.
-        DataError: the file is damaged, or not one that Keras 3 saves of a model made of layers.
+        DataError: the file is damaged, or none that Keras saved.
     """
     try:
-        import h5py
+        from normlab.formats import keras_files
     except ImportError:
-        raise UserError(f"{path}: reading .keras needs h5py: install normlab[keras]") from None
-    try:
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
-            config = json.loads(_member(archive, "config.json", size))
-            weights = _member(archive, "model.weights.h5", size)
-        with h5py.File(io.BytesIO(weights), "r") as h5:
-            return _describe(str(path), config, _datasets(h5, len(weights)))
-    except UserError:
-        raise
-    except (
-        *(zipfile.BadZipFile, LookupError, TypeError, ValueError, OSError, RuntimeError),
-        *(AttributeError, EOFError, ArithmeticError, NotImplementedError),
-    ) as e:
-        raise DataError(f"{path} is not a whole .keras file ({e!r})") from None
+        raise UserError(f"{path}: Keras' files need h5py: pip install 'normlab[keras]'") from None
+    return _describe(keras_files.read_keras(path))
 
 
-def _member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
-    """A file of the archive, stored as it is, so no larger than the whole."""
-    info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED or max(info.file_size, info.compress_size) > limit:
-        raise DataError(f"{name} is compressed, which Keras never does: repack it")
-    return archive.read(info)
-
-
-def _describe(path: str, config: dict[str, Any], stored: Arrays) -> Patient:
-    layers = list(_layers(config, "", ""))
-    if not layers:
-        raise DataError(
-            f"{path} holds a {config.get('class_name')!r} of its own making: only Sequential and "
-            "functional models say how their layers follow"
-        )
-    steps = _steps(stored)
-    normalizers = [_normalizer(x, stored, steps) for x in layers if x.kind == "BatchNormalization"]
+def _describe(model: "KerasModel") -> Patient:
+    unread: dict[str, str] = {}
+    found: list[Normalizer] = []
+    waiting = [w for w in model.weights if _is_normalizer(w)]
+    for layer in filter(_normalizes, model.layers):
+        weights = model.weights_of(layer) or _one_inside(layer, waiting)
+        waiting = [w for w in waiting if w is not weights]
+        values = "its weights are not in the file" if weights is None else _vectors(weights, layer)
+        if isinstance(values, str):
+            unread[layer.name] = values
+        else:
+            found.append(_normalizer(layer, values, model.steps))
+    for weights in waiting:  # in no description
+        values = _vectors(weights)
+        if isinstance(values, str):
+            unread[_called(weights)] = values
+        else:
+            found.append(_undescribed(weights, values, model.steps))
+    what = "model" if model.description is not None else "weights"
     return Patient(
-        path=path,
-        kind="Keras model",
-        normalizers=tuple(normalizers),
-        tensors={k: v for k, v in stored.items() if not k.startswith("optimizer/")},
-        graph=tuple(_node(x) for x in layers),
-        batches=Batches(accumulation=_accumulation(config)),
+        path=str(model.path),
+        kind=f"Keras {model.version} {what}" if model.version else f"Keras {what}",
+        normalizers=tuple(found),
+        tensors=model.arrays,
+        graph=tuple(map(_node, model.layers)) if model.ordered else None,
+        batches=Batches(accumulation=_accumulation(model.description)),
+        unread=unread,
     )
 
 
-def _datasets(h5: Any, limit: int) -> Arrays:
-    """All arrays that are in the file itself: links are not followed, nor is outside storage.
+def _normalizes(layer: "Layer") -> bool:
+    """Whether it is a BatchNormalization or of a class derived from it."""
+    return layer.kind == "BatchNormalization" or layer.config.keys() >= _SETTINGS
 
-    limit: bytes of the file; the room that an array says it takes in it is a claim.
+
+def _is_normalizer(weights: "Weights") -> bool:
+    """Whether weights are a batch normalisation's, by their names or else by their shapes.
+
+    Numbered ones have no names: four vectors of one length are γ, β, mean and variance. With two or
+    three, without γ or β, the layer must be called a batch normalisation.
     """
-    found: Arrays = {}
-    total = 0
-
-    def note(name: str, item: Any) -> None:
-        if not hasattr(item, "shape"):
-            return
-        if item.external or item.is_virtual or item.nbytes > min(limit, item.id.get_storage_size()):
-            raise ValueError(f"{name} is not stored in the file")
-        nonlocal total
-        total += item.nbytes
-        if total > limit:
-            raise ValueError(f"{name} lies where other arrays lie: together they exceed the file")
-        found[name] = np.asarray(item)
-
-    h5.visititems(note)
-    return found
+    if not all(key.isdigit() for key in weights.keys):
+        return any(key in _VARIANCES for key in weights.keys)
+    shapes = {a.shape for a in weights.arrays}
+    alike = len(shapes) == 1 and len(next(iter(shapes))) == 1
+    called = "batch_norm" in f"{weights.place.rpartition('/')[2]} {weights.name}"
+    return alike and (len(weights.arrays) == 4 or (called and len(weights.arrays) in (2, 3)))
 
 
-def _layers(model: dict[str, Any], prefix: str, group: str) -> Iterator[Layer]:
-    """The layers of a model in order, those of models inside it among them."""
-    config = model["config"]
-    if model["class_name"] not in _MODELS or "layers" not in config:
-        return
-    used: dict[str, int] = {}
-    before: tuple[str, ...] = ()
-    for entry in config["layers"]:
-        kind, own = entry["class_name"], entry["config"]
-        snake = _snake_case(kind)
-        used[snake] = used.get(snake, -1) + 1
-        place = f"{group}layers/{snake}" + (f"_{used[snake]}" if used[snake] else "")
-        name = prefix + own["name"]
-        if model["class_name"] != "Sequential":
-            before = tuple(prefix + source for source in _sources(entry.get("inbound_nodes")))
-        if kind in _MODELS:
-            inner = list(_layers(entry, f"{name}/", f"{place}/"))
-            yield from inner
-            before = (inner[-1].name,) if inner else before
-        yield Layer(name, kind, own, place, before)
-        before = (name,)
+def _one_inside(layer: "Layer", waiting: "list[Weights]") -> "Weights | None":
+    """The only normaliser's weights below the outermost layer's name, if there is one."""
+    outer = layer.name.partition("/")[0]
+    inside = [w for w in waiting if outer in w.place.split("/")]
+    return inside[0] if len(inside) == 1 else None
 
 
-def _sources(value: Any) -> Iterator[str]:
-    """Names of the layers whose outputs are mentioned anywhere in `inbound_nodes`."""
-    if isinstance(value, dict):
-        if isinstance(history := value.get("keras_history"), list) and history:
-            yield str(history[0])
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _sources(item)
+def _vectors(weights: "Weights", layer: "Layer | None" = None) -> Vectors | str:
+    """γ, mean and variance as `weight`, `mean` and `var`; in words, why not."""
+    keys, arrays = weights.keys, weights.arrays
+    if all(key.isdigit() for key in keys):
+        config = layer.config if layer is not None else {}
+        scale, center = config.get("scale", len(keys) != 2), config.get("center", len(keys) == 4)
+        order = ["weight"] * bool(scale) + ["bias"] * bool(center) + ["mean", "var"]
+        if layer is None and len(keys) == 3:
+            order = ["γ or β", "mean", "var"]  # which of the two is not said
+        named = dict(zip(order, arrays, strict=False))
+    else:
+        there = dict(zip(keys, arrays, strict=True))
+        named = {}
+        for ours, theirs in (("weight", ("gamma",)), ("mean", _MEANS), ("var", _VARIANCES)):
+            named.update((ours, there[key]) for key in theirs if key in there)
+    values = {k: v.astype(np.float64) for k, v in named.items() if k in ("weight", "mean", "var")}
+    if not {"mean", "var"} <= values.keys():
+        return "its running statistics are not all in the file: links, or missing"
+    if len({v.shape for v in values.values()}) != 1 or values["var"].ndim != 1:
+        shapes = ", ".join(str(v.shape) for v in values.values())
+        return f"its vectors have the shapes {shapes}"
+    return values if values["var"].size else "it has no channels"
 
 
-def _snake_case(name: str) -> str:
-    """Keras' own way from a class to the name of its weights: Conv2D → conv2d, ReLU → re_lu."""
-    name = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", re.sub(r"\W+", "", name))
-    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
+def _called(weights: "Weights") -> str:
+    """The place in the file where that says more than the name, which Keras makes up by number."""
+    return weights.place or weights.name or "model"
 
 
-def _steps(stored: Arrays) -> int | None:
-    """The optimiser's count of updates, its first variable, where the file has it."""
-    value = stored.get("optimizer/vars/0")
-    counts = value is not None and value.shape == () and value.dtype.kind in "iu"
-    return int(value) if value is not None and counts else None
-
-
-def _accumulation(config: dict[str, Any]) -> int | None:
-    """Of the optimiser that the model was compiled with; None where it was not."""
-    optimizer = (config.get("compile_config") or {}).get("optimizer")
-    if not isinstance(optimizer, dict):
-        return None
-    return int(optimizer["config"].get("gradient_accumulation_steps") or 1)
-
-
-def _normalizer(layer: Layer, stored: Arrays, steps: int | None) -> Normalizer:
-    config = layer.config
-    wanted = ["gamma"] * bool(config["scale"]) + ["beta"] * bool(config["center"])
-    order = [*wanted, "mean", "var"]
-    places = {key: f"{layer.group}/vars/{i}" for i, key in enumerate(order)}
-    values = {key: stored[place].astype(np.float64) for key, place in places.items()}
-    trainable = bool(config.get("trainable", True))
+def _normalizer(layer: "Layer", values: Vectors, steps: int | None) -> Normalizer:
+    trainable = bool(layer.config.get("trainable", True))
     return Normalizer(
         name=layer.name,
         running_mean=values["mean"],
         running_var=values["var"],
-        weight=values.get("gamma"),
-        eps=float(config["epsilon"]),
-        old_weight=float(config["momentum"]),
+        weight=values.get("weight"),
+        eps=_number(layer.config.get("epsilon")),
+        old_weight=_number(layer.config.get("momentum")),
         steps=steps if trainable else None,  # a frozen one is in inference mode
         updates=trainable,
         trainable=trainable,
     )
 
 
-def _node(layer: Layer) -> Node:
-    kind = "other"
-    if layer.kind == "BatchNormalization":
-        kind = "normalizer"
-    elif _WEIGHTS.fullmatch(layer.kind) and layer.config.get("activation") in (None, "linear"):
-        kind = "weights"
-    elif _DROPOUTS.fullmatch(layer.kind) and layer.config.get("rate", 0) > 0:
-        kind = "dropout"
-    has_bias = bool(layer.config.get("use_bias", False))
-    return Node(name=layer.name, kind=kind, inputs=layer.inputs, has_bias=has_bias)
+def _undescribed(weights: "Weights", values: Vectors, steps: int | None) -> Normalizer:
+    return Normalizer(
+        name=_called(weights),
+        running_mean=values["mean"],
+        running_var=values["var"],
+        weight=values.get("weight"),
+        steps=steps,
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _accumulation(description: dict[str, Any] | None) -> int | None:
+    """Of the optimiser that the model was compiled with; None where it was not."""
+    optimizer = ((description or {}).get("compile_config") or {}).get("optimizer")
+    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("config"), dict):
+        return None
+    steps = optimizer["config"].get("gradient_accumulation_steps") or 1
+    return steps if isinstance(steps, int) else None
+
+
+def _node(layer: "Layer") -> Node:
+    *_, (kind, config) = _unwrapped(layer.kind, layer.config)
+    is_linear = config.get("activation") in (None, "linear")
+    what = "other"
+    if kind == "BatchNormalization" or config.keys() >= _SETTINGS:
+        what = "normalizer"
+    elif _WEIGHTS.fullmatch(kind) and is_linear:
+        what = "weights"
+    elif _DROPOUTS.fullmatch(kind) and (_number(config.get("rate")) or 0) > 0:
+        what = "dropout"
+    has_bias = bool(config.get("use_bias", False))
+    return Node(name=layer.name, kind=what, inputs=layer.inputs, has_bias=has_bias)
+
+
+def _unwrapped(kind: str, config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The class and settings of a layer and, of one in TimeDistributed, of that inside."""
+    yield kind, config
+    inner = config.get("layer")
+    if kind == "TimeDistributed" and isinstance(inner, dict):
+        yield str(inner.get("class_name")), dict(inner.get("config", {}))

@@ -1,5 +1,6 @@
 """Describe a live PyTorch module, or the network of a run, without changing it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,12 +11,14 @@ from torch.nn.functional import dropout as functional_dropout
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 from torch.nn.modules.conv import _ConvNd as TorchConv
 from torch.nn.modules.dropout import _DropoutNd as TorchDropout
+from torch.nn.modules.instancenorm import _InstanceNorm as TorchInstanceNorm
+from torch.nn.parameter import is_lazy
 
 from normlab.data import ImageData
 from normlab.data.batches import batch_bounds, split_images
 from normlab.diagnosis.patient import Batches, Node, Normalizer, Patient
-from normlab.errors import DataError
-from normlab.evaluation.forward import Images, normalizers, untouched
+from normlab.errors import DataError, UserError
+from normlab.evaluation.forward import Images, count, normalizers, untouched
 from normlab.evaluation.population import Moments, evenly, population_moments
 from normlab.evaluation.scores import three_way
 from normlab.layers import BatchNorm, Dropout
@@ -28,7 +31,7 @@ class Samples:
 
     population: Images
     images: Images
-    labels: NDArray[np.integer] | None
+    labels: NDArray[np.integer] | Tensor | None
 
 
 def from_module(
@@ -37,7 +40,13 @@ def from_module(
     batches: Batches | None = None,
     path: str = "model",
 ) -> Patient:
-    """Describe `model`; with samples, run through it what the rules want to know of them."""
+    """Describe `model`; with samples, run through it what the rules want to know of them.
+
+    Raises:
+        UserError: lazy layers that have no weights yet, a live Keras model; samples that do not
+            fit.
+    """
+    _refuse(model)
     batches = batches or Batches()
     found: dict[str, Moments] = {}
     scores = None
@@ -52,13 +61,19 @@ def from_module(
                 population=samples.population,
                 batch_size=batches.size or 32,
             )
+    total = 0 if samples is None else count(samples.population)
+    training = _trains(model)
+    described = [
+        _normalizer(name, layer, found.get(name), total, training) for name, layer in layers.items()
+    ]
     return Patient(
         path=path,
         kind="PyTorch module",
-        normalizers=tuple(_normalizer(n, layer, found.get(n)) for n, layer in layers.items()),
+        normalizers=(*described, *_others(model)),
         tensors={name: array(t) for name, t in model.state_dict().items()},
         graph=trace(model),
-        training=model.training,
+        training=training,
+        meant_without="every layer was looked at",
         batches=batches,
         scores=scores,
     )
@@ -84,7 +99,9 @@ def from_run(run: Run, weights: str, data: ImageData | None) -> Patient:
     if weights == "recalibrated":  # these do not come from steps: nothing initial is left in them
         ns = tuple(replace(n, steps=None) for n in patient.normalizers)
         patient = replace(patient, normalizers=ns)
-    patient = replace(patient, kind=f"run, {weights} weights", training=None)
+    meant = "" if recipe.norm.name == "batch" else f"its recipe has norm={recipe.norm}"
+    kind = f"run, {weights} weights"
+    patient = replace(patient, kind=kind, training=None, meant_without=meant)
     return patient if run.task.start is None else _as_trained(patient, run.task.start)
 
 
@@ -98,6 +115,7 @@ def _as_trained(patient: Patient, start: Start) -> Patient:
         replace(
             n,
             updates=moves,
+            takes_batch=moves,
             trainable=moves and not start.freeze,
             training=True,
             steps=None if start.statistics == "recalibrate" else n.steps,
@@ -116,28 +134,107 @@ def _check(run: Run, data: ImageData) -> None:
         )
 
 
-def _normalizer(name: str, layer: BatchNorm | TorchBatchNorm, found: Moments | None) -> Normalizer:
+def _refuse(model: nn.Module) -> None:
+    """Refuse what cannot be described, by its name."""
+    if any(base.__module__.partition(".")[0] == "keras" for base in type(model).__mro__):
+        raise UserError(
+            f"a live Keras model ({type(model).__name__}): save it as a .keras file and give that"
+        )
+    state = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name for name, value in state if is_lazy(value)]
+    if lazy:
+        raise UserError(
+            f"{len(lazy)} weights have no values yet ({lazy[0]} …): the network has lazy layers; "
+            "run one batch through it first"
+        )
+    meta = [name for name, value in state if value.is_meta]
+    if meta:
+        raise UserError(f"{meta[0]} is on the device 'meta', without values: load weights first")
+
+
+def _normalizer(
+    name: str,
+    layer: BatchNorm | TorchBatchNorm,
+    found: Moments | None,
+    total: int,
+    training: bool,
+) -> Normalizer:
+    frozen = _frozen(layer, training)
     if isinstance(layer, BatchNorm):
-        old_weight: float | None = layer.old_weight
-        updates = not layer.frozen
+        old_weight = layer.old_weight
     else:
         old_weight = None if layer.momentum is None else 1 - layer.momentum
-        updates = layer.track_running_stats
     steps = layer.num_batches_tracked
+    tracked = layer.track_running_stats and layer.running_var is not None
     return Normalizer(
         name=name or "model",
         running_mean=_vector(layer.running_mean),
         running_var=_vector(layer.running_var),
         weight=_vector(layer.weight),
         eps=layer.eps,
-        old_weight=old_weight,
+        old_weight=old_weight if tracked else None,
         steps=None if steps is None else int(steps),
         data_mean=None if found is None else found.mean.cpu().numpy(),
         data_var=None if found is None else found.var.cpu().numpy(),
-        updates=updates,
+        updates=tracked and not getattr(layer, "frozen", False),
+        takes_batch=not frozen,
+        dtype=_dtype(layer.running_var),
+        single=None if found is None else found.count <= total,
         trainable=any(p.requires_grad for p in layer.parameters()),
         training=layer.training,
     )
+
+
+def _trains(model: nn.Module) -> bool:
+    """Whether `model` is in training mode, and not just a new container of layers that are not."""
+    layers = [m for m in model.modules() if not list(m.children())]
+    learning = [m for m in layers if list(m.parameters()) and not isinstance(m, TorchBatchNorm)]
+    return model.training and any(m.training for m in learning or layers)
+
+
+def _frozen(layer: BatchNorm | TorchBatchNorm, training: bool) -> bool:
+    """Whether the layer normalises by running statistics while its network is trained.
+
+    A network in evaluation mode does not show it by its modes; what learns nothing is then taken
+    to be frozen.
+    """
+    if layer.running_var is None:
+        return False
+    if getattr(layer, "frozen", False) or (training and not layer.training):
+        return True
+    parameters = list(layer.parameters())
+    return not training and bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def _others(model: nn.Module) -> Iterator[Normalizer]:
+    """Modules of other classes with the statistics of a batch normalisation.
+
+    Such as torchvision's FrozenBatchNorm2d, layers of one's own, and those of a ScriptModule.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, TorchBatchNorm | TorchInstanceNorm):
+            continue
+        own = dict(module.named_buffers(recurse=False))
+        own |= dict(module.named_parameters(recurse=False))
+        mean, var, steps = (
+            own.get(key) for key in ("running_mean", "running_var", "num_batches_tracked")
+        )
+        if mean is None or var is None or mean.shape != var.shape or mean.ndim != 1:
+            continue
+        eps = getattr(module, "eps", None)
+        yield Normalizer(
+            name=name or "model",
+            running_mean=_vector(mean),
+            running_var=_vector(var),
+            weight=_vector(own.get("weight")),
+            eps=eps if isinstance(eps, float) else None,
+            steps=int(steps) if steps is not None and steps.numel() == 1 else None,
+            takes_batch=False if "frozen" in type(module).__name__.lower() else None,
+        )
+
+
+def _dtype(t: Tensor | None) -> str | None:
+    return None if t is None else str(t.dtype).removeprefix("torch.")
 
 
 def _vector(t: Tensor | None) -> NDArray[np.float64] | None:
@@ -147,6 +244,10 @@ def _vector(t: Tensor | None) -> NDArray[np.float64] | None:
 def array(t: Tensor) -> NDArray[np.generic]:
     """A NumPy view where NumPy has the type; bfloat16 and smaller floats are widened."""
     t = t.detach().cpu()
+    if t.is_quantized:
+        t = t.dequantize()
+    if t.layout is not torch.strided:
+        t = t.to_dense()
     if t.is_floating_point() and t.dtype not in (torch.float16, torch.float32, torch.float64):
         t = t.float()
     return t.numpy()

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from normlab.diagnosis.patient import Node, Patient
 from normlab.diagnosis.rule import Sign, rule
 
+EXPORT = "ONNX BatchNormalization, attribute training_mode; PyTorch issue 75252"
+
 
 def normalizer_nodes(patient: Patient) -> Iterator[Node]:
     yield from (node for node in patient.graph or () if node.kind == "normalizer")
@@ -20,11 +22,14 @@ def normalizer_nodes(patient: Patient) -> Iterator[Node]:
 def useless_bias(patient: Patient) -> Iterator[Sign]:
     """A bias is subtracted again by the normaliser right behind it."""
     nodes = {node.name: node for node in patient.graph or ()}
+    frozen = {n.name for n in patient.normalizers if not n.by_batch}
     readers: dict[str, int] = {}
     for node in nodes.values():
         for name in node.inputs:
             readers[name] = readers.get(name, 0) + 1
     for node in normalizer_nodes(patient):
+        if node.name in frozen:  # it subtracts a fixed mean, so the bias shifts its output
+            continue
         for source in (nodes[name] for name in node.inputs if name in nodes):
             if source.kind == "weights" and source.has_bias and readers[source.name] == 1:
                 yield Sign(source.name, "note", f"its bias has no effect: {node.name} follows")
@@ -39,7 +44,10 @@ def useless_bias(patient: Patient) -> Iterator[Sign]:
 def dropout_before_normalizer(patient: Patient) -> Iterator[Sign]:
     """Dropout stands before a normaliser: its variance shifts between training and evaluation."""
     nodes = {node.name: node for node in patient.graph or ()}
+    frozen = {n.name for n in patient.normalizers if not n.by_batch}
     for node in normalizer_nodes(patient):
+        if node.name in frozen:  # it learns nothing from what dropout left
+            continue
         for dropout in _dropouts_before(node, nodes):
             evidence = f"{dropout} stands before it: the variance it learns in training is another"
             yield Sign(node.name, "note", f"{evidence} than in evaluation")
@@ -87,7 +95,7 @@ def learning_but_frozen(patient: Patient) -> Iterator[Sign]:
     if not patient.training:
         return
     for n in patient.normalizers:
-        if n.trainable and n.running_var is not None and not (n.training and n.updates):
+        if n.trainable and n.running_var is not None and not n.by_batch:
             evidence = "γ or β learns, but in training it normalises by fixed running statistics"
             yield Sign(n.name, "warning", evidence)
 
@@ -96,9 +104,48 @@ def learning_but_frozen(patient: Patient) -> Iterator[Sign]:
     "exported",
     worst="serious",
     remedy="call .eval() before the export and ask for inference mode",
-    source="ONNX BatchNormalization, attribute training_mode; PyTorch issue 75252",
+    source=EXPORT,
 )
 def training_mode_exported(patient: Patient) -> Iterator[Sign]:
     """An exported graph is still in training mode: answers depend on the other images."""
+    dropouts = {node.name for node in patient.graph or () if node.kind == "dropout"}
     for name in patient.training_nodes or ():
-        yield Sign(name, "serious", "the node is in training mode")
+        effect = ", so it drops at random" if name in dropouts else ""
+        yield Sign(name, "serious", f"the node is in training mode{effect}")
+
+
+@rule(
+    "modes",
+    worst="serious",
+    remedy="make the layer with track_running_stats=True and train again, or give it the "
+    "statistics of a whole set of images",
+    source="PyTorch's documentation of track_running_stats; PyTorch issue 37823",
+)
+def no_running_statistics(patient: Patient) -> Iterator[Sign]:
+    """A layer normalises by the batch in evaluation, too: answers depend on the other images."""
+    for n in patient.normalizers:
+        if n.running_var is None:
+            yield Sign(n.name, "serious", "it keeps no running statistics")
+        elif n.updates is False and n.by_batch:
+            evidence = "it normalises by the batch in training, but track_running_stats is off: "
+            yield Sign(n.name, "warning", evidence + "evaluation takes statistics that never move")
+
+
+@rule(
+    "modes",
+    worst="warning",
+    remedy="keep the layer in float32 and use torch.autocast, or call "
+    "normlab.convert_batchnorm(network) before the cast",
+    source="PyTorch issue 70901; Micikevicius et al. 2018, arXiv 1710.03740",
+)
+def half_precision_statistics(patient: Patient) -> Iterator[Sign]:
+    """Running statistics are kept in half precision: small steps are lost.
+
+    A warning in training, a note in evaluation, where they no longer move.
+    """
+    for n in patient.normalizers:
+        if n.dtype in ("bfloat16", "float16") and n.by_batch:
+            severity = "warning" if patient.training else "note"
+            digits = 8 if n.dtype == "bfloat16" else 11
+            evidence = f"they are {n.dtype}, of {digits} binary digits: a step below 1/{2**digits} "
+            yield Sign(n.name, severity, evidence + "of their size moves nothing")

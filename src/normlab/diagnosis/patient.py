@@ -28,6 +28,7 @@ FACTS = {
     "graph": "the order of the layers",
     "modes": "a live module",
     "exported": "an exported graph",
+    "by_batch": "a normaliser that takes the batch's statistics in training",
     "batches": "the batch size",
     "last_batch": "the number of training images",
     "accumulation": "the accumulation of gradients",
@@ -45,7 +46,10 @@ class Normalizer:
         old_weight: m, the share of the old running statistics that one step keeps.
         steps: t, how often the running statistics were updated.
         data_mean, data_var: population moments of its input, where data were given.
-        updates: whether it takes batch statistics when its model is in training mode.
+        updates: whether its running statistics move when its model is in training mode.
+        takes_batch: whether it normalises by the batch's statistics then; None: if it `updates`.
+        dtype: the type of the running statistics in a live module, such as `bfloat16`.
+        single: whether one image gives it a single value a channel, where data were given.
         trainable: whether γ or β learns.
         training: the mode it stands in.
     """
@@ -60,12 +64,24 @@ class Normalizer:
     data_mean: Vector | None = None
     data_var: Vector | None = None
     updates: bool | None = None
+    takes_batch: bool | None = None
+    dtype: str | None = None
+    single: bool | None = None
     trainable: bool | None = None
     training: bool | None = None
 
     @property
+    def by_batch(self) -> bool:
+        """Whether it normalises by the batch in training, as far as the source tells."""
+        return self.updates is not False if self.takes_batch is None else self.takes_batch
+
+    @property
     def initial_share(self) -> float | None:
-        """mᵗ: what the initial values 0 and 1 still weigh in the running statistics."""
+        """mᵗ: what 0 and 1, where they began, weigh at most in the running statistics.
+
+        At most, since t is a lower bound: a counter begins anew when weights are loaded from a
+        file without one, and an optimiser's when the model is compiled again.
+        """
         if self.old_weight is None or self.steps is None:
             return None
         return float(self.old_weight**self.steps)
@@ -104,8 +120,15 @@ class Patient:
         tensors: all weights and statistics, by name.
         graph: its layers in an order in which they can run.
         assumes: what was taken for granted where the source does not say; cited as evidence.
+        caveats: sentences on what else the source leaves open, told whatever is found.
+        absence: why none may have been found where there were some once.
         training: whether the model as a whole is in training mode, if it is a live one.
         training_nodes: nodes of an exported graph that are in training mode.
+        part: the keys that lead to it in a file that holds several things, such as `model_ema`.
+        unread: the normalisers that could not be read, each with the reason.
+        unread_tensors: the same of other tensors.
+        passed_over: what lies beside the weights and was not looked at.
+        meant_without: why it is meant to have no batch normalisation, where that is known.
     """
 
     path: str
@@ -114,10 +137,17 @@ class Patient:
     tensors: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     graph: tuple[Node, ...] | None = None
     assumes: str = ""
+    absence: str = ""
+    caveats: tuple[str, ...] = ()
     training: bool | None = None
     training_nodes: tuple[str, ...] | None = None
     batches: Batches = Batches()
     scores: "ThreeWay | None" = None
+    part: str = ""
+    unread: Mapping[str, str] = field(default_factory=dict)
+    unread_tensors: Mapping[str, str] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()
+    meant_without: str = ""
 
     @property
     def facts(self) -> frozenset[str]:
@@ -134,6 +164,7 @@ class Patient:
             "graph": self.graph is not None,
             "modes": self.training is not None,
             "exported": self.training_nodes is not None,
+            "by_batch": any(n.by_batch for n in ns),
             "batches": self.batches.size is not None,
             "last_batch": self.batches.last is not None,
             "accumulation": self.batches.accumulation is not None,

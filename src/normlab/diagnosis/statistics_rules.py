@@ -1,8 +1,10 @@
 """Rules on what the tensors say: running statistics, γ, ε and momentum."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from normlab.diagnosis.patient import Normalizer, Patient, Vector
 from normlab.diagnosis.rule import Sign, rule
@@ -35,9 +37,16 @@ def share(found: np.ndarray) -> str:
 def not_finite(patient: Patient) -> Iterator[Sign]:
     """A weight or statistic is NaN or infinite."""
     for name, values in patient.tensors.items():
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
+        if values.dtype.kind in "fc" and not np.isfinite(values).all() and not _is_mask(values):
             bad = int((~np.isfinite(values)).sum())
             yield Sign(name, "serious", f"{bad} of {values.size} values are NaN or infinite")
+
+
+def _is_mask(values: NDArray[Any]) -> bool:
+    """Whether the values bound others: a mask of 0 and −∞, added before softmax, or one limit."""
+    if values.ndim == 0:
+        return not np.isnan(values)
+    return values.ndim >= 2 and bool(((values == 0) | (values == -np.inf)).all())
 
 
 @rule(
@@ -66,34 +75,86 @@ def never_updated(patient: Patient) -> Iterator[Sign]:
     """Running statistics stand where they began."""
     for n, mean, var in tracked(patient):
         if not mean.any() and (var == 1).all():
-            after = "" if n.steps is None else f" after {n.steps:,} batches"
+            after = "" if n.steps is None else f" after {n.steps:,} counted batches"
             yield Sign(n.name, "serious", f"running_mean is 0 and running_var 1{after}")
 
 
 @rule(
     "steps",
     worst="serious",
-    remedy="train longer, choose a smaller m, or " + RECALIBRATE,
+    remedy="train longer, choose a smaller m, or " + RECALIBRATE + "; with --data the doctor sees "
+    "whether they are right",
     source="closed form of running ← m·running + (1 − m)·batch; Keras issue 6977",
 )
 def stale(patient: Patient) -> Iterator[Sign]:
     """The initial 0 and 1 still weigh in the running statistics.
 
-    After t steps they weigh mᵗ: serious from 0.25, a warning from 0.02.
+    After t steps they weigh mᵗ, if t counts them all: from 0.02 a warning, from 0.25 serious where
+    the statistics are close to 0 and 1 (medians: |mean| ≤ 0.25, variance from 1/2 to 2) or far from
+    those of the data. Not said where t cannot be all: a variance is below mᵗ, or the batches since
+    then would need means of more than 3 of their standard deviations (medians). Not said, either,
+    where the data's statistics are like the running ones.
     """
-    for n, _, _ in tracked(patient):
+    refuted = {_count(n) for n, _, var in tracked(patient) if _refutes(n, var)}
+    for n, mean, var in tracked(patient):
         weight = n.initial_share
-        if weight is None or weight < 0.02 or n.steps == 0:
+        if weight is None or weight < 0.02 or not n.steps or _count(n) in refuted:
             continue
-        severity = "serious" if weight >= 0.25 else "warning"
+        seen = n.data_var is not None
+        if off(n, mean, var) == "" if seen else _improbable(mean, var, weight):
+            continue
+        near = np.median(np.abs(mean)) <= 0.25 and 0.5 <= np.median(var) <= 2
+        severity = "serious" if weight >= 0.25 and (seen or near) else "warning"
         evidence = f"after {n.steps} steps with m = {n.old_weight:.3g} they weigh {weight:.2f}"
+        if severity == "warning" and not seen:
+            evidence += ", if no steps came before the counter's first"
         yield Sign(n.name, severity, evidence + patient.assumes)
+
+
+def _count(n: Normalizer) -> tuple[int | None, float | None]:
+    """What layers with one history of updates have in common."""
+    return n.steps, n.old_weight
+
+
+def _refutes(n: Normalizer, var: Vector) -> bool:
+    """Whether a variance is smaller than the initial 1 alone would make it after `n.steps`."""
+    weight = n.initial_share
+    return weight is not None and bool(((var >= 0) & (var < 0.98 * weight)).any())
+
+
+def _improbable(mean: Vector, var: Vector, weight: float) -> bool:
+    """Whether batches that moved 0 and 1 so far would be of a kind that is hardly ever seen."""
+    since_mean, since_var = mean / (1 - weight), (var - weight) / (1 - weight)
+    return bool(np.median(np.abs(since_mean)) > 3 * np.sqrt(max(np.median(since_var), 0)))
+
+
+def off(n: Normalizer, mean: Vector, var: Vector) -> str:
+    """How bad it is that the running statistics are off those of the data: a severity, or "".
+
+    Medians over the channels, with σ² the data's variance plus ε: serious when the mean is off by
+    more than σ or the variance by more than 4 times, a warning at half σ and 2 times.
+    """
+    shift, factor = distance(n, mean, var)
+    if shift > 1 or factor > 4:
+        return "serious"
+    return "warning" if shift > 0.5 or factor > 2 else ""
+
+
+def distance(n: Normalizer, mean: Vector, var: Vector) -> tuple[float, float]:
+    """By how many σ the means are off, and the variances by what factor, in the median channel."""
+    if n.data_mean is None or n.data_var is None:
+        return 0.0, 1.0
+    eps = n.eps or 1e-12
+    shift = float(np.median(np.abs(mean - n.data_mean) / np.sqrt(n.data_var + eps)))
+    factor = float(np.median(np.abs(np.log((np.maximum(var, 0) + eps) / (n.data_var + eps)))))
+    return shift, float(np.exp(factor))
 
 
 @rule(
     "counters",
     worst="warning",
-    remedy="if no layer was meant to be frozen for a while, look for one left in .eval()",
+    remedy="expected where a layer was added later, or its weights came from a file without "
+    "counters; otherwise look for one left in .eval()",
     source="PyTorch's documentation of num_batches_tracked; fastai issue 3030",
 )
 def updated_unequally(patient: Patient) -> Iterator[Sign]:
@@ -101,7 +162,7 @@ def updated_unequally(patient: Patient) -> Iterator[Sign]:
     most = max((n.steps for n in patient.normalizers if n.steps is not None), default=0)
     for n, _, _ in tracked(patient):
         if n.steps is not None and 0 < n.steps < most:
-            yield Sign(n.name, "warning", f"updated {n.steps:,} times, others {most:,} times")
+            yield Sign(n.name, "warning", f"counted {n.steps:,} updates, others {most:,}")
 
 
 @rule(
@@ -117,13 +178,13 @@ def momentum_turned_round(patient: Patient) -> Iterator[Sign]:
     Serious when a step keeps at most 0.1 of the old statistics, or all of them.
     """
     for n in patient.normalizers:
-        if n.old_weight is None or patient.assumes:
+        if n.old_weight is None or patient.assumes or not n.by_batch:
             continue
         if n.old_weight < 0.5:
             severity = "serious" if n.old_weight <= 0.1 + 1e-9 else "warning"
             memory = f"one step keeps {n.old_weight:.3g} of the old statistics"
             yield Sign(n.name, severity, f"{memory}: they are little more than the last batch's")
-        elif n.old_weight == 1 and n.updates is not False:
+        elif n.old_weight == 1:
             yield Sign(
                 n.name, "serious", "a step keeps all of the old statistics and takes in nothing"
             )

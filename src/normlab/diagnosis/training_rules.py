@@ -9,8 +9,10 @@ from normlab.diagnosis.patient import Patient
 from normlab.diagnosis.rule import Sign, rule
 from normlab.diagnosis.statistics_rules import (
     RECALIBRATE,
+    distance,
     momentum_turned_round,
     never_updated,
+    off,
     stale,
     tracked,
 )
@@ -19,6 +21,7 @@ GROUP_NORM = "Wu and He 2018, arXiv 1803.08494, figure 1"
 
 
 @rule(
+    "by_batch",
     "batches",
     worst="warning",
     remedy="use batches of 16 or more, or a normaliser that does not depend on them",
@@ -32,18 +35,27 @@ def small_batches(patient: Patient) -> Iterator[Sign]:
 
 
 @rule(
+    "by_batch",
     "last_batch",
     worst="serious",
     remedy="join it with the batch before (normlab does), or shift the batch size by one",
     source="torch.nn.functional.batch_norm: more than 1 value per channel when training",
 )
 def last_batch_of_one(patient: Patient) -> Iterator[Sign]:
-    """The last batch of an epoch is a single image, which has no variance."""
+    """The last batch of an epoch is a single image.
+
+    Serious where a normaliser gets one value a channel from it, which has no variance: PyTorch
+    stops there. A warning where each has at least the pixels of that image.
+    """
     if patient.batches.last == 1:
-        yield Sign("batches", "serious", f"batches of {patient.batches.size} leave one image over")
+        evidence = f"batches of {patient.batches.size} leave one image over"
+        several = all(n.single is False for n in patient.normalizers if n.by_batch)
+        evidence += ", which is normalised by itself" if several else ", which has no variance"
+        yield Sign("batches", "warning" if several else "serious", evidence)
 
 
 @rule(
+    "by_batch",
     "accumulation",
     worst="warning",
     remedy="raise the batch itself, or recompute statistics over the accumulated images",
@@ -72,17 +84,16 @@ def far_from_data(patient: Patient) -> Iterator[Sign]:
     """Running statistics are far from those of the data.
 
     Medians over the channels, with σ² the data's variance plus ε: serious when the mean is off by
-    more than σ or the variance by more than 4 times, a warning at half σ and 2 times.
+    more than σ or the variance by more than 4 times, a warning at half σ and 2 times. Serious, too,
+    when the layer is given values that are not finite.
     """
     for n, mean, var in tracked(patient):
         if n.data_mean is None or n.data_var is None:
             continue
-        eps = n.eps or 1e-12
-        shift = float(np.median(np.abs(mean - n.data_mean) / np.sqrt(n.data_var + eps)))
-        factor = float(np.median(np.abs(np.log((np.maximum(var, 0) + eps) / (n.data_var + eps)))))
-        factor = float(np.exp(factor))
-        if shift > 0.5 or factor > 2:
-            severity = "serious" if shift > 1 or factor > 4 else "warning"
+        if not (np.isfinite(n.data_mean) & np.isfinite(n.data_var)).all():
+            yield Sign(n.name, "serious", "its input is NaN or infinite on these data")
+        elif severity := off(n, mean, var):
+            shift, factor = distance(n, mean, var)
             evidence = f"in the median channel of {len(mean)} the mean is off by {shift:.2g} σ "
             yield Sign(n.name, severity, evidence + f"and the variance by a factor of {factor:.3g}")
 

@@ -1,7 +1,9 @@
 """Ask a network for its answers and leave no trace in it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,18 +13,16 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from normlab.data.augment import views_of
 from normlab.data.batches import EVALUATION_BATCH, batch_bounds, to_input
-from normlab.errors import UserError
-from normlab.layers import BatchNorm
+from normlab.errors import NormlabError, UserError
 
-Images = NDArray[np.uint8] | Tensor  # (N, H, W, 3) pixels, or (N, C, *) as the network takes them
+# (N, H, W, 3) pixels, (N, C, *) as the network takes them, or its keyword arguments, each (N, *)
+Images = NDArray[np.uint8] | Tensor | Mapping[str, Tensor]
 
 
-def normalizers(model: nn.Module) -> dict[str, BatchNorm | TorchBatchNorm]:
-    """The batch normalisations of `model`, by name: normlab's and PyTorch's."""
+def normalizers(model: nn.Module) -> dict[str, TorchBatchNorm]:
+    """The batch normalisations of `model`, by name: normlab's, PyTorch's and their subclasses."""
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, BatchNorm | TorchBatchNorm)
+        name: module for name, module in model.named_modules() if isinstance(module, TorchBatchNorm)
     }
 
 
@@ -42,7 +42,6 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
-@torch.no_grad()
 def logits_of(
     model: nn.Module,
     images: Images,
@@ -51,33 +50,111 @@ def logits_of(
     views: str = "single",
     own_statistics: bool = False,
 ) -> Tensor:
-    """Logits (N, K) without dropout, on the CPU.
+    """Logits (N, K) without dropout, on the CPU; the model is left as it was.
 
     Args:
         views: with more than one view of an image (see `views_of`), the mean of their logits.
         own_statistics: normalise each batch by its own statistics instead of the running ones.
 
     Raises:
-        UserError: own statistics of a batch with fewer than two images.
+        UserError: own statistics of a batch with fewer than two images, images that the network
+            fails on, or an answer without a tensor.
     """
-    if own_statistics and min(len(images), batch_size) < 2:
+    parts: list[Tensor] = []
+
+    def take(answers: list[Any]) -> None:
+        seen = [logits(answer) for answer in answers]
+        parts.append((seen[0] if len(seen) == 1 else torch.stack(seen).mean(0)).cpu())
+
+    run_batches(model, images, batch_size, views=views, own_statistics=own_statistics, take=take)
+    return torch.cat(parts)
+
+
+def logits(answer: Any) -> Tensor:
+    """The logits in what a network answers.
+
+    A tensor is taken as it is; of tuples, dictionaries and dataclasses, what is called `logits`, or
+    the first tensor.
+
+    Raises:
+        UserError: there is no tensor in it.
+    """
+    named = answer.get("logits") if isinstance(answer, Mapping) else getattr(answer, "logits", None)
+    found = named if isinstance(named, Tensor) else first_tensor([answer])
+    if found is None:
         raise UserError(
-            f"{len(images)} image(s) in batches of {batch_size}: "
-            "statistics of a batch take two or more"
+            f"the network answers with {type(answer).__name__}, which holds no tensor: let it "
+            "return logits (N, K), or an object with .logits"
+        )
+    return found
+
+
+def first_tensor(values: Iterable[Any]) -> Tensor | None:
+    for value in values:
+        if isinstance(value, Tensor):
+            return value
+        inner: Iterable[Any] = ()
+        if isinstance(value, Mapping):
+            inner = value.values()
+        elif isinstance(value, tuple | list):
+            inner = value
+        elif is_dataclass(value) and not isinstance(value, type):
+            inner = [getattr(value, field.name) for field in fields(value)]
+        if (found := first_tensor(inner)) is not None:
+            return found
+    return None
+
+
+@torch.no_grad()
+def run_batches(
+    model: nn.Module,
+    images: Images,
+    batch_size: int,
+    *,
+    views: str = "single",
+    own_statistics: bool = False,
+    take: Callable[[list[Any]], None],
+) -> None:
+    """Run the images through the model in batches and hand the answers of each to `take`.
+
+    Args:
+        views: `take` is given one answer for each view of the images (see `views_of`).
+    """
+    total = count(images)
+    if own_statistics and min(total, batch_size) < 2:
+        raise UserError(
+            f"{total} image(s) in batches of {batch_size}: statistics of a batch take two or more"
         )
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    parts = []
     with untouched(model):
         model.eval()
         if own_statistics:
             for layer in normalizers(model).values():
                 layer.train()
-        for a, b in batch_bounds(len(images), batch_size, join_single=own_statistics):
-            seen = [model(x) for x in views_of(_inputs(images[a:b], device), views)]
-            parts.append((seen[0] if len(seen) == 1 else torch.stack(seen).mean(0)).cpu())
-    return torch.cat(parts)
+        for a, b in batch_bounds(total, batch_size, join_single=own_statistics):
+            take(_answers(model, images, a, b, device, views))
 
 
-def _inputs(images: Images, device: torch.device) -> Tensor:
-    return images.to(device) if isinstance(images, Tensor) else to_input(images, device)
+def _answers(
+    model: nn.Module, images: Images, a: int, b: int, device: torch.device, views: str
+) -> list[Any]:
+    try:
+        if isinstance(images, Mapping):
+            return [model(**{name: value[a:b].to(device) for name, value in images.items()})]
+        part = images[a:b]
+        x = part.to(device) if isinstance(part, Tensor) else to_input(part, device)
+        return [model(seen) for seen in (views_of(x, views) if views != "single" else [x])]
+    except NormlabError:
+        raise
+    except Exception as e:  # somebody else's forward may raise anything
+        reason = (str(e).splitlines() or [""])[0]
+        raise UserError(
+            f"the network fails on these images ({type(e).__name__}: {reason}): give them in the "
+            "shape and type that it takes, or as a dictionary of its keyword arguments"
+        ) from e
+
+
+def count(images: Images) -> int:
+    """N: how many images there are."""
+    return len(next(iter(images.values()))) if isinstance(images, Mapping) else len(images)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from normlab.data.batches import EVALUATION_BATCH
-from normlab.evaluation.forward import Images, logits_of, normalizers
+from normlab.evaluation.forward import Images, first_tensor, normalizers, run_batches
 from normlab.layers import BatchNorm, moments
 
 SAMPLE = 4096  # images that stand for the training set where all of them would cost too much
@@ -46,17 +46,22 @@ def population_moments(
     parts: dict[str, list[Moments]] = {}
 
     def hook_for(name: str) -> Any:
-        def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            (x,) = inputs
+        def note(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = first_tensor([*inputs, *named.values()])
+            if x is None or x.ndim < 2 or not x.numel():
+                return
             mean, var = moments(x if x.dtype == torch.float64 else x.float())
             found = Moments(mean.double(), var.double(), x.numel() // x.shape[1])
             parts.setdefault(name, []).append(found)
 
         return note
 
-    hooks = [m.register_forward_pre_hook(hook_for(n)) for n, m in normalizers(model).items()]
+    hooks = [
+        layer.register_forward_pre_hook(hook_for(name), with_kwargs=True)
+        for name, layer in normalizers(model).items()
+    ]
     try:
-        logits_of(model, images, batch_size, own_statistics=True)
+        run_batches(model, images, batch_size, own_statistics=True, take=lambda _: None)
     finally:
         for hook in hooks:
             hook.remove()

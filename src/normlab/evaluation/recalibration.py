@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from normlab.core.files import digest, write_tensors
 from normlab.data import ImageData
 from normlab.data.batches import EVALUATION_BATCH, split_images
@@ -32,6 +34,11 @@ def recalibrate(
     Raises:
         UserError: an unfinished run, a network without batch normalisation, other image sizes.
     """
+    if isinstance(run, nn.Module):
+        raise UserError(
+            f"a live {type(run).__name__} is no run: renew its statistics with "
+            "torch.optim.swa_utils.update_bn(batches, network)"
+        )
     model = run.model("last")
     if not normalizers(model):
         raise UserError(f"run {run.path} has no batch normalisation: nothing to recalibrate")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from normlab.data.batches import EVALUATION_BATCH
 from normlab.errors import UserError, nearest
-from normlab.evaluation.forward import Images, logits_of, untouched
+from normlab.evaluation.forward import Images, count, logits_of, untouched
 from normlab.evaluation.metrics import cross_entropy, right
 from normlab.evaluation.population import population_moments, set_statistics
 
@@ -31,7 +31,7 @@ class Score:
 def score(
     model: nn.Module,
     images: Images,
-    labels: NDArray[np.integer],
+    labels: NDArray[np.integer] | Tensor,
     *,
     statistics: str = "running",
     views: str = "single",
@@ -41,8 +41,9 @@ def score(
     """Score a network as it is; it stays as it was.
 
     Args:
-        images: (N, H, W, 3) uint8, or (N, C, *) ready for the network.
-        labels: (N,).
+        images: (N, H, W, 3) uint8, (N, C, *) ready for the network, or a dictionary of the
+            network's keyword arguments.
+        labels: (N,), the number of each image's class.
         statistics: `running`, `batch` (each batch of `batch_size` images normalised by its own) or
             `population` (of `population`, pooled).
         views: see `normlab.data.augment.views_of`.
@@ -50,11 +51,13 @@ def score(
             of the training set, as a rule. None: `images` themselves.
 
     Raises:
-        UserError: unknown statistics, or a batch with fewer than two images.
+        UserError: unknown statistics, a batch with fewer than two images, labels of another
+            number, form or range, or a network that does not answer with one row of logits for
+            each image.
     """
     if statistics not in STATISTICS:
         raise UserError(f"unknown statistics {nearest(statistics, STATISTICS)}")
-    truth = torch.as_tensor(np.asarray(labels, np.int64))
+    truth = _truth(labels, count(images))
     with untouched(model):
         if statistics == "population":
             chosen = images if population is None else population
@@ -62,7 +65,37 @@ def score(
         own = statistics == "batch"
         size = batch_size if own else EVALUATION_BATCH
         logits = logits_of(model, images, size, views=views, own_statistics=own)
+    _check(logits, truth)
     return Score(cross_entropy(logits, truth), right(logits, truth).double().mean().item())
+
+
+def _truth(labels: NDArray[np.integer] | Tensor, total: int) -> Tensor:
+    """Labels (N,) as whole numbers."""
+    values = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if values.shape != (total,):
+        hint = "; of one-hot rows take .argmax(1)" if values.ndim == 2 else ""
+        raise UserError(
+            f"labels of shape {values.shape} for {total} images: give one class number an "
+            f"image{hint}"
+        )
+    if values.dtype.kind not in "iub":
+        raise UserError(f"labels of type {values.dtype}: give class numbers, whole ones from 0")
+    return torch.as_tensor(values.astype(np.int64))
+
+
+def _check(logits: Tensor, labels: Tensor) -> None:
+    """Refuse logits and labels that do not belong to each other."""
+    if logits.ndim != 2 or len(logits) != len(labels):
+        raise UserError(
+            f"the network answers {len(labels)} images with logits of shape "
+            f"{tuple(logits.shape)}: scores take (N, K); without labels only statistics are taken"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= logits.shape[1]:
+        raise UserError(
+            f"labels from {low} to {high} for a network of {logits.shape[1]} classes: give class "
+            f"numbers from 0 to {logits.shape[1] - 1}"
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +119,7 @@ class ThreeWay:
 def three_way(
     model: nn.Module,
     images: Images,
-    labels: NDArray[np.integer],
+    labels: NDArray[np.integer] | Tensor,
     *,
     population: Images | None = None,
     batch_size: int = 32,
@@ -102,4 +135,4 @@ def three_way(
         )
         for kind in STATISTICS
     }
-    return ThreeWay(**scores, count=len(labels), batch_size=batch_size)
+    return ThreeWay(**scores, count=count(images), batch_size=batch_size)

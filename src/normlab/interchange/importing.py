@@ -42,7 +42,7 @@ def import_model(
         DataError: the file holds another network, or none.
     """
     try:
-        from normlab.formats.keras_files import read_notebook
+        from normlab.formats.keras_notebook import read_notebook
     except ImportError:
         raise UserError("import needs the package h5py: pip install 'normlab[keras]'") from None
     started = time.perf_counter()

@@ -25,8 +25,8 @@ from torch import nn
 
 from normlab.errors import UserError
 from normlab.evaluation.forward import logits_of
-from normlab.formats.keras_files import read_notebook
 from normlab.formats.keras_layout import SNAKE_CASE
+from normlab.formats.keras_notebook import read_notebook
 from normlab.interchange.certificate import Certificate, Check
 from normlab.interchange.keras_layers import KerasLayer, layers_of
 from normlab.models import NotebookNet

@@ -3,6 +3,7 @@
 from torch import nn
 
 from normlab.layers.batchnorm import CONVENTIONS, BatchNorm, Convention, moments, normalize
+from normlab.layers.conversion import convert_batchnorm
 from normlab.layers.dropout import Dropout
 from normlab.layers.fused import (
     MaxPool2d,
@@ -52,6 +53,7 @@ __all__ = [
     "NoNorm",
     "conv3x3",
     "conv_pool",
+    "convert_batchnorm",
     "moments",
     "norm_conv",
     "norm_relu",

@@ -21,13 +21,19 @@ What libraries mean by the same words differs; `Convention` holds it and each ha
 
 All three normalise with the biased variance. The state's names are PyTorch's: γ is `weight`, β is
 `bias`.
+
+`BatchNorm` is one of PyTorch's batch normalisations to every tool that looks for them: it inherits
+from their base class. `normlab.convert_batchnorm` exchanges the layers of a network. What remains
+different is told in the docstring of `BatchNorm`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from normlab import kernels
 from normlab.errors import UserError
@@ -92,6 +98,11 @@ def per_channel(v: Tensor, x: Tensor) -> Tensor:
     return v.view(1, -1, *[1] * (x.ndim - 2))
 
 
+def wide(v: Tensor | None) -> Tensor | None:
+    """γ or β in float32 if the network was cast to half precision, else as it is."""
+    return v.float() if v is not None and v.dtype in HALF else v
+
+
 def needed(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Drop the gradients that autograd did not ask for: it refuses one for a missing γ."""
     return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=True))
@@ -135,12 +146,13 @@ class _BatchNormalize(torch.autograd.Function):
     ) -> Tensor:
         shape, count = kernels.layout(x), x.numel() // x.shape[1]
         running = norm.running(count)
-        if shape is not None and running.mean.dtype is torch.float32:
+        if shape is not None and norm.is_float32():
             y, mean, var = kernels.batch_norm(x, shape, weight, bias, norm.eps, running)
         else:
             mean, var = moments(x)
             y = normalize(x, mean, var, weight, bias, norm.eps)
-            norm.track(mean, var, count)
+            if running is not None:
+                norm.track(mean, var, running)
         ctx.save_for_backward(x, weight)
         ctx.batch = shape, mean, var, norm.eps, bias is not None
         return y
@@ -160,7 +172,7 @@ class _BatchNormalize(torch.autograd.Function):
         return dx, None if weight is None else dw, db if has_bias else None, None
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(TorchBatchNorm):
     """Batch normalisation over all dimensions but the second, for inputs of 2 to 5 dimensions.
 
     In training it normalises with the batch's own statistics and moves the running ones towards
@@ -178,8 +190,24 @@ class BatchNorm(nn.Module):
         eps: ε, added to the variance; the convention's default if None.
         scale: learn γ (`weight`).
         center: learn β (`bias`).
+        track_running_stats: keep running statistics; without them, evaluation takes the batch's.
 
-    Half-precision inputs are normalised in float32 and returned as they came.
+    Half-precision inputs are normalised in float32 and returned as they came. Running statistics
+    stay float32 when the layer is cast to half precision: in bfloat16 they would stop moving.
+
+    With `convention="torch"` the layer gives what `torch.nn.BatchNorm1d`, `2d` and `3d` give, and
+    tools that look for PyTorch's class find it: `torch.optim.swa_utils.update_bn`,
+    `torch.nn.utils.fusion.fuse_conv_bn_eval`, `torch.func.replace_all_batch_norm_modules_`. State
+    dicts go both ways, those without `num_batches_tracked` too. What remains different:
+
+    - The constructor's options and their names; `normlab.convert_batchnorm` takes them over.
+    - `momentum` as an attribute is the convention's. PyTorch's meaning is `1 - old_weight`. A tool
+      that copies `momentum` (`SyncBatchNorm.convert_sync_batchnorm`) is right only with
+      `convention="torch"`: call `convert_batchnorm(network, to="torch")` first.
+    - The attribute `momentum = None` asks for the average of all batches, as in PyTorch; in the
+      constructor None is the convention's default.
+    - A tool that looks for `nn.BatchNorm2d` itself, not for the base class, passes it by.
+    - `torch.func.vmap` and TorchScript do not take it: convert it first.
 
     Raises:
         UserError: unknown convention, C < 1, momentum outside [0, 1], ε < 0; in `forward`, an
@@ -187,9 +215,11 @@ class BatchNorm(nn.Module):
             while training, whose variance would be 0.
     """
 
+    # None in a layer that keeps no running statistics.
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    torch_class: Any = None  # the class that `convert_batchnorm` made this layer from
 
     def __init__(
         self,
@@ -200,8 +230,9 @@ class BatchNorm(nn.Module):
         eps: float | None = None,
         scale: bool = True,
         center: bool = True,
+        track_running_stats: bool = True,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         if convention not in CONVENTIONS:
             known = ", ".join(CONVENTIONS)
             raise UserError(f"unknown convention {convention!r}: choose one of {known}")
@@ -209,6 +240,8 @@ class BatchNorm(nn.Module):
         self.num_features = num_features
         self.momentum = self.convention.momentum if momentum is None else momentum
         self.eps = self.convention.eps if eps is None else eps
+        self.affine = scale or center
+        self.track_running_stats = track_running_stats
         self.frozen = False
         if num_features < 1:
             raise UserError(f"num_features={num_features}: a batch normalisation needs ≥ 1 channel")
@@ -216,15 +249,21 @@ class BatchNorm(nn.Module):
             raise UserError(f"momentum={self.momentum}: choose a value from 0 to 1")
         if not self.eps >= 0:
             raise UserError(f"eps={self.eps}: choose a value ≥ 0")
-        self.weight = nn.Parameter(torch.ones(num_features)) if scale else None
-        self.bias = nn.Parameter(torch.zeros(num_features)) if center else None
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self.register_parameter("weight", nn.Parameter(torch.ones(num_features)) if scale else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if center else None)
+        tracked = track_running_stats
+        self.register_buffer("running_mean", torch.zeros(num_features) if tracked else None)
+        self.register_buffer("running_var", torch.ones(num_features) if tracked else None)
+        self.register_buffer("num_batches_tracked", torch.tensor(0) if tracked else None)
 
     @property
-    def old_weight(self) -> float:
-        """m: how much of the old running statistics one step keeps, whatever the convention."""
+    def old_weight(self) -> float | None:
+        """m: how much of the old running statistics one step keeps, whatever the convention.
+
+        None when the running statistics are the average of all batches (`momentum = None`).
+        """
+        if self.momentum is None:
+            return None
         return self.momentum if self.convention.momentum_weighs_old else 1 - self.momentum
 
     def freeze(self, frozen: bool = True) -> "BatchNorm":
@@ -241,39 +280,64 @@ class BatchNorm(nn.Module):
             return self.forward(x.float()).to(x.dtype)
         if not self.uses_batch():
             return self._normalize_running(x)
-        y: Tensor = _BatchNormalize.apply(x, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
+        weight, bias = wide(self.weight), wide(self.bias)
+        if not x.numel():  # no image: nothing to take statistics from
+            nothing = x.new_zeros(self.num_features)
+            return normalize(x, nothing, nothing, weight, bias, self.eps)
+        y: Tensor = _BatchNormalize.apply(x, weight, bias, self)  # type: ignore[no-untyped-call]
         return y
 
     def standardize(self, x: Tensor) -> Tensor:
         """x̂ of a training batch that needs no gradient; moves the running statistics."""
+        if x.dtype in HALF:
+            return self.standardize(x.float()).to(x.dtype)
         with torch.no_grad():
             y: Tensor = _BatchNormalize.apply(x, None, None, self)  # type: ignore[no-untyped-call]
         return y
 
     def uses_batch(self) -> bool:
         """Whether `forward` would now use the batch's own statistics, not the running ones."""
-        return self.training and not self.frozen
+        return (self.training and not self.frozen) or vars(self)["_buffers"]["running_mean"] is None
 
     def compiled(self, x: Tensor) -> bool:
         """Whether the compiled kernels take `x` and this layer's state."""
-        return kernels.layout(x) is not None and self.running_mean.dtype is torch.float32
+        return kernels.layout(x) is not None and self.is_float32()
+
+    def is_float32(self) -> bool:
+        """Whether γ, β and the running statistics, as far as there are any, are all float32."""
+        state = vars(self)  # found faster here than as attributes
+        weights, buffers = state["_parameters"], state["_buffers"]
+        for v in (weights["weight"], weights["bias"], buffers["running_mean"]):
+            if v is not None and v.dtype is not torch.float32:
+                return False
+        return True
 
     def _normalize_running(self, x: Tensor) -> Tensor:
         fast = self.compiled(x) and not torch.is_grad_enabled()
         apply = kernels.normalize if fast else normalize
-        return apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        weight, bias = wide(self.weight), wide(self.bias)
+        return apply(x, self.running_mean, self.running_var, weight, bias, self.eps)
 
-    def running(self, count: int) -> kernels.Running:
-        """How a batch of `count` values a channel moves the running statistics."""
+    def running(self, count: int) -> kernels.Running | None:
+        """How a batch of `count` values a channel moves the running statistics; None if not."""
         correction = count / (count - 1) if self.convention.unbiased_running_var else 1.0
         named = vars(self)["_buffers"]  # found faster here than as attributes
-        mean, var = named["running_mean"], named["running_var"]
-        return kernels.Running(mean, var, self.old_weight, correction, named["num_batches_tracked"])
+        mean, var, batches = (
+            named["running_mean"],
+            named["running_var"],
+            named["num_batches_tracked"],
+        )
+        if mean is None or not self.track_running_stats:
+            return None
+        keep = self.old_weight
+        if keep is None:  # the average of all batches: each weighs the same
+            keep = 1 - 1 / (int(batches) + 1)
+        return kernels.Running(mean, var, keep, correction, batches)
 
+    @staticmethod
     @torch.no_grad()
-    def track(self, mean: Tensor, var: Tensor, count: int) -> None:
+    def track(mean: Tensor, var: Tensor, running: kernels.Running) -> None:
         """Move the running statistics: running ← m·running + (1 − m)·batch."""
-        running = self.running(count)
         var = var * running.correction
         running.mean.lerp_(mean.to(running.mean.dtype), 1 - running.keep)
         running.var.lerp_(var.to(running.var.dtype), 1 - running.keep)
@@ -286,16 +350,41 @@ class BatchNorm(nn.Module):
                 f"an input of shape {tuple(x.shape)}: "
                 f"this layer takes 2 to 5 dimensions, the second of size {self.num_features}"
             )
-        count = x.numel() // self.num_features
-        if count < 2 and self.uses_batch():
+        if x.numel() == self.num_features and self.uses_batch():
             raise UserError(
-                f"a training batch of shape {tuple(x.shape)} holds {count} value(s) a channel, too "
+                f"a training batch of shape {tuple(x.shape)} holds 1 value a channel, too "
                 "few for a variance: use a batch of two or more, or .eval() or .freeze()"
             )
+
+    def reset_parameters(self) -> None:
+        """γ to 1, β to 0, and the running statistics to where they began."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchNorm":
+        """Move or cast the layer; running statistics do not go below float32."""
+        before = {name: self._buffers[name] for name in ("running_mean", "running_var")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype in HALF:
+                source = new if old.is_meta else old  # the values before they were rounded
+                self._buffers[name] = source.to(new.device, torch.float32)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """As PyTorch's layer loads, files without a counter too; statistics stay float32."""
+        super()._load_from_state_dict(*args)
+        for name in ("running_mean", "running_var"):  # `assign=True` takes over the file's type
+            self._buffers[name] = wide(self._buffers[name])
 
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, convention={self.convention.name!r}, momentum={self.momentum}, "
             f"eps={self.eps}, scale={self.weight is not None}, center={self.bias is not None}"
+            + ("" if self.track_running_stats else ", track_running_stats=False")
             + (", frozen" if self.frozen else "")
         )

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, relu
 
 from normlab import kernels
-from normlab.layers.batchnorm import BatchNorm, needed
+from normlab.layers.batchnorm import HALF, BatchNorm, needed
 from normlab.layers.dropout import Dropout, draws
 from normlab.layers.weights import Conv2d
 
@@ -147,7 +147,7 @@ def norm_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d) -> Tensor:
     if conv.bias is None or not _convolves_input(conv, x):
         return conv(norm(x))  # type: ignore[no-any-return]
     weight, bias = conv.weight, conv.bias  # (O, C, h, w), (O,)
-    if _batch_normalizes(norm):
+    if _batch_normalizes(norm) and norm.is_float32() == (x.dtype is torch.float32):
         norm.check(x)
         x = norm.standardize(x)
         if norm.bias is not None:
@@ -173,6 +173,7 @@ def _convolves_input(conv: nn.Conv2d, x: Tensor) -> bool:
         and conv.padding == (0, 0)
         and conv.groups == 1
         and x.dtype == conv.weight.dtype
+        and x.dtype not in HALF  # whose statistics are taken in float32
     )
 
 
@@ -284,7 +285,7 @@ def _batch_normalizes(norm: nn.Module) -> TypeGuard[BatchNorm]:
 def _matrix(x: Tensor, norm: BatchNorm) -> tuple[int, int, int] | None:
     """How `x` lies, where the compiled passes take it and `norm`, and it is a matrix."""
     shape = kernels.layout(x)
-    fits = shape is not None and shape[2] == 1 and norm.running_mean.dtype is torch.float32
+    fits = shape is not None and shape[2] == 1 and norm.is_float32()
     return shape if fits else None
 
 

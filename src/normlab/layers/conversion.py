@@ -1,0 +1,115 @@
+"""Exchange PyTorch's batch normalisations for normlab's, and back, in a network as it stands."""
+
+import torch
+from torch import nn
+
+from normlab.errors import UserError
+from normlab.layers.batchnorm import BatchNorm
+
+# Exactly these: a subclass may do more than normalise (timm's BatchNormAct2d also activates).
+TORCH_CLASSES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+TorchClass = type[nn.BatchNorm1d] | type[nn.BatchNorm2d] | type[nn.BatchNorm3d]
+
+
+def convert_batchnorm(
+    module: nn.Module, to: str = "normlab", *, torch_class: TorchClass = nn.BatchNorm2d
+) -> nn.Module:
+    """Exchange the batch normalisations in `module`; outputs and state dict stay the same.
+
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> convert_batchnorm(network)[1]
+        BatchNorm(8, convention='torch', momentum=0.1, eps=1e-05, scale=True, center=True)
+        >>> convert_batchnorm(network, to="torch")[1]
+        BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+
+    Parameters and buffers are the same objects before and after, so an optimiser keeps working.
+    Hooks on the exchanged layers are lost. PyTorch has no `.freeze()`: a frozen layer comes back
+    in evaluation mode and without gradients, and the next `.train()` lets its statistics move.
+    PyTorch keeps the unbiased running variance, also for a layer that had Keras' convention.
+
+    Args:
+        module: a network, changed in place, or a normaliser itself.
+        to: `normlab`: `nn.BatchNorm1d`, `2d` and `3d` become `normlab.BatchNorm` with PyTorch's
+            convention; subclasses and `SyncBatchNorm` stay. `torch`: the other way round.
+        torch_class: the class for layers that did not come from one of PyTorch's; it decides how
+            many dimensions their input has.
+
+    Returns:
+        `module`, or its successor if it is a normaliser itself.
+
+    Raises:
+        UserError: another `to`, or a lazy layer that has not seen its first batch.
+    """
+    if to not in ("normlab", "torch"):
+        raise UserError(f"to={to!r}: choose normlab or torch")
+    done: dict[nn.Module, nn.Module] = {}  # a layer that stands in two places stays one layer
+
+    def successor(layer: nn.Module) -> nn.Module:
+        if layer not in done:
+            if to == "torch" and type(layer) is BatchNorm:
+                done[layer] = _to_torch(layer, torch_class)
+            elif to == "normlab" and type(layer) in TORCH_CLASSES:
+                done[layer] = _to_normlab(layer)  # type: ignore[arg-type]
+            else:
+                done[layer] = layer
+                for name, child in list(layer._modules.items()):
+                    if child is not None and (new := successor(child)) is not child:
+                        layer._modules[name] = new
+        return done[layer]
+
+    if to == "normlab":
+        _refuse_lazy(module)
+    return successor(module)
+
+
+def _refuse_lazy(module: nn.Module) -> None:
+    for name, layer in module.named_modules():
+        lazy = isinstance(layer, nn.modules.lazy.LazyModuleMixin)
+        if lazy and isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise UserError(
+                f"{name or 'the module'} is a {type(layer).__name__} that has not seen its first "
+                "batch: run one through the network first"
+            )
+
+
+def _to_normlab(layer: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> BatchNorm:
+    new = BatchNorm(
+        layer.num_features,
+        convention="torch",
+        eps=layer.eps,
+        scale=layer.weight is not None,
+        center=layer.bias is not None,
+        track_running_stats=layer.track_running_stats,
+    )
+    new.momentum = layer.momentum
+    new.torch_class = type(layer)
+    _take_over(layer, new)
+    for name in ("running_mean", "running_var"):
+        buffer = new._buffers[name]
+        if buffer is not None and buffer.dtype != torch.float64:
+            new._buffers[name] = buffer.float()
+    return new
+
+
+def _to_torch(layer: BatchNorm, torch_class: TorchClass) -> nn.Module:
+    momentum = layer.momentum
+    if momentum is not None and layer.convention.momentum_weighs_old:
+        momentum = 1 - momentum
+    new = (layer.torch_class or torch_class)(
+        layer.num_features,
+        eps=layer.eps,
+        momentum=momentum,
+        affine=layer.affine,
+        track_running_stats=layer.track_running_stats,
+    )
+    _take_over(layer, new)
+    if layer.frozen:
+        new.eval()
+    return new
+
+
+def _take_over(old: nn.Module, new: nn.Module) -> None:
+    """Give `new` the parameters, buffers and mode of `old`."""
+    new._parameters.update(old._parameters)
+    new._buffers.update(old._buffers)
+    new.training = old.training
