@@ -86,6 +86,7 @@ def from_run(run: Run, weights: str, data: ImageData | None) -> Patient:
         DataError: data with other classes or image sizes than the run's.
     """
     recipe, last, samples = run.task.recipe, None, None
+    weights = run.kept if weights == "kept" else weights
     model = run.model(weights)
     if data is not None:
         _check(run, data)
