@@ -103,7 +103,7 @@ def test_without_its_test_images_a_run_is_compared_on_samples_and_says_so(
     (moved / "recipe.json").write_text(json.dumps(recipe))
     with running(str(moved)) as server:
         assert "compared with its run on 64 samples" in server.said[0]
-        assert "not at hand: /gone/pets.npz does not exist" in server.said[0]
+        assert "not at hand: the run's data are '/gone/pets.npz'" in server.said[0]
         model = server.get("/model").json()
     assert model["certificate"] is None
     assert model["data"] == "pets.npz"

@@ -69,7 +69,7 @@ class Task:
         if data is None and self.data not in PUBLIC and not was_given(Path(self.data)):
             raise DataError(
                 f"the run's data are {self.data!r}, a place that was not named here before, so it "
-                "is not read: name them with --data"
+                "is not read: name it once with --data, as in `normlab evaluate RUN --data DATA`"
             )
         chosen = self.data if data is None else data
         return load(chosen, image_size=self.image_size, skip_bad=self.skip_bad)
