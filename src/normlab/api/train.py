@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from normlab.data import ImageData, load
 from normlab.data.loading import PUBLIC
 from normlab.errors import NonFiniteError, UserError
 from normlab.evaluation.baselines import score_baselines
+from normlab.evaluation.recalibration import Repair, renew_stale
 from normlab.inspection.activations import observed
 from normlab.inspection.recording import RECORDING, Recorder
 from normlab.recipes import DEFAULT_OWN, Recipe
@@ -27,7 +29,7 @@ from normlab.training import checkpoint, starting_points
 from normlab.training.hooks import ThreeWayScores, make_hooks
 from normlab.training.loop import Interrupted, fit
 from normlab.training.preparation import make_plan, new_state, refuse_impossible
-from normlab.training.state import Hook, Observer, State
+from normlab.training.state import Hook, Observer, Plan, State
 
 
 def train(
@@ -248,8 +250,9 @@ def _finish(
     if not is_finite(state.model.state_dict()):
         raise NonFiniteError(f"a weight is NaN or infinite after the last step: {remedy}")
     write_tensors(folder / "last.safetensors", state.model.state_dict())
+    kept, repair = _choose_weights(run, plan, state)
     started = time.perf_counter()
-    evaluation = run.evaluate(images)
+    evaluation = run.evaluate(images, weights=kept)
     evaluation_seconds = time.perf_counter() - started
     if not math.isfinite(evaluation.loss):
         raise NonFiniteError(f"the loss on the test images is {evaluation.loss}: {remedy}")
@@ -267,6 +270,8 @@ def _finish(
         "train_seconds": state.seconds,
         "images_per_second": len(plan.train) * len(state.history) / state.seconds,
         "weights_sha256": digest(state.model.state_dict()),
+        "weights": kept,
+        "repair": None if repair is None else asdict(repair),
         "data_seconds": data_seconds,
         "evaluation_seconds": evaluation_seconds,
         "evaluation": evaluation.as_dict(),
@@ -277,3 +282,19 @@ def _finish(
     starting_points.remove_start(folder)
     write_run_report(run, evaluation, images)
     return run
+
+
+def _choose_weights(run: Run, plan: Plan, state: State) -> tuple[str, Repair | None]:
+    """Which weights the run keeps: the best where patience was asked for, statistics renewed where
+    they are stale; the last otherwise.
+    """
+    best = plan.recipe.patience is not None and state.best_epoch is not None
+    kept = "best" if best else "last"
+    if not len(plan.validation):
+        return kept, None
+    model = run.model(kept)
+    repair = renew_stale(model, plan.train.images, plan.validation)
+    if repair is not None:
+        kept = "recalibrated"
+        write_tensors(run.path / "recalibrated.safetensors", model.state_dict())
+    return kept, repair

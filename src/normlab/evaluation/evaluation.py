@@ -55,6 +55,7 @@ class Evaluation:
         loss: mean cross-entropy in nats.
         interval: 95 % Wilson interval of `accuracy` over test pictures.
         confusion: (K, K) counts, label by answer.
+        files: N names of the files of the test images, if they came from files.
     """
 
     run: str
@@ -70,6 +71,7 @@ class Evaluation:
     confusion: NDArray[np.int64]
     calibration: Calibration
     limits: tuple[str, ...]
+    files: tuple[str, ...] | None = None
 
     @property
     def predictions(self) -> NDArray[np.int64]:
@@ -155,6 +157,7 @@ class Evaluation:
         answer = int(self.predictions[index])
         return {
             "index": index,
+            "file": None if self.files is None else self.files[index],
             "label": self.class_names[self.labels[index]],
             "answer": self.class_names[answer],
             "probability": float(self.probabilities[index, answer]),
@@ -195,6 +198,7 @@ def assess(
     data: str,
     class_names: tuple[str, ...],
     limits: tuple[str, ...],
+    files: tuple[str, ...] | None = None,
 ) -> Evaluation:
     """Turn logits (N, K) and labels (N,) into an `Evaluation`."""
     truth: NDArray[np.int64] = labels.astype(np.int64)
@@ -214,6 +218,7 @@ def assess(
         confusion=confusion,
         calibration=calibrate(probabilities, truth),
         limits=limits,
+        files=files,
     )
 
 
@@ -259,4 +264,5 @@ def evaluate(
         data=images.name,
         class_names=images.class_names,
         limits=limits_of(images.name),
+        files=images.files_test,
     )

@@ -1,24 +1,68 @@
 """A run's weights with the statistics of a whole set of images."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from normlab.core.files import digest, write_tensors
 from normlab.data import ImageData
-from normlab.data.batches import EVALUATION_BATCH, split_images
+from normlab.data.batches import EVALUATION_BATCH, Split, split_images
 from normlab.errors import DataError, UserError
 from normlab.evaluation.forward import normalizers
-from normlab.evaluation.population import population_moments, set_statistics
+from normlab.evaluation.population import evenly, population_moments, set_statistics
+from normlab.evaluation.scores import Score, score
 from normlab.runs import Run
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What a network scores on held-out images before and after its statistics were renewed."""
+
+    before: Score
+    after: Score
+
+    def __str__(self) -> str:
+        return (
+            f"the running statistics were stale: on the held-out images they gave "
+            f"{self.before.accuracy:.1%}, those of the training images {self.after.accuracy:.1%}; "
+            "the latter are kept"
+        )
+
+
+def renew_stale(model: nn.Module, train: NDArray[np.uint8], held_out: Split) -> Repair | None:
+    """Give the network population statistics if its running ones are plainly stale.
+
+    The rule: with population statistics, from at most 4,096 training images, the held-out images
+    have a lower loss, and an accuracy that is higher by more than 2 points and by more than two
+    standard errors, √(p·(1 − p)/N) each. A training of some hundred steps with a slow momentum
+    ends so: after t steps the initial values still weigh mᵗ.
+
+    Returns:
+        None if the network was left as it is.
+    """
+    if not normalizers(model) or len(held_out) < 2 or len(train) < 2:
+        return None
+    before = score(model, held_out.images, held_out.labels)
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    set_statistics(model, population_moments(model, evenly(train)))
+    after = score(model, held_out.images, held_out.labels)
+    error = math.sqrt(max(before.accuracy * (1 - before.accuracy), 0.0) / len(held_out))
+    if after.loss < before.loss and after.accuracy - before.accuracy > max(0.02, 2 * error):
+        return Repair(before, after)
+    model.load_state_dict(kept)
+    return None
 
 
 def recalibrate(
     run: Run, data: str | Path | Mapping[str, Any] | ImageData | None = None
 ) -> dict[str, Any]:
-    """Write the run's last weights with population statistics as its `recalibrated` weights.
+    """Write the run's weights with population statistics as its `recalibrated` weights.
 
     The run's own weights and its result stay; `run.evaluate(weights="recalibrated")` scores them.
 
@@ -39,7 +83,8 @@ def recalibrate(
             f"a live {type(run).__name__} is no run: renew its statistics with "
             "torch.optim.swa_utils.update_bn(batches, network)"
         )
-    model = run.model("last")
+    weights = "best" if run.kept == "best" else "last"
+    model = run.model(weights)
     if not normalizers(model):
         raise UserError(f"run {run.path} has no batch normalisation: nothing to recalibrate")
     images = run.task.load(data)
@@ -54,7 +99,7 @@ def recalibrate(
         pixels = split_images(images, run.task.recipe.validation)[0].images
     set_statistics(model, population_moments(model, pixels))
     done = {
-        "weights": "last",
+        "weights": weights,
         "data": images.name,
         "data_sha256": images.sha256,
         "images": len(pixels),

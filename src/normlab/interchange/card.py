@@ -71,14 +71,19 @@ def card(
             "",
             "## Use",
             "",
-            f"It takes `images`, uint8 of shape (N, {size}, {size}, 3), RGB, 0 to 255, as they "
-            f"come; the scaling is inside. It returns probabilities (N, {len(task.class_names)}) "
-            "in the order of the classes above.",
+            f"It takes `images`, uint8 of shape (N, {size}, {size}, 3), RGB, 0 to 255; the scaling "
+            f"is inside. It returns probabilities (N, {len(task.class_names)}) in the order of the "
+            "classes above. Pictures must be read as in training: turned upright, white under "
+            f"transparency, the middle square, resized to {size} × {size} with antialiasing.",
             "",
-            usage.format(file=json.dumps(printable(model.name)), size=size),
+            usage.format(
+                file=json.dumps(printable(model.name)),
+                size=size,
+                names=json.dumps(list(task.class_names)),
+            ),
             "## Data and recipe",
             "",
-            f"Data: {markdown(task.data)} (SHA-256 {task.data_sha256}).",
+            f"Data: {markdown(Path(task.data).name)} (SHA-256 {task.data_sha256}).",
             "",
             f"Recipe: {settings}; seed {task.seed}."
             + (f" Started from {markdown(str(task.start))}." if task.start else ""),
@@ -108,24 +113,49 @@ def card(
     )
 
 
-_ONNX_USE = """```python
+_READ = """
+
+CLASSES = {names}
+
+
+def read(path):
+    picture = ImageOps.exif_transpose(Image.open(path))
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    square = ImageOps.fit(picture.convert("RGB"), ({size}, {size}), Image.Resampling.BICUBIC)
+    return np.asarray(square)[None]
+"""
+
+_ONNX_USE = (
+    """```python
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
+"""
+    + _READ
+    + """
 
 session = onnxruntime.InferenceSession({file})
-picture = Image.open("picture.png").convert("RGB").resize(({size}, {size}))
-probabilities = session.run(None, {{"images": np.asarray(picture)[None]}})[0]
+probabilities = session.run(None, {{"images": read("picture.png")}})[0][0]
+print(CLASSES[probabilities.argmax()], probabilities.max())
 ```
 """
+)
 
-_KERAS_USE = """```python
+_KERAS_USE = (
+    """```python
 import keras
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+"""
+    + _READ
+    + """
 
 model = keras.models.load_model({file})
-picture = Image.open("picture.png").convert("RGB").resize(({size}, {size}))
-probabilities = model.predict(np.asarray(picture)[None])
+probabilities = model.predict(read("picture.png"))[0]
+print(CLASSES[probabilities.argmax()], probabilities.max())
 ```
 """
+)

@@ -4,6 +4,7 @@ Every number that decides the weights stands here, but for the data and the seed
 flat names for people (`learning_rate`), and a place in a part for code (`optimizer.learning_rate`).
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -110,6 +111,7 @@ class Averaging:
     )
 
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")  # a part of a folder's name, too
 # The kinds that each part comes in. Of several kinds each has settings of its own.
 PARTS: dict[str, Mapping[str, type[Any]]] = {
     "model": {"": Model},
@@ -176,6 +178,8 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise UserError(f"recipe name {self.name!r}: choose letters, digits and . _ + - only")
         for part in (self, *self._parts().values()):
             check_settings(part)
         if self.patience is not None and self.validation == 0:

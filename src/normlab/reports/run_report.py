@@ -12,13 +12,16 @@ from PIL import Image
 from normlab.core.files import write_atomic, write_json
 from normlab.core.places import make_folder
 from normlab.data import ImageData
+from normlab.data.loading import PUBLIC
 from normlab.evaluation.evaluation import Evaluation
-from normlab.recipes import RECIPES, changed_settings
+from normlab.evaluation.recalibration import Repair
+from normlab.evaluation.scores import Score
+from normlab.recipes import DEFAULT_OWN, RECIPES, changed_settings
 from normlab.recipes.settings import option_words
 from normlab.reports import plots
 from normlab.reports.pages import render
 from normlab.runs import Result, Run
-from normlab.text import html, shell
+from normlab.text import html, listed, shell
 
 SHOWN_CLASSES = 20
 
@@ -102,10 +105,12 @@ def closing_lines(run: Run, install_seconds: float | None = None) -> list[str]:
     ]
     if surest is not None:
         lines.append(
-            f"Surest mistake: test picture {surest['index']}, labelled {surest['label']}, "
+            f"Surest mistake: test picture {surest.get('file') or surest['index']}, labelled "
+            f"{surest['label']}, "
             f"answered {surest['answer']} with {surest['probability']:.2%}"
         )
     lines += _own_data_lines(result)
+    lines += [f"Warning: {warning}" for warning in warnings_of(result)]
     lines += [f"Limit: {limit}" for limit in scores["limits"]]
     return [
         *lines,
@@ -132,6 +137,26 @@ def _own_data_lines(result: Result) -> list[str]:
     return lines
 
 
+def warnings_of(result: Result) -> list[str]:
+    """What a person must hear about a result before anybody relies on it, with what to try."""
+    scores, found = result["evaluation"], []
+    if repair := result.get("repair"):
+        found.append(str(Repair(Score(**repair["before"]), Score(**repair["after"]))))
+    missed = [name for name, a in scores["class_accuracy"].items() if a == 0]
+    if missed:
+        found.append(
+            f"no test picture of {listed(missed)} was answered rightly: look at those pictures "
+            "with `normlab evaluate`, and give more of them"
+        )
+    simple = (result.get("baselines") or {}).get("logistic regression")
+    if simple and scores["test_accuracy"] <= simple["test_accuracy_interval"][1]:
+        found.append(
+            "this network is not clearly better than a logistic regression on 8 × 8 pixels: try "
+            "more pictures, twice the --least-steps, or --image-size 64"
+        )
+    return found
+
+
 def _data_words(run: Run) -> list[str]:
     """The options that name a run's data and say how its pictures were read."""
     data = run.task.data
@@ -147,13 +172,19 @@ def _next_commands(run: Run) -> list[str]:
     """What is worth doing next with a run, as commands with a reason."""
     recipe, data = run.task.recipe, _data_words(run)
     commands: list[tuple[list[str], str]] = []
+    own = run.task.data not in PUBLIC
     if recipe.name in RECIPES:
         train = ["normlab", "train", recipe.name]
         if run.task.start:
             commands.append(([*train, *data], "the same without --from"))
+        if own and recipe.name == DEFAULT_OWN and not changed_settings(recipe):
+            steps = str(2 * recipe.least_steps)
+            commands.append(([*train, "--least-steps", steps, *data], "twice as long"))
         twin = "none" if recipe.norm.name == "batch" else "batch"
         commands.append(([*train, "--norm", twin, *data], "its twin"))
-    if recipe.name != "notebook":
+    if own and recipe.name != DEFAULT_OWN:
+        commands.append((["normlab", "train", DEFAULT_OWN, *data], "the recipe for own pictures"))
+    elif not own and recipe.name != "notebook":
         text = "the notebook's own 25 epochs"
         commands.append((["normlab", "train", "notebook", *data], text))
     text = "every class, plots, the surest mistakes as pictures"

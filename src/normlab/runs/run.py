@@ -56,6 +56,7 @@ class Result(TypedDict):
     evaluation_seconds: NotRequired[float]
     evaluation: NotRequired[dict[str, Any]]
     weights: NotRequired[str]
+    repair: NotRequired[dict[str, dict[str, float]] | None]
     baselines: NotRequired[dict[str, dict[str, Any]] | None]
 
 

@@ -54,7 +54,7 @@ class Task:
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     data: str
     data_sha256: str
-    class_names: tuple[str, ...]
+    class_names: Annotated[tuple[str, ...], Meta(min_length=1, max_length=10_000)]
     image_size: Annotated[int, Meta(ge=1)]
     skip_bad: bool = False
     start: Start | None = None

@@ -7,6 +7,7 @@ import torch
 from normlab.data import ImageData
 from normlab.data.augment import halve
 from normlab.data.batches import split_images
+from normlab.data.loading import PUBLIC
 from normlab.errors import UserError
 from normlab.models import FastNet
 from normlab.runs import Task
@@ -94,4 +95,5 @@ def make_plan(task: Task, images: ImageData, threads: int, folder: Path | None =
         train=train,
         validation=validation,
         start="" if task.start is None else str(task.start),
+        classes="" if images.name in PUBLIC else images.summary(),
     )

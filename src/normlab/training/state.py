@@ -25,6 +25,7 @@ class Plan:
     train: Split
     validation: Split
     start: str = ""  # in words, where the training starts from another run
+    classes: str = ""  # in words, their names and how many images each has
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
@@ -51,13 +52,14 @@ class Plan:
         )
 
     def describe(self) -> str:
-        """A line; one more for a start from another run, and for a last batch of a single image."""
+        """A line; more for classes, a start from another run, a last batch of a single image."""
         text = (
             f"{self.recipe.name}: norm {self.recipe.norm.name}, seed {self.seed}, "
             f"{len(self.train):,} training and {len(self.validation):,} validation images, "
             f"{counted(self.epochs, 'epoch')} of {counted(len(self.bounds), 'step')}, "
             f"{counted(self.threads, 'thread')}"
             + (f", into {self.folder}" if self.folder else "")
+            + (f"\nClasses: {self.classes}" if self.classes else "")
             + (f"\nStart: {self.start}" if self.start else "")
         )
         if self.bounds[-1][1] - self.bounds[-1][0] > self.recipe.batch_size:
