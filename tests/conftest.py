@@ -1,13 +1,26 @@
-"""What all tests share: two threads, folders of their own, shapes checked at run time."""
+"""What all tests share: a thread each, a cache that goes away, folders of their own."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KERAS_BACKEND", "torch")
+
+# What tests write into the cache goes with them; CIFAR-10, if it is there, is the user's.
+if "NORMLAB_CACHE" not in os.environ:
+    _theirs = Path(platformdirs.user_cache_dir("normlab")) / "cifar10"
+    _cache = Path(tempfile.mkdtemp(prefix="normlab-tests-"))
+    if _theirs.exists():
+        (_cache / "cifar10").symlink_to(_theirs)
+    os.environ["NORMLAB_CACHE"] = str(_cache)
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
 import torch
 

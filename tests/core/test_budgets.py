@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from cifar_files import TINY
-from normlab.core import cores as core_count
 from normlab.core.files import MOST_TENSORS, read_tensors, write_json, write_tensors
 from normlab.core.pickles import MAX_KEY, read_pickle
 from normlab.data.cifar10 import layouts
@@ -56,7 +55,7 @@ def at_most(size: int) -> Any:
 def test_a_key_that_is_mentioned_many_times_is_not_copied_each_time() -> None:
     key = b"X" + struct.pack("<I", MEBI) + b"k" * MEBI + b"q\x01"
     content = b"\x80\x02}(" + key + b"K\x01" + b"h\x01K\x01" * 20_000 + b"u."
-    with at_most(40 * MEBI), pytest.raises(DataError, match="a key of 1,048,576 bytes"):
+    with at_most(40 * MEBI), pytest.raises(DataError, match="a key that no CIFAR-10 batch has"):
         read_pickle(content)
     short = b"U" + bytes([200]) + b"k" * 200 + b"q\x01"
     assert len(read_pickle(b"\x80\x02}(" + short + b"K\x01" + b"h\x01K\x01" * 20_000 + b"u.")) == 1
@@ -276,7 +275,7 @@ def test_a_runs_data_are_read_only_from_where_the_user_has_named_them(
     assert len(task.load("b.npz").y_train) == 4
 
 
-# Studies, recipes, folders, cores
+# Studies, recipes, folders
 
 
 @pytest.mark.parametrize("key", ["seeds", "checks"])
@@ -311,7 +310,8 @@ def test_a_rate_is_a_number(setting: str, rate: float) -> None:
         get("fast79").override(**{setting: rate})
 
 
-def test_no_folder_is_entered_twice(tmp_path: Path) -> None:
+def test_links_that_multiply_end(tmp_path: Path) -> None:
+    """Nine folders with links to each other: 9! ways lead through them."""
     inner = [tmp_path / f"{i}" for i in range(9)]
     for folder in inner:
         folder.mkdir()
@@ -320,18 +320,6 @@ def test_no_folder_is_entered_twice(tmp_path: Path) -> None:
         for i, other in enumerate(inner):
             (folder / f"to {i}").symlink_to(other)
     found = list(walk(tmp_path))
-    assert len(found) < 200
+    assert len(found) < 5_000
     assert len({f.path.resolve() for f in found if f.problem is None}) == 9
-    assert {f.problem for f in found} == {
-        None, "a link in a circle", "a link to a folder that was read already"
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(("text", "expected"), [("max 100000", 8), ("150000 100000", 2), ("x", 8)])
-def test_cores_are_those_of_the_quota(
-    text: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cpu.max").write_text(text)
-    monkeypatch.setattr(core_count, "_QUOTA", tmp_path / "cpu.max")
-    monkeypatch.setattr(core_count.os, "sched_getaffinity", lambda _: set(range(8)))
-    assert core_count.cores() == expected
+    assert "links lead to it more than 16 times" in {f.problem for f in found}

@@ -189,7 +189,7 @@ def calibrate(
 
 
 def assess(
-    logits: Tensor,
+    logits: Tensor | NDArray[np.floating],
     labels: NDArray[np.integer],
     *,
     run: str,
@@ -201,7 +201,7 @@ def assess(
     files: tuple[str, ...] | None = None,
 ) -> Evaluation:
     """Turn logits (N, K) and labels (N,) into an `Evaluation`."""
-    truth: NDArray[np.int64] = labels.astype(np.int64)
+    logits, truth = torch.as_tensor(logits), labels.astype(np.int64)
     confusion = metrics.confusion_matrix(truth, logits.argmax(1).numpy(), len(class_names))
     probabilities = np.exp(metrics.log_softmax(logits))
     return Evaluation(
