@@ -22,6 +22,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -221,11 +222,21 @@ def examined(examine: Callable[[], normlab.Diagnosis]) -> dict[str, Any]:
     except Exception as e:
         outcome = {"crashed": f"{type(e).__name__}: {e}"[:300]}
     else:
-        outcome = {
-            "normalizers": diagnosis.normalizers,
-            "findings": [[f.severity, f.rule, f.where, f.evidence] for f in diagnosis.findings],
-        }
+        findings = [[f.severity, f.rule, f.where, f.evidence] for f in diagnosis.findings]
+        outcome = {"normalizers": diagnosis.normalizers, "findings": shortened(findings)}
     return outcome | {"seconds": round(time.perf_counter() - start, 3)}
+
+
+def shortened(findings: list[list[str]]) -> list[list[str]]:
+    """The findings, but of those that differ in the place alone only the first five."""
+    seen = Counter[tuple[str, ...]]()
+    kept = []
+    for finding in findings:
+        alike = (finding[0], finding[1], finding[3])
+        seen[alike] += 1
+        if seen[alike] <= 5:
+            kept.append(finding)
+    return kept
 
 
 Case = tuple[str, str, str, Callable[[], normlab.Diagnosis]]  # form, fault, rule, examination

@@ -265,8 +265,8 @@ def test_a_keras_model_from_its_file(tmp_path: Path) -> None:
     model = keras_model(optimizer=keras.optimizers.Adam(gradient_accumulation_steps=2))
     path = tmp_path / "model.keras"
     model.save(path)
-    patient = read_keras(path)
-    found = {n.name: n for n in patient.normalizers}
+    network = read_keras(path)
+    found = {n.name: n for n in network.normalizers}
     assert list(found) == ["inner/inner_bn", "no_beta", "no_gamma"]
     layers = {x.name: x for x in [*model.layers, *model.get_layer("inner").layers]}
     for name, n in found.items():

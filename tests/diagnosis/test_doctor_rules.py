@@ -1,4 +1,4 @@
-"""Each rule of the doctor accuses an ill model, and leaves a healthy one in peace."""
+"""Each rule of the doctor finds its fault in a faulty model, and nothing in a healthy one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from networks import pictures, settle
 from normlab.diagnosis import RULES, Diagnosis, Finding, doctor, examine
 from normlab.diagnosis.findings import SEVERITIES
 from normlab.diagnosis.modules import from_module
-from normlab.diagnosis.patient import FACTS
+from normlab.diagnosis.network import FACTS
 from normlab.diagnosis.rule import Rule
 from normlab.errors import UserError
 
@@ -160,7 +160,7 @@ def forgetful(momentum: float) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Case:
-    """An ill model and a healthy one, and where and how the ill one is ill."""
+    """A faulty model and a healthy one, and where and how the fault shows."""
 
     ill: Callable[[], Diagnosis]
     healthy: Callable[[], Diagnosis]
@@ -334,7 +334,7 @@ def of(rule: str, diagnosis: Diagnosis) -> list[Finding]:
 
 
 @pytest.mark.parametrize("rule", CASES)
-def test_the_ill_are_accused(rule: str) -> None:
+def test_faults_are_found(rule: str) -> None:
     case = CASES[rule]
     diagnosis = case.ill()
     found = {f.where: f for f in of(rule, diagnosis)}
@@ -351,7 +351,7 @@ def test_the_ill_are_accused(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", CASES)
-def test_the_healthy_are_not_accused(rule: str) -> None:
+def test_healthy_networks_are_left_alone(rule: str) -> None:
     assert of(rule, CASES[rule].healthy()) == []
 
 
@@ -380,7 +380,7 @@ def test_every_rule_has_its_case_and_its_line_in_the_docs() -> None:
 
 def row(rule: Rule) -> str:
     """A rule's line in docs/doctor.md."""
-    name = ELSEWHERE.get(rule.id, f"test_the_ill_are_accused[{rule.id}]")
+    name = ELSEWHERE.get(rule.id, f"test_faults_are_found[{rule.id}]")
     needs = ", ".join(FACTS[need] for need in rule.needs) or "nothing"
     return f"| `{rule.id}` | {rule.title} | {rule.worst} | {needs} | `{name}` |"
 
@@ -411,7 +411,7 @@ def test_cumulative_momentum_is_never_stale() -> None:
     assert not diagnosis.serious
 
 
-def test_normlabs_own_freeze_is_no_illness() -> None:
+def test_normlabs_own_freeze_is_no_fault() -> None:
     model = nn.Sequential(normlab.BatchNorm(3).freeze(), nn.Conv2d(3, 4, 3)).train()
     rules = {f.rule for f in diagnose(model).findings}
     assert not rules & {"frozen-but-updating", "learning-but-frozen"}
@@ -420,20 +420,20 @@ def test_normlabs_own_freeze_is_no_illness() -> None:
 def test_a_gap_names_its_cause() -> None:
     (finding, *_) = of("score-gap", gap(shift=3.0))
     assert "far from these data" in finding.evidence
-    patient = from_module(classifier())
+    network = from_module(classifier())
     scores = normlab.three_way(classifier(), *learnable(3.0), population=learnable(3.0)[0])
     young = {"running_mean": np.full(4, 0.02), "running_var": np.full(4, 0.95)}
-    stale = tuple(replace(n, old_weight=0.99, steps=10, **young) for n in patient.normalizers)
+    stale = tuple(replace(n, old_weight=0.99, steps=10, **young) for n in network.normalizers)
     fresh = tuple(
-        replace(n, running_mean=np.zeros(4), running_var=np.ones(4)) for n in patient.normalizers
+        replace(n, running_mean=np.zeros(4), running_var=np.ones(4)) for n in network.normalizers
     )
-    turned = tuple(replace(n, old_weight=0.05) for n in patient.normalizers)
+    turned = tuple(replace(n, old_weight=0.05) for n in network.normalizers)
     for ill, cause in (
-        (replace(patient, normalizers=stale), "they are stale"),
-        (replace(patient, normalizers=fresh), "they were never updated"),
-        (replace(patient, normalizers=turned), "their momentum is turned round"),
+        (replace(network, normalizers=stale), "they are stale"),
+        (replace(network, normalizers=fresh), "they were never updated"),
+        (replace(network, normalizers=turned), "their momentum is turned round"),
         (from_module(with_dropout(first=True)), "dropout stands before a normaliser"),
-        (patient, "the cause is not known"),
+        (network, "the cause is not known"),
     ):
         (finding, *_) = of("score-gap", examine(replace(ill, scores=scores)))
         assert cause in finding.evidence

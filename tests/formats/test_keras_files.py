@@ -124,17 +124,17 @@ CASES = [(n, f) for n in MODELS for f in FORMS if not (n == "subclassed" and f i
 def test_every_normaliser_is_found(
     saved: dict[tuple[str, str], Path], name: str, form: str
 ) -> None:
-    patient = described(saved[name, form])
-    variances = sorted(float(n.running_var[0]) for n in patient.normalizers)
+    network = described(saved[name, form])
+    variances = sorted(float(n.running_var[0]) for n in network.normalizers)
     assert variances == [float(i + 2) for i in range(MODELS[name][1])]
-    assert not patient.unread
-    assert all(n.running_mean is not None for n in patient.normalizers)
+    assert not network.unread
+    assert all(n.running_mean is not None for n in network.normalizers)
 
 
 @pytest.mark.parametrize("form", ["keras", "h5", "hdf5"])
 def test_settings_come_from_the_description(saved: dict[tuple[str, str], Path], form: str) -> None:
-    patient = described(saved["nested", form])
-    found = {n.name: n for n in patient.normalizers}
+    network = described(saved["nested", form])
+    found = {n.name: n for n in network.normalizers}
     assert {"inner/deep", "time/in_time", "derived", "plain"} <= found.keys()
     assert found["inner/deep"].eps == 0.01
     assert found["derived"].old_weight == 0.5

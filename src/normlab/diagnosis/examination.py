@@ -12,7 +12,7 @@ from normlab.core.sandbox import LimitError, limited
 from normlab.data import ImageData, load
 from normlab.diagnosis.findings import SEVERITIES, Diagnosis, Finding
 from normlab.diagnosis.modules import Samples, from_module, from_run
-from normlab.diagnosis.patient import FACTS, Batches, Patient
+from normlab.diagnosis.network import FACTS, Batches, Network
 from normlab.diagnosis.rules import RULES
 from normlab.errors import DataError, UserError
 from normlab.evaluation.population import evenly
@@ -96,7 +96,7 @@ def _samples(data: Any) -> tuple[Samples | None, int | None]:
     return Samples(evenly(found.x_train), found.x_test, found.y_test), len(found.x_train)
 
 
-def read(path: Path) -> tuple[Patient, ...]:
+def read(path: Path) -> tuple[Network, ...]:
     """Describe the models in a file: by what it holds, whatever it is called.
 
     Raises:
@@ -135,7 +135,7 @@ def _begins_as_keras(path: Path) -> bool:
         return False
 
 
-def _limited(reader: Callable[[Path], Patient], path: Path) -> Patient:
+def _limited(reader: Callable[[Path], Network], path: Path) -> Network:
     """What `reader` makes of a file whose format a library in C reads."""
     memory = (1 << 30) + 16 * path.stat().st_size
     try:
@@ -144,18 +144,18 @@ def _limited(reader: Callable[[Path], Patient], path: Path) -> Patient:
         raise LimitError(f"{path}: {e}") from None
 
 
-def examine_all(patients: Sequence[Patient]) -> Diagnosis:
+def examine_all(networks: Sequence[Network]) -> Diagnosis:
     """One diagnosis of all that lies in a file; a finding names the part that it is in.
 
-    A part without a normaliser, such as a head, is no illness beside one that has some.
+    A part without a normaliser, such as a head, is no fault beside one that has some.
     """
-    diagnoses = [examine(patient) for patient in patients]
+    diagnoses = [examine(network) for network in networks]
     if len(diagnoses) == 1:
         return diagnoses[0]
-    found_some = any(p.normalizers or p.unread for p in patients)
+    found_some = any(p.normalizers or p.unread for p in networks)
     findings = [
-        replace(f, where=f"{patient.part or 'the file'}: {f.where}")
-        for patient, diagnosis in zip(patients, diagnoses, strict=True)
+        replace(f, where=f"{network.part or 'the file'}: {f.where}")
+        for network, diagnosis in zip(networks, diagnoses, strict=True)
         for f in diagnosis.findings
         if f.rule != "no-normalizer" or not found_some
     ]
@@ -167,7 +167,7 @@ def examine_all(patients: Sequence[Patient]) -> Diagnosis:
         findings=_sorted(findings),
         checked=tuple(checked),
         not_checked={rule: need for rule, need in missing.items() if rule not in checked},
-        parts={patient.part or "the file": len(patient.normalizers) for patient in patients},
+        parts={network.part or "the file": len(network.normalizers) for network in networks},
         assumes=next((d.assumes for d in diagnoses if d.assumes), ""),
     )
 
@@ -176,12 +176,12 @@ def _sorted(findings: list[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(findings, key=lambda f: -SEVERITIES.index(f.severity)))
 
 
-def examine(patient: Patient) -> Diagnosis:
+def examine(network: Network) -> Diagnosis:
     """Check every rule for which there is what it needs."""
     findings: list[Finding] = []
     checked: list[str] = []
     not_checked: dict[str, str] = {}
-    known = patient.facts
+    known = network.facts
     for rule in RULES:
         missing = [need for need in rule.needs if need not in known]
         if missing:
@@ -190,17 +190,17 @@ def examine(patient: Patient) -> Diagnosis:
         checked.append(rule.id)
         findings += [
             Finding(rule.id, s.where, s.severity, s.evidence, rule.remedy, rule.source)
-            for s in rule.check(patient)
+            for s in rule.check(network)
         ]
     return Diagnosis(
-        path=patient.path,
-        kind=patient.kind,
-        normalizers=len(patient.normalizers),
+        path=network.path,
+        kind=network.kind,
+        normalizers=len(network.normalizers),
         findings=_sorted(findings),
         checked=tuple(checked),
         not_checked=not_checked,
-        parts={patient.part: len(patient.normalizers)} if patient.part else {},
-        passed_over=patient.passed_over,
-        assumes=patient.assumes.removeprefix(" (taking ").removesuffix(", for granted)"),
-        caveats=patient.caveats,
+        parts={network.part: len(network.normalizers)} if network.part else {},
+        passed_over=network.passed_over,
+        assumes=network.assumes.removeprefix(" (taking ").removesuffix(", for granted)"),
+        caveats=network.caveats,
     )

@@ -12,7 +12,7 @@ SEVERITIES = ("note", "warning", "serious")
 
 @dataclass(frozen=True)
 class Finding:
-    """One illness in one place.
+    """One fault in one place.
 
     Attributes:
         rule: the rule's id, as in docs/doctor.md.

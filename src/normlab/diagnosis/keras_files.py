@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normlab.diagnosis.patient import Batches, Node, Normalizer, Patient
+from normlab.diagnosis.network import Batches, Network, Node, Normalizer
 from normlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _DROPOUTS = re.compile(r"(Spatial|Gaussian|Alpha)?Dropout([123]D)?")
 Vectors = dict[str, NDArray[np.float64]]
 
 
-def read_keras(path: Path) -> Patient:
+def read_keras(path: Path) -> Network:
     """Describe the model in a file of Keras.
 
     Raises:
@@ -42,7 +42,7 @@ def read_keras(path: Path) -> Patient:
     return _describe(keras_files.read_keras(path))
 
 
-def _describe(model: "KerasModel") -> Patient:
+def _describe(model: "KerasModel") -> Network:
     unread: dict[str, str] = {}
     found: list[Normalizer] = []
     waiting = [w for w in model.weights if _is_normalizer(w)]
@@ -61,7 +61,7 @@ def _describe(model: "KerasModel") -> Patient:
         else:
             found.append(_undescribed(weights, values, model.steps))
     what = "model" if model.description is not None else "weights"
-    return Patient(
+    return Network(
         path=str(model.path),
         kind=f"Keras {model.version} {what}" if model.version else f"Keras {what}",
         normalizers=tuple(found),

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from normlab.data import ImageData
 from normlab.data.batches import batch_bounds, split_images
-from normlab.diagnosis.patient import Batches, Node, Normalizer, Patient
+from normlab.diagnosis.network import Batches, Network, Node, Normalizer
 from normlab.errors import DataError, UserError
 from normlab.evaluation.forward import Images, count, normalizers, untouched
 from normlab.evaluation.population import Moments, evenly, population_moments
@@ -39,7 +39,7 @@ def from_module(
     samples: Samples | None = None,
     batches: Batches | None = None,
     path: str = "model",
-) -> Patient:
+) -> Network:
     """Describe `model`; with samples, run through it what the rules want to know of them.
 
     Raises:
@@ -66,7 +66,7 @@ def from_module(
     described = [
         _normalizer(name, layer, found.get(name), total, training) for name, layer in layers.items()
     ]
-    return Patient(
+    return Network(
         path=path,
         kind="PyTorch module",
         normalizers=(*described, *_others(model)),
@@ -79,7 +79,7 @@ def from_module(
     )
 
 
-def from_run(run: Run, weights: str, data: ImageData | None) -> Patient:
+def from_run(run: Run, weights: str, data: ImageData | None) -> Network:
     """Describe a run's network as it was trained.
 
     Raises:
@@ -96,17 +96,18 @@ def from_run(run: Run, weights: str, data: ImageData | None) -> Patient:
             last = end - start
         samples = Samples(evenly(train.images), data.x_test, data.y_test)
     batches = Batches(size=recipe.batch_size, last=last, accumulation=1)
-    patient = from_module(model, samples, batches, str(run.path))
+    network = from_module(model, samples, batches, str(run.path))
     if weights == "recalibrated":  # these do not come from steps: nothing initial is left in them
-        ns = tuple(replace(n, steps=None) for n in patient.normalizers)
-        patient = replace(patient, normalizers=ns)
-    meant = "" if recipe.norm.name == "batch" else f"its recipe has norm={recipe.norm}"
+        ns = tuple(replace(n, steps=None) for n in network.normalizers)
+        network = replace(network, normalizers=ns)
+    norm = recipe.norm.name
+    meant = "" if norm == "batch" else f"its recipe has norm={norm}"
     kind = f"run, {weights} weights"
-    patient = replace(patient, kind=kind, training=None, meant_without=meant)
-    return patient if run.task.start is None else _as_trained(patient, run.task.start)
+    network = replace(network, kind=kind, training=None, meant_without=meant)
+    return network if run.task.start is None else _as_trained(network, run.task.start)
 
 
-def _as_trained(patient: Patient, start: Start) -> Patient:
+def _as_trained(network: Network, start: Start) -> Network:
     """The network as it stood in its training, parts of it frozen.
 
     Statistics that were recalibrated hold nothing initial.
@@ -121,9 +122,9 @@ def _as_trained(patient: Patient, start: Start) -> Patient:
             training=True,
             steps=None if start.statistics == "recalibrate" else n.steps,
         )
-        for n in patient.normalizers
+        for n in network.normalizers
     )
-    return replace(patient, normalizers=ns, training=True)
+    return replace(network, normalizers=ns, training=True)
 
 
 def _check(run: Run, data: ImageData) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normlab.diagnosis.patient import Node, Normalizer, Patient
+from normlab.diagnosis.network import Network, Node, Normalizer
 from normlab.errors import DataError, UserError
 
 _WEIGHTS = {"Conv", "ConvTranspose", "Gemm"}
@@ -23,7 +23,7 @@ Array = NDArray[Any]
 Arrays = dict[str, Array]
 
 
-def read_onnx(path: Path) -> Patient:
+def read_onnx(path: Path) -> Network:
     """Describe the graph in an ONNX file, with the graphs and functions inside it.
 
     Raises:
@@ -155,7 +155,7 @@ def _graphs(proto: Any, folder: Path) -> Iterator[_Graph]:
         yield graph
 
 
-def _describe(path: str, model: Any, folder: Path) -> Patient:
+def _describe(path: str, model: Any, folder: Path) -> Network:
     opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1)
     nodes: list[Node] = []
     normalizers: list[Normalizer] = []
@@ -187,7 +187,7 @@ def _describe(path: str, model: Any, folder: Path) -> Patient:
                     has_bias=node.op_type in _WEIGHTS and _has_bias(graph, node),
                 )
             )
-    return Patient(
+    return Network(
         path=path,
         kind="ONNX graph",
         normalizers=tuple(normalizers),

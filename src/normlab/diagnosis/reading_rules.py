@@ -5,8 +5,8 @@
 
 from collections.abc import Iterator
 
-from normlab.diagnosis.patient import Patient
-from normlab.diagnosis.rule import Sign, rule
+from normlab.diagnosis.network import Network
+from normlab.diagnosis.rule import Observation, rule
 
 
 @rule(
@@ -15,21 +15,21 @@ from normlab.diagnosis.rule import Sign, rule
     "of its running_mean and running_var in an issue, or give the live module to normlab.doctor",
     source="docs/doctor.md, what is searched",
 )
-def no_normalizer(patient: Patient) -> Iterator[Sign]:
+def no_normalizer(network: Network) -> Iterator[Observation]:
     """No batch normalisation was found, so none was examined.
 
     Serious; a note where the network is known to be meant without.
     """
-    if patient.normalizers or patient.unread:
+    if network.normalizers or network.unread:
         return
-    if patient.meant_without:
-        yield Sign("model", "note", f"there is none: {patient.meant_without}")
+    if network.meant_without:
+        yield Observation("model", "note", f"there is none: {network.meant_without}")
         return
-    if patient.absence:
-        yield Sign("model", "serious", patient.absence)
+    if network.absence:
+        yield Observation("model", "serious", network.absence)
         return
-    tensors = f"{len(patient.tensors):,} tensors were" if patient.tensors else "nothing was"
-    yield Sign("model", "serious", f"{tensors} examined, and none is a running variance")
+    tensors = f"{len(network.tensors):,} tensors were" if network.tensors else "nothing was"
+    yield Observation("model", "serious", f"{tensors} examined, and none is a running variance")
 
 
 @rule(
@@ -37,19 +37,19 @@ def no_normalizer(patient: Patient) -> Iterator[Sign]:
     remedy="save the network's state_dict() again, on the CPU, in ordinary tensors of float32",
     source="docs/doctor.md, what is searched",
 )
-def not_read(patient: Patient) -> Iterator[Sign]:
+def not_read(network: Network) -> Iterator[Observation]:
     """Some of the file could not be read, so it was not examined.
 
     Serious for a batch normalisation, a note for another tensor.
     """
-    total = len({n.name for n in patient.normalizers} | {*patient.unread})
-    for name, reason in patient.unread.items():
-        count = f"{len(patient.unread):,} of {total:,} batch normalisations could not be read"
-        yield Sign(name, "serious", f"{count}: {reason}")
-    for name, reason in patient.unread_tensors.items():
-        yield Sign(name, "note", f"the tensor could not be read: {reason}")
-    if "eps" in patient.facts:
-        for n in patient.normalizers:
+    total = len({n.name for n in network.normalizers} | {*network.unread})
+    for name, reason in network.unread.items():
+        count = f"{len(network.unread):,} of {total:,} batch normalisations could not be read"
+        yield Observation(name, "serious", f"{count}: {reason}")
+    for name, reason in network.unread_tensors.items():
+        yield Observation(name, "note", f"the tensor could not be read: {reason}")
+    if "eps" in network.facts:
+        for n in network.normalizers:
             if n.eps is None:
                 lacking = "its ε and momentum are not in the file, so no rule on them was checked"
-                yield Sign(n.name, "note", lacking)
+                yield Observation(n.name, "note", lacking)

@@ -1,21 +1,21 @@
-"""A rule: a small function that looks for one illness, with what there is to say about it."""
+"""A rule: a small function that looks for one fault, with what there is to say about it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from normlab.diagnosis.patient import Patient
+from normlab.diagnosis.network import Network
 
 
 @dataclass(frozen=True)
-class Sign:
-    """Where an illness shows, by what, and how bad it is there."""
+class Observation:
+    """Where a fault shows, by what, and how bad it is there."""
 
     where: str
     severity: str
     evidence: str
 
 
-Check = Callable[[Patient], Iterator[Sign]]
+Check = Callable[[Network], Iterator[Observation]]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Rule:
 
     Attributes:
         id: what findings and tests call it.
-        needs: keys of `patient.FACTS` without which it cannot be checked.
+        needs: keys of `network.FACTS` without which it cannot be checked.
         worst: the highest severity that it gives.
         title: what is wrong, in a few words: the first line of the check's docstring.
     """

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from normlab.core import files
-from normlab.diagnosis.patient import Normalizer, Patient
+from normlab.diagnosis.network import Network, Normalizer
 from normlab.errors import DataError
 from normlab.formats.torch_files import StateDict, TorchFile
 
@@ -41,19 +41,19 @@ def read_safetensors(path: Path) -> Arrays:
     return {name: array(tensor) for name, tensor in tensors.items()}
 
 
-def from_torch_file(path: str, file: TorchFile) -> tuple[Patient, ...]:
+def from_torch_file(path: str, file: TorchFile) -> tuple[Network, ...]:
     """Describe each state dict in a file that PyTorch wrote."""
     return tuple(
         _patient(path, "PyTorch state dict", found, file.passed_over) for found in file.state_dicts
     )
 
 
-def from_arrays(path: str, kind: str, arrays: Arrays) -> Patient:
+def from_arrays(path: str, kind: str, arrays: Arrays) -> Network:
     """Describe a state dict by the names that PyTorch gives."""
     return _patient(path, kind, StateDict("", arrays, {}, {}), ())
 
 
-def _patient(path: str, kind: str, found: StateDict, passed_over: tuple[str, ...]) -> Patient:
+def _patient(path: str, kind: str, found: StateDict, passed_over: tuple[str, ...]) -> Network:
     """Each running variance is a normaliser's.
 
     A state dict says neither momentum nor ε, so PyTorch's defaults are taken for granted and said
@@ -78,7 +78,7 @@ def _patient(path: str, kind: str, found: StateDict, passed_over: tuple[str, ...
             unread[layer] = str(e)
             broken.append(prefix)
     homes = {prefix.rstrip(".") for prefix in broken}
-    return Patient(
+    return Network(
         path=path,
         kind=kind,
         normalizers=tuple(normalizers),

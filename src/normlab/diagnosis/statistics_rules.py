@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normlab.diagnosis.patient import Normalizer, Patient, Vector
-from normlab.diagnosis.rule import Sign, rule
+from normlab.diagnosis.network import Network, Normalizer, Vector
+from normlab.diagnosis.rule import Observation, rule
 
 PAPER = "Ioffe and Szegedy 2015, arXiv 1502.03167"
 RECALIBRATE = "`normlab recalibrate RUN` writes the statistics of a whole set of images"
@@ -15,9 +15,9 @@ RECALIBRATE = "`normlab recalibrate RUN` writes the statistics of a whole set of
 Tracked = tuple[Normalizer, Vector, Vector]
 
 
-def tracked(patient: Patient) -> Iterator[Tracked]:
+def tracked(network: Network) -> Iterator[Tracked]:
     """Each normaliser with running statistics: itself, mean, variance."""
-    for n in patient.normalizers:
+    for n in network.normalizers:
         if n.running_mean is not None and n.running_var is not None:
             yield n, n.running_mean, n.running_var
 
@@ -34,12 +34,12 @@ def share(found: np.ndarray) -> str:
     "because of its gradients has already changed the running statistics",
     source="PyTorch issue 88474",
 )
-def not_finite(patient: Patient) -> Iterator[Sign]:
+def not_finite(network: Network) -> Iterator[Observation]:
     """A weight or statistic is NaN or infinite."""
-    for name, values in patient.tensors.items():
+    for name, values in network.tensors.items():
         if values.dtype.kind in "fc" and not np.isfinite(values).all() and not _is_mask(values):
             bad = int((~np.isfinite(values)).sum())
-            yield Sign(name, "serious", f"{bad} of {values.size} values are NaN or infinite")
+            yield Observation(name, "serious", f"{bad} of {values.size} values are NaN or infinite")
 
 
 def _is_mask(values: NDArray[Any]) -> bool:
@@ -55,14 +55,14 @@ def _is_mask(values: NDArray[Any]) -> bool:
     remedy="a variance cannot be: compute it as Σ(x − μ)²/M, not as E[x²] − E[x]²; " + RECALIBRATE,
     source="Chan, Golub and LeVeque 1983; Caffe issue 3963",
 )
-def variance_not_positive(patient: Patient) -> Iterator[Sign]:
+def variance_not_positive(network: Network) -> Iterator[Observation]:
     """A running variance is negative, or zero in every channel."""
-    for n, _, var in tracked(patient):
+    for n, _, var in tracked(network):
         if (var < 0).any():
             low = f"running_var is negative in {share(var < 0)}, at lowest {var.min():.3g}"
-            yield Sign(n.name, "serious", low)
+            yield Observation(n.name, "serious", low)
         elif not var.any():
-            yield Sign(n.name, "serious", f"running_var is 0 in all {var.size} channels")
+            yield Observation(n.name, "serious", f"running_var is 0 in all {var.size} channels")
 
 
 @rule(
@@ -71,12 +71,12 @@ def variance_not_positive(patient: Patient) -> Iterator[Sign]:
     remedy="train with the layer in training mode, or " + RECALIBRATE,
     source=f"{PAPER}, algorithm 2: inference takes the training population's statistics",
 )
-def never_updated(patient: Patient) -> Iterator[Sign]:
+def never_updated(network: Network) -> Iterator[Observation]:
     """Running statistics stand where they began."""
-    for n, mean, var in tracked(patient):
+    for n, mean, var in tracked(network):
         if not mean.any() and (var == 1).all():
             after = "" if n.steps is None else f" after {n.steps:,} counted batches"
-            yield Sign(n.name, "serious", f"running_mean is 0 and running_var 1{after}")
+            yield Observation(n.name, "serious", f"running_mean is 0 and running_var 1{after}")
 
 
 @rule(
@@ -86,7 +86,7 @@ def never_updated(patient: Patient) -> Iterator[Sign]:
     "whether they are right",
     source="closed form of running ← m·running + (1 − m)·batch; Keras issue 6977",
 )
-def stale(patient: Patient) -> Iterator[Sign]:
+def stale(network: Network) -> Iterator[Observation]:
     """The initial 0 and 1 still weigh in the running statistics.
 
     After t steps they weigh mᵗ, if t counts them all: from 0.02 a warning, from 0.25 serious where
@@ -95,8 +95,8 @@ def stale(patient: Patient) -> Iterator[Sign]:
     then would need means of more than 3 of their standard deviations (medians). Not said, either,
     where the data's statistics are like the running ones.
     """
-    refuted = {_count(n) for n, _, var in tracked(patient) if _refutes(n, var)}
-    for n, mean, var in tracked(patient):
+    refuted = {_count(n) for n, _, var in tracked(network) if _refutes(n, var)}
+    for n, mean, var in tracked(network):
         weight = n.initial_share
         if weight is None or weight < 0.02 or not n.steps or _count(n) in refuted:
             continue
@@ -108,7 +108,7 @@ def stale(patient: Patient) -> Iterator[Sign]:
         evidence = f"after {n.steps} steps with m = {n.old_weight:.3g} they weigh {weight:.2f}"
         if severity == "warning" and not seen:
             evidence += ", if no steps came before the counter's first"
-        yield Sign(n.name, severity, evidence + patient.assumes)
+        yield Observation(n.name, severity, evidence + network.assumes)
 
 
 def _count(n: Normalizer) -> tuple[int | None, float | None]:
@@ -157,12 +157,12 @@ def distance(n: Normalizer, mean: Vector, var: Vector) -> tuple[float, float]:
     "counters; otherwise look for one left in .eval()",
     source="PyTorch's documentation of num_batches_tracked; fastai issue 3030",
 )
-def updated_unequally(patient: Patient) -> Iterator[Sign]:
+def updated_unequally(network: Network) -> Iterator[Observation]:
     """Some normalisers were updated less often than others."""
-    most = max((n.steps for n in patient.normalizers if n.steps is not None), default=0)
-    for n, _, _ in tracked(patient):
+    most = max((n.steps for n in network.normalizers if n.steps is not None), default=0)
+    for n, _, _ in tracked(network):
         if n.steps is not None and 0 < n.steps < most:
-            yield Sign(n.name, "warning", f"counted {n.steps:,} updates, others {most:,}")
+            yield Observation(n.name, "warning", f"counted {n.steps:,} updates, others {most:,}")
 
 
 @rule(
@@ -172,20 +172,22 @@ def updated_unequally(patient: Patient) -> Iterator[Sign]:
     "m_torch = 1 − m_keras",
     source="Keras' BatchNormalization and torch.nn.BatchNorm2d, documentation of momentum",
 )
-def momentum_turned_round(patient: Patient) -> Iterator[Sign]:
+def momentum_turned_round(network: Network) -> Iterator[Observation]:
     """Momentum of another library: running statistics forget, or stand still.
 
     Serious when a step keeps at most 0.1 of the old statistics, or all of them.
     """
-    for n in patient.normalizers:
-        if n.old_weight is None or patient.assumes or not n.by_batch:
+    for n in network.normalizers:
+        if n.old_weight is None or network.assumes or not n.by_batch:
             continue
         if n.old_weight < 0.5:
             severity = "serious" if n.old_weight <= 0.1 + 1e-9 else "warning"
             memory = f"one step keeps {n.old_weight:.3g} of the old statistics"
-            yield Sign(n.name, severity, f"{memory}: they are little more than the last batch's")
+            yield Observation(
+                n.name, severity, f"{memory}: they are little more than the last batch's"
+            )
         elif n.old_weight == 1:
-            yield Sign(
+            yield Observation(
                 n.name, "serious", "a step keeps all of the old statistics and takes in nothing"
             )
 
@@ -204,12 +206,12 @@ def constant(var: Vector) -> np.ndarray:
     "of borders and of grey pictures",
     source="Lu et al. 2020, arXiv 1903.06733, on dying ReLU",
 )
-def constant_channel(patient: Patient) -> Iterator[Sign]:
+def constant_channel(network: Network) -> Iterator[Observation]:
     """Channels are dead, always 0, or constant.
 
     Their variance is below 1e-5 of the layer's median. A note, from a quarter on a warning.
     """
-    for n, running_mean, running_var in tracked(patient):
+    for n, running_mean, running_var in tracked(network):
         mean = running_mean if n.data_mean is None else n.data_mean
         var = running_var if n.data_var is None else n.data_var
         flat = constant(var)
@@ -218,7 +220,7 @@ def constant_channel(patient: Patient) -> Iterator[Sign]:
         dead = flat & (mean**2 <= 1e-5 * float(np.median(var)))
         severity = "warning" if flat.mean() >= 0.25 else "note"
         evidence = f"{share(flat)} do not vary, {int(dead.sum())} of them always 0"
-        yield Sign(
+        yield Observation(
             n.name, severity, evidence + (" on these data" if n.data_var is not None else "")
         )
 
@@ -229,13 +231,13 @@ def constant_channel(patient: Patient) -> Iterator[Sign]:
     remedy="choose a smaller ε (PyTorch 1e-5, Keras 1e-3), or scale the layer's input",
     source=f"{PAPER}, algorithm 1: ε is there for stability only",
 )
-def eps_matters(patient: Patient) -> Iterator[Sign]:
+def eps_matters(network: Network) -> Iterator[Observation]:
     """ε is as large as the variance, so outputs shrink.
 
     Counted are channels that vary and whose variance is below ε, which costs them 30 % of their
     scale: a note from 5 % of the channels, a warning from 25 %.
     """
-    for n, _, var in tracked(patient):
+    for n, _, var in tracked(network):
         if n.eps is None or n.eps == 0:
             continue
         varying = ~constant(var) & (var > 0)
@@ -247,7 +249,7 @@ def eps_matters(patient: Patient) -> Iterator[Sign]:
             evidence = f"ε = {n.eps:g} exceeds the variance of {share(small)}; the median one of "
             evidence += f"these leaves with a standard deviation of {shrunk:.2g}, not 1"
             severity = "warning" if part >= 0.25 else "note"
-            yield Sign(n.name, severity, evidence + patient.assumes)
+            yield Observation(n.name, severity, evidence + network.assumes)
 
 
 @rule(
@@ -257,15 +259,15 @@ def eps_matters(patient: Patient) -> Iterator[Sign]:
     "residual branch is meant",
     source="Goyal et al. 2017, arXiv 1706.02677, section 5.1; Liu et al. 2017, arXiv 1708.06519",
 )
-def gamma_vanished(patient: Patient) -> Iterator[Sign]:
+def gamma_vanished(network: Network) -> Iterator[Observation]:
     """γ is so small that a channel passes nothing on.
 
     Below 1e-3 of the network's median |γ|, or of 1 if that is larger: a note, from a quarter of
     the channels on a warning.
     """
-    scales = [np.abs(n.weight) for n in patient.normalizers if n.weight is not None]
+    scales = [np.abs(n.weight) for n in network.normalizers if n.weight is not None]
     limit = 1e-3 * min(float(np.median(np.concatenate(scales))) or 1.0, 1.0)
-    for n in patient.normalizers:
+    for n in network.normalizers:
         if n.weight is not None and (gone := np.abs(n.weight) < limit).any():
             severity = "warning" if gone.mean() >= 0.25 else "note"
-            yield Sign(n.name, severity, f"|γ| is below {limit:.1g} in {share(gone)}")
+            yield Observation(n.name, severity, f"|γ| is below {limit:.1g} in {share(gone)}")

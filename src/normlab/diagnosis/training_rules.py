@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from normlab.diagnosis.network import Network
 from normlab.diagnosis.network_rules import dropout_before_normalizer
-from normlab.diagnosis.patient import Patient
-from normlab.diagnosis.rule import Sign, rule
+from normlab.diagnosis.rule import Observation, rule
 from normlab.diagnosis.statistics_rules import (
     RECALIBRATE,
     distance,
@@ -27,11 +27,11 @@ GROUP_NORM = "Wu and He 2018, arXiv 1803.08494, figure 1"
     remedy="use batches of 16 or more, or a normaliser that does not depend on them",
     source=GROUP_NORM,
 )
-def small_batches(patient: Patient) -> Iterator[Sign]:
+def small_batches(network: Network) -> Iterator[Observation]:
     """Batches are too small to normalise by: a warning below 8 images, a note below 16."""
-    size = patient.batches.size
+    size = network.batches.size
     if size is not None and size < 16:
-        yield Sign("batches", "warning" if size < 8 else "note", f"{size} images a batch")
+        yield Observation("batches", "warning" if size < 8 else "note", f"{size} images a batch")
 
 
 @rule(
@@ -41,17 +41,17 @@ def small_batches(patient: Patient) -> Iterator[Sign]:
     remedy="join it with the batch before (normlab does), or shift the batch size by one",
     source="torch.nn.functional.batch_norm: more than 1 value per channel when training",
 )
-def last_batch_of_one(patient: Patient) -> Iterator[Sign]:
+def last_batch_of_one(network: Network) -> Iterator[Observation]:
     """The last batch of an epoch is a single image.
 
     Serious where a normaliser gets one value a channel from it, which has no variance: PyTorch
     stops there. A warning where each has at least the pixels of that image.
     """
-    if patient.batches.last == 1:
-        evidence = f"batches of {patient.batches.size} leave one image over"
-        several = all(n.single is False for n in patient.normalizers if n.by_batch)
+    if network.batches.last == 1:
+        evidence = f"batches of {network.batches.size} leave one image over"
+        several = all(n.single is False for n in network.normalizers if n.by_batch)
         evidence += ", which is normalised by itself" if several else ", which has no variance"
-        yield Sign("batches", "warning" if several else "serious", evidence)
+        yield Observation("batches", "warning" if several else "serious", evidence)
 
 
 @rule(
@@ -61,17 +61,17 @@ def last_batch_of_one(patient: Patient) -> Iterator[Sign]:
     remedy="raise the batch itself, or recompute statistics over the accumulated images",
     source="PyTorch Lightning issue 17446",
 )
-def accumulation(patient: Patient) -> Iterator[Sign]:
+def accumulation(network: Network) -> Iterator[Observation]:
     """Gradient accumulation does not enlarge the batch that is normalised.
 
     A warning when that batch is known to have fewer than 16 images, otherwise a note.
     """
-    size, accumulated = patient.batches.size, patient.batches.accumulation
+    size, accumulated = network.batches.size, network.batches.accumulation
     if accumulated is not None and accumulated > 1:
         severity = "warning" if size is not None and size < 16 else "note"
         seen = "one" if size is None else f"one, of {size} images"
         evidence = f"an update sees {accumulated} batches, the statistics of each only {seen}"
-        yield Sign("batches", severity, evidence)
+        yield Observation("batches", severity, evidence)
 
 
 @rule(
@@ -80,22 +80,24 @@ def accumulation(patient: Patient) -> Iterator[Sign]:
     remedy=RECALIBRATE + "; if these pictures differ on purpose, give them with --data",
     source="Li et al. 2016, arXiv 1603.04779",
 )
-def far_from_data(patient: Patient) -> Iterator[Sign]:
+def far_from_data(network: Network) -> Iterator[Observation]:
     """Running statistics are far from those of the data.
 
     Medians over the channels, with σ² the data's variance plus ε: serious when the mean is off by
     more than σ or the variance by more than 4 times, a warning at half σ and 2 times. Serious, too,
     when the layer is given values that are not finite.
     """
-    for n, mean, var in tracked(patient):
+    for n, mean, var in tracked(network):
         if n.data_mean is None or n.data_var is None:
             continue
         if not (np.isfinite(n.data_mean) & np.isfinite(n.data_var)).all():
-            yield Sign(n.name, "serious", "its input is NaN or infinite on these data")
+            yield Observation(n.name, "serious", "its input is NaN or infinite on these data")
         elif severity := off(n, mean, var):
             shift, factor = distance(n, mean, var)
             evidence = f"in the median channel of {len(mean)} the mean is off by {shift:.2g} σ "
-            yield Sign(n.name, severity, evidence + f"and the variance by a factor of {factor:.3g}")
+            yield Observation(
+                n.name, severity, evidence + f"and the variance by a factor of {factor:.3g}"
+            )
 
 
 @rule(
@@ -105,18 +107,18 @@ def far_from_data(patient: Patient) -> Iterator[Sign]:
     "worse, use larger batches",
     source="Keras issue 6977; Li et al. 2018, arXiv 1801.05134",
 )
-def score_gap(patient: Patient) -> Iterator[Sign]:
+def score_gap(network: Network) -> Iterator[Observation]:
     """Batch, running and population statistics give different scores.
 
     A gap counts when it exceeds 2 points and twice its standard error, taken as if the scores were
     independent; it is serious from 5 points on.
     """
-    scores = patient.scores
+    scores = network.scores
     if scores is None:
         return
     best = scores.population.accuracy
     for name, score, cause in (
-        ("running", scores.running.accuracy, _cause(patient)),
+        ("running", scores.running.accuracy, _cause(network)),
         ("batch", scores.batch.accuracy, f"batches of {scores.batch_size} images are noisy"),
     ):
         error = np.sqrt((best * (1 - best) + score * (1 - score)) / scores.count)
@@ -124,10 +126,12 @@ def score_gap(patient: Patient) -> Iterator[Sign]:
         if gap > max(0.02, 2 * error):
             severity = "serious" if gap >= 0.05 and name == "running" else "warning"
             evidence = f"accuracy {score:.3f} with {name} statistics, {best:.3f} with population "
-            yield Sign("model", severity, evidence + f"statistics, {scores.count} images: {cause}")
+            yield Observation(
+                "model", severity, evidence + f"statistics, {scores.count} images: {cause}"
+            )
 
 
-def _cause(patient: Patient) -> str:
+def _cause(network: Network) -> str:
     """The likeliest reason why running statistics are not the population's."""
     causes = {
         "they were never updated": never_updated,
@@ -136,4 +140,4 @@ def _cause(patient: Patient) -> str:
         "they are far from these data": far_from_data,
         "dropout stands before a normaliser": dropout_before_normalizer,
     }
-    return next((c for c, r in causes.items() if any(r.check(patient))), "the cause is not known")
+    return next((c for c, r in causes.items() if any(r.check(network))), "the cause is not known")

@@ -113,7 +113,7 @@ class Batches:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patient:
+class Network:
     """A model as the rules see it.
 
     Attributes:
