@@ -15,6 +15,7 @@ import torch
 from keras import layers
 from PIL import Image
 
+import normlab
 from normlab import DataError, UserError
 from normlab.__main__ import run as command
 from normlab.data import load
@@ -164,7 +165,7 @@ def test_an_imported_model_answers_as_in_keras(
     else:
         path, expected = saved[name]
     run = import_model(path, tmp_path / "run", data="sample")
-    np.testing.assert_allclose(run.evaluate().probabilities, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(normlab.evaluate(run).probabilities, expected, rtol=0, atol=1e-5)
     assert run.result is not None
     assert run.result["imported_from"]["file"] == name
     assert run.task.recipe.norm.name == ("none" if name == "none.keras" else "batch")

@@ -107,7 +107,7 @@ def test_no_drawing_is_still_a_page(
     assert {p.name for p in (tmp_path / "e").iterdir()} == {"evaluation.json", "report.html"}
     assert "Surest mistakes" in (tmp_path / "e" / "report.html").read_text(encoding="utf-8")
     assert capsys.readouterr().err.count("could not be drawn") == 5
-    assert evaluation._repr_html_().startswith("<p>")
+    assert run_report.evaluation_summary_html(evaluation).startswith("<p>")
 
 
 @pytest.mark.parametrize("content", [b"text.usetex: True\n", b"\xff\xfe", None])

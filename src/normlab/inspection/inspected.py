@@ -47,7 +47,7 @@ def inspected(run: Run) -> Inspected:
     """
     recipe, result = run.task.recipe, run.result
     return Inspected(
-        label=f"{recipe.name}, norm {recipe.norm}, seed {run.task.seed}",
+        label=f"{recipe.name}, norm {recipe.norm.name}, seed {run.task.seed}",
         recording=read_recording(run.path),
         history=run.history,
         seconds=None if result is None else float(result["train_seconds"]),

@@ -68,7 +68,7 @@ def inspect(*runs: Run | str | Path) -> Inspection:
     """
     if not 1 <= len(runs) <= 2:
         raise UserError(
-            f"{len(runs)} runs to inspect: give one that was recorded, or two to compare"
+            f"{len(runs)} runs to inspect: give one that was trained with record=True, or two"
         )
     opened = [run if isinstance(run, Run) else open_run(run) for run in runs]
     seen = tuple(inspected(run) for run in opened)
