@@ -304,3 +304,23 @@ def test_a_missing_package_is_named_with_the_remedy(
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"package onnxruntime: pip install 'normlab\[onnx\]'"):
         export_run(runs["plain"], tmp_path / "model.onnx")
+
+
+def test_the_doctor_knows_that_an_export_is_folded(runs: dict[str, Run], tmp_path: Path) -> None:
+    found = normlab.doctor(export_run(runs["fast"], tmp_path / "model.onnx").path)
+    [finding] = [f for f in found.findings if f.rule == "no-normalizer"]
+    assert finding.severity == "note"
+    assert "normlab exported it" in finding.evidence
+
+
+def test_the_scale_of_the_answers_is_exported(tmp_path: Path) -> None:
+    """Of the notebook's network, too, whose own scale is 1."""
+    run = normlab.train(
+        "notebook", out=tmp_path / "r", data="sample", epochs=1, threads=1, logit_scale=0.5
+    )
+    exported = export_run(run, tmp_path / "model.onnx")
+    assert exported.certificate.largest_difference < 1e-5
+    plain = normlab.train("notebook", out=tmp_path / "p", data="sample", epochs=1, threads=1)
+    assert plain.result is not None
+    assert run.result is not None
+    assert run.result["weights_sha256"] != plain.result["weights_sha256"]

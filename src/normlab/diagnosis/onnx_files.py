@@ -14,6 +14,8 @@ from normlab.errors import DataError, UserError
 
 _WEIGHTS = {"Conv", "ConvTranspose", "Gemm"}
 _VECTORS = ("γ", "β", "the mean", "the variance")
+# What `normlab export` writes; its certificate compares the file's answers with the run's.
+OWN = "normlab exported it and folded the normalisations into the layers beside them"
 FOLDED = (
     "A normalisation that the exporter folded into the layer before it is not in the file and was "
     "not examined"
@@ -196,6 +198,7 @@ def _describe(path: str, model: Any, folder: Path) -> Network:
         training_nodes=tuple(training),
         unread=unread,
         absence="" if normalizers else _absence(model, total),
+        meant_without=OWN if model.producer_name == "normlab" else "",
         caveats=(FOLDED,) if normalizers else (),
     )
 

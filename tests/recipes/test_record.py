@@ -1,0 +1,153 @@
+"""The record that decides the weights: its parts, its settings, and files of earlier releases."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import normlab
+from normlab.cli import cli
+from normlab.layers import NORMS, normalizer
+from normlab.models import MODELS
+from normlab.recipes import RECIPES, SETTINGS, Recipe, changed_settings, get
+from normlab.recipes.optimizers import OPTIMIZERS
+from normlab.recipes.settings import option_words
+from normlab.training import optimisers
+
+# As the release before wrote them: flat, with numbers that now are settings in the code.
+FLAT: dict[str, dict[str, Any]] = {
+    "fast84": {
+        "name": "fast84",
+        "model": "fast",
+        "norm": "batch",
+        "epochs": 4,
+        "batch_size": 250,
+        "optimizer": "muon",
+        "learning_rate": 0.15,
+        "sgd_rate": 0.37,
+        "schedule": "to_zero",
+        "label_smoothing": 0.1,
+        "flip": True,
+        "shift": 0,
+        "half_size": 0.5,
+        "ema": 0.0,
+        "norm_position": None,
+        "validation": 0.0,
+        "patience": None,
+    },
+    "notebook": {
+        "name": "notebook",
+        "model": "notebook",
+        "norm": "batch",
+        "epochs": 25,
+        "batch_size": 32,
+        "optimizer": "adam",
+        "learning_rate": 0.001,
+        "sgd_rate": 0.37,
+        "schedule": "constant",
+        "label_smoothing": 0.0,
+        "flip": False,
+        "shift": 0,
+        "half_size": 0.0,
+        "ema": 0.0,
+        "norm_position": None,
+        "validation": 0.1,
+        "patience": None,
+    },
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_read_as_it_was_written(name: str) -> None:
+    recipe = RECIPES[name]()
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
+    assert get("notebook").with_settings(recipe.settings()).settings() == recipe.settings()
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_flat_recipes_are_read_as_they_were_meant(name: str) -> None:
+    assert Recipe.from_dict(FLAT[name]) == get(name)
+
+
+def test_a_run_of_the_release_before_opens(tmp_path: Path) -> None:
+    run = normlab.train("fast84", data="sample", epochs=1, out=tmp_path / "r", threads=1)
+    path = tmp_path / "r" / "recipe.json"
+    values = json.loads(path.read_text())
+    values["recipe"] = FLAT["fast84"] | {"epochs": 1}
+    path.write_text(json.dumps(values))
+    opened = normlab.open_run(tmp_path / "r")
+    assert opened.task == run.task
+    assert opened.evaluate().accuracy == run.evaluate().accuracy
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lerning_rate": 1.0}, "unknown recipe setting 'lerning_rate': did you mean"),
+        ({"model": "fsat"}, "unknown model 'fsat': did you mean 'fast'"),
+        ({"optimizer": "adamw"}, "unknown optimizer 'adamw': did you mean 'adam'"),
+        ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
+        ({"momentum": 0.5}, "momentum=0.5: adam has no such setting"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf: choose a finite rate above 0"),
+        ({"norm_momentum": float("nan")}, "norm_momentum=nan"),
+        ({"epochs": 2.5}, "epochs=2.5: give a whole number"),
+        ({"flip": 1}, "flip=1: give true or false"),
+        ({"patience": 3, "validation": 0.0}, "patience=3: it needs --validation above 0"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_remedy(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(normlab.UserError) as caught:
+        get("notebook").override(**changes)
+    assert message in str(caught.value)
+
+
+def test_unknown_keys_of_a_file_fail() -> None:
+    values = get("fast79").as_dict()
+    values["optimizer"]["nesterov"] = True
+    with pytest.raises(normlab.UserError, match=r"optimizer\.nesterov"):
+        Recipe.from_dict(values)
+
+
+def test_another_kind_of_part_keeps_what_both_have() -> None:
+    adam = get("fast79").override(optimizer="adam")
+    assert adam.optimizer.learning_rate == get("fast79").optimizer.learning_rate
+    assert "sgd_rate" not in adam.settings()
+    back = get("fast84").override(schedule="triangle")
+    assert back.settings()["schedule_end"] == 0.07
+
+
+def test_another_network_brings_what_hangs_together_with_it() -> None:
+    fast = get("notebook").override(model="fast")
+    assert (fast.model.logit_scale, fast.norm.momentum) == (1 / 3, 0.6)
+    told = get("notebook").override(model="fast", norm_momentum=0.9)
+    assert told.norm.momentum == 0.9
+    assert get("fast79").override(model="notebook").norm.momentum == 0.99
+
+
+def test_length_follows_small_data_but_not_whoever_says_epochs() -> None:
+    recipe = get("notebook").override(epochs=2, least_steps=100)
+    assert recipe.epochs_for(10) == 10
+    assert recipe.epochs_for(1000) == 2
+    assert recipe.override(epochs=3).epochs_for(10) == 3
+
+
+def test_every_family_has_its_code() -> None:
+    for name in NORMS:
+        normalizer(name, 4)
+    for name in MODELS:
+        assert callable(MODELS[name])
+    assert set(optimisers.OPTIMIZERS) == set(OPTIMIZERS.values())
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_every_setting_is_an_option(command: str) -> None:
+    recipe = get("fast79").override(flip=False, shift=3, validation=0.2, norm_position="after")
+    words = option_words(get("fast79").settings() | changed_settings(recipe))
+    assert "--no-flip" in words
+    shown = CliRunner().invoke(cli, [command, "fast79", *words, "--help"])
+    assert shown.exit_code == 0, shown.output
+    text = shown.output
+    assert all(f"--{name.replace('_', '-')}" in text for name in SETTINGS)
+    assert "batch, none, layer" in " ".join(text.split())

@@ -1,0 +1,183 @@
+"""What happens around the steps: scores of the weights that are kept, stopping, repair, crops."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import interpolate
+
+import normlab
+from normlab.data.augment import crop, recolour
+from normlab.data.batches import Split, split_images
+from normlab.evaluation.recalibration import renew_stale
+from normlab.evaluation.scores import score
+from normlab.recipes import get
+from normlab.study.outcomes import train_one
+from normlab.training.hooks import Patience
+from normlab.training.preparation import check_network, make_plan, new_state
+from normlab.training.state import StepResult
+
+SHORT: dict[str, Any] = {"data": "sample", "threads": 1}
+
+
+def test_with_an_average_everything_scores_the_average(tmp_path: Path) -> None:
+    """Three-way scores, and a study's checks in the midst of an epoch."""
+    run = normlab.train("notebook", ema=0.9, epochs=2, three_way=True, out=tmp_path / "r", **SHORT)
+    images = normlab.load("sample")
+    train, held_out = split_images(images, 0.1)
+    last = run.history[-1]
+    own = normlab.three_way(
+        run.model(), held_out.images, held_out.labels, population=train.images, batch_size=32
+    )
+    assert last["val_loss"] == pytest.approx(own.running.loss, rel=1e-6)
+    assert last["val_loss_batch"] == pytest.approx(own.batch.loss, rel=1e-6)  # type: ignore[typeddict-item]
+
+    def curve(ema: float) -> list[float]:
+        task = run.task.__class__(**{**vars(run.task), "recipe": get("notebook").override(
+            epochs=1, ema=ema
+        )})  # fmt: skip
+        return [a for _, a in train_one(task, images, arm="a", seed=0, checks=4).curve]
+
+    averaged, plain = curve(0.999), curve(0.0)
+    assert len(averaged) == 4
+    assert averaged != plain
+
+
+def test_patience_cools_down_and_the_best_weights_are_kept(tmp_path: Path) -> None:
+    rates: list[float] = []
+
+    class Rates:
+        def before_training(self, plan: Any) -> None: ...
+
+        def after_step(self, state: Any, *_: int) -> None:
+            rates.append(state.optimizer.param_groups[0]["lr"])
+
+    run = normlab.train(
+        "notebook", patience=2, epochs=200, learning_rate=0.01, out=tmp_path / "r",
+        observers=(Rates(),), **SHORT,
+    )  # fmt: skip
+    assert run.result is not None
+    epochs = len(run.history)
+    losses = [row["val_loss"] for row in run.history]
+    best = int(np.argmin(losses))
+    assert epochs < 200
+    assert rates[0] == 0.01
+    assert rates[-1] < 0.2 * rates[0]
+    assert rates == sorted(rates, reverse=True)
+    assert run.result["weights"] in ("best", "recalibrated")
+    _, held_out = split_images(normlab.load("sample"), 0.1)
+    found = score(run.model("best"), held_out.images, held_out.labels)
+    assert found.loss == pytest.approx(losses[best], rel=1e-6)
+    assert run.evaluate().weights == run.kept
+
+
+def test_a_resumed_cool_down_ends_with_the_same_bits(tmp_path: Path) -> None:
+    settings = {"patience": 1, "epochs": 60, "learning_rate": 0.02, **SHORT}
+
+    class Stop:
+        def before_training(self, plan: Any) -> None: ...
+
+        def after_step(self, state: Any, *_: int) -> None:
+            if state.ending is not None and state.step > state.ending[0] + 3:
+                raise normlab.training.loop.Interrupted(15)
+
+    whole = normlab.train("notebook", out=tmp_path / "whole", **settings)
+    with pytest.raises(normlab.training.loop.Interrupted):
+        normlab.train("notebook", out=tmp_path / "cut", observers=(Stop(),), **settings)
+    resumed = normlab.resume(tmp_path / "cut")
+    assert whole.result is not None
+    assert resumed.result is not None
+    assert resumed.result["weights_sha256"] == whole.result["weights_sha256"]
+
+
+def test_patience_waits_for_the_schedules_own_end_where_it_is_near() -> None:
+    images = normlab.load("sample")
+    task = normlab.runs.Task(
+        recipe=get("notebook").override(epochs=3, patience=1), seed=0, data="sample",
+        data_sha256=images.sha256, class_names=images.class_names, image_size=32,
+    )  # fmt: skip
+    plan = make_plan(task, images, 1)
+    state = new_state(task, images, torch.device("cpu"))
+    hook = Patience(1)
+    hook.before_training(plan, state)
+    state.step, state.best_epoch, state.history = 24, 1, [{}, {}]
+    hook.after_step(state, StepResult(1, 12, 12, 0.0, 0, 1))
+    assert state.ending is None
+    assert not state.stopped
+
+
+def test_stale_statistics_are_renewed_and_good_ones_left_alone() -> None:
+    images = normlab.load("sample")
+    train, _ = split_images(images, 0.25)
+    task = normlab.runs.Task(
+        recipe=get("notebook").override(validation=0.25), seed=0, data="sample",
+        data_sha256=images.sha256, class_names=images.class_names, image_size=32,
+    )  # fmt: skip
+    model = task.build()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    x = torch.from_numpy(train.images).permute(0, 3, 1, 2).float() / 255
+    labels = torch.from_numpy(train.labels)
+    model.train()
+    for step in range(15):
+        rng = np.random.default_rng(step)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x, rng), labels).backward()
+        optimizer.step()
+    for layer in model.modules():
+        if isinstance(layer, normlab.BatchNorm):
+            layer.running_mean.fill_(0.7)
+            layer.running_var.fill_(30.0)
+    held = Split(train.images[:100], train.labels[:100])  # which it knows: scores far apart
+    repair = renew_stale(model, train.images, held)
+    assert repair is not None
+    assert repair.after.accuracy > repair.before.accuracy + 0.02
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert renew_stale(model, train.images, held) is None
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "size", "message"),
+    [
+        ("notebook", {"half_size": 0.5}, 32, "half_size=0.5: the network 'notebook'"),
+        ("fast79", {}, 18, "half_size=0.3"),
+        ("notebook", {"norm": "instance"}, 32, "InstanceNorm"),
+    ],
+)
+def test_what_a_step_could_not_do_is_refused_before(
+    recipe: str, changes: dict[str, Any], size: int, message: str
+) -> None:
+    task = normlab.runs.Task(
+        recipe=get(recipe).override(**changes), seed=0, data="", data_sha256="",
+        class_names=("a", "b"), image_size=size,
+    )  # fmt: skip
+    if recipe == "fast79":
+        check_network(task)  # it takes any size from 16 on, and half of 18 in training
+        return
+    with pytest.raises(normlab.UserError, match=message):
+        check_network(task)
+
+
+def test_a_crop_shows_its_part() -> None:
+    x = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    parts = torch.tensor([[1.0, 0.3, 0.9], [0.5, 0.0, 0.0], [0.5, 1.0, 1.0]])
+    seen = crop(x, parts)
+    torch.testing.assert_close(seen[0], x[0], atol=1e-5, rtol=1e-5)
+    for index, corner in ((1, x[1:2, :, :8, :8]), (2, x[2:3, :, 8:, 8:])):
+        expected = interpolate(corner, (16, 16), mode="bilinear", align_corners=False)[0]
+        inner = slice(2, -2)  # at the part's edge the crop sees what lies beyond it
+        torch.testing.assert_close(
+            seen[index][:, inner, inner], expected[:, inner, inner], atol=1e-5, rtol=1e-5
+        )
+
+
+def test_colours_change_as_their_factors_say() -> None:
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.2
+    factors = torch.tensor([[1.0, 1, 1], [1.2, 1, 1], [1, 0.5, 1], [1, 1, 0.0]])
+    seen = recolour(x, factors)
+    torch.testing.assert_close(seen[0], x[0])
+    torch.testing.assert_close(seen[1], x[1] * 1.2)
+    assert seen[2].std() < 0.6 * x[2].std()
+    torch.testing.assert_close(seen[3], x[3].mean(0, keepdim=True).expand(3, 8, 8))
