@@ -67,9 +67,10 @@ def train(
         threads: CPU threads; None for all cores.
         device: `auto`, `cpu` or `cuda`.
         image_size, skip_bad: for pictures in a folder or parquet; see `normlab.data.load`.
-        start: a finished run to start from: its network, all but the output layer, is taken over,
-            and the recipe says how to go on training it. The output layer is taken over, too, if
-            the classes are the same by name.
+        start: a finished run to start from, or `builtin`, one on CIFAR-10 that comes with this
+            package: its network, all but the output layer, is taken over, and the recipe says how
+            to go on training it. The output layer is taken over, too, if the classes are the same
+            by name.
         freeze: with `start`: only the output layer learns.
         statistics: with `start`: of its batch normalisations, `keep`, `adapt` or `recalibrate`; see
             `normlab.training.starting_points`. None for `keep` when frozen, else `adapt`.
@@ -104,7 +105,7 @@ def train(
     size = source.task.image_size if image_size is None and source is not None else image_size
     images = load(data, image_size=size, skip_bad=skip_bad)
     data_seconds = time.perf_counter() - started
-    if recipe is None and source is None and images.name not in PUBLIC:
+    if recipe is None and images.name not in PUBLIC and starting_points.suits(source, DEFAULT_OWN):
         chosen = starting_points.choose_recipe(source, DEFAULT_OWN, changes)
     task = Task(
         recipe=chosen,

@@ -39,7 +39,12 @@ if TYPE_CHECKING:
 @DATA
 @IMAGE_SIZE
 @SKIP_BAD
-@click.option("--from", "start", metavar="RUN", help="Start from this finished run's network.")
+@click.option(
+    "--from",
+    "start",
+    metavar="RUN",
+    help="Start from this finished run's network; builtin is one on CIFAR-10.",
+)
 @click.option("--freeze", is_flag=True, help="With --from: only the output layer learns.")
 @click.option("--statistics", help="With --from: keep, adapt or recalibrate the normalisers'.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder, new or empty.")

@@ -17,6 +17,7 @@ def pictures() -> Recipe:
         optimizer=Muon(learning_rate=0.1, sgd_rate=0.2),
         schedule=ToZero(start=0.2, peak=0.23),
         label_smoothing=0.1,
+        balance="auto",
         augmentation=Augmentation(flip=True, crop=0.6, colour=0.2),
         half_size=0.4,
         validation=0.1,

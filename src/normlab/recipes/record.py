@@ -138,6 +138,8 @@ class Recipe:
         epochs: passes over the training images.
         least_steps: on small data more epochs follow, until there are so many steps; 0 for none.
             Whoever sets `epochs` gets so many and no more.
+        balance: `weights` weighs an image of class k by √(N/(K·N_k)), scaled to a mean of 1;
+            `auto` does so where the largest class has three times the smallest's images, or more.
         half_size: share of the steps, the first ones, at half the images' height and width.
         validation: share of the training images, the last ones, held out; 0 for none.
         patience: stop after so many epochs without a lower validation loss; None for never.
@@ -163,6 +165,11 @@ class Recipe:
     batch_size: int = setting(32, "Images a step.", **_WHOLE)
     label_smoothing: float = setting(
         0.0, "Share of the target that is spread evenly over all classes.", **_SHARE
+    )
+    balance: str = setting(
+        "none",
+        "Count rare classes more in the loss; auto does where one has a third of another's images.",
+        names=("none", "weights", "auto"),
     )
     half_size: float = setting(
         0.0,

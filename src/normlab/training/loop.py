@@ -44,7 +44,7 @@ def fit(
     """
     hooks = make_hooks(plan) if hooks is None else hooks
     recipe, steps, bounds = plan.recipe, plan.steps, plan.bounds
-    batches = plan.batches(device)
+    batches, weights = plan.batches(device), plan.class_weights(device)
     for hook in hooks:
         hook.before_training(plan, state)
     for observer in observers:
@@ -60,7 +60,7 @@ def fit(
             rng = stream(plan.seed, "dropout", step)
             try:
                 loss, correct = train_step(
-                    state.model, state.optimizer, x, labels, rng, recipe.label_smoothing
+                    state.model, state.optimizer, x, labels, rng, recipe.label_smoothing, weights
                 )
             except NonFiniteError as e:
                 raise NonFiniteError(

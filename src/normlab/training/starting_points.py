@@ -12,6 +12,7 @@ arXiv 1512.03385, fix them for detection; Li et al. 2016, arXiv 1603.04779, reco
 """
 
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from normlab.recipes import Recipe
 from normlab.runs import STATISTICS, Run, Start, Task, open_run
 
 START = "start.safetensors"
+BUILTIN = "builtin"  # a run on CIFAR-10 that comes with this package
 
 
 def open_source(
@@ -48,7 +50,7 @@ def open_source(
                     f"{name}={given!r}: it is about a run to start from: name one, --from"
                 )
         return None
-    run = start if isinstance(start, Run) else open_run(start)
+    run = start if isinstance(start, Run) else open_run(_builtin() if start == BUILTIN else start)
     model = run.model()
     if statistics not in (None, *STATISTICS):
         raise UserError(f"statistics={statistics!r}: choose one of {', '.join(STATISTICS)}")
@@ -57,6 +59,10 @@ def open_source(
             f"statistics={statistics!r}: run {run.path} has no batch normalisation: leave them out"
         )
     return run
+
+
+def _builtin() -> Path:
+    return Path(str(resources.files("normlab") / BUILTIN))
 
 
 def choose_recipe(run: Run | None, recipe: str | Recipe | None, changes: dict[str, Any]) -> Recipe:
@@ -88,6 +94,11 @@ def choose_recipe(run: Run | None, recipe: str | Recipe | None, changes: dict[st
     return replace(chosen, norm=theirs.norm)
 
 
+def suits(run: Run | None, recipe: str) -> bool:
+    """Whether a recipe trains the network of `run`; any does, to begin from a seed."""
+    return run is None or recipes.get(recipe).model.name == run.task.recipe.model.name
+
+
 def plan_start(
     run: Run | None, class_names: tuple[str, ...], *, freeze: bool, statistics: str | None
 ) -> Start | None:
@@ -101,7 +112,7 @@ def plan_start(
         return None
     same = sorted(class_names) == sorted(run.task.class_names)  # whatever their order
     return Start(
-        run=str(run.path),
+        run=BUILTIN if run.path == _builtin() else str(run.path),
         weights_sha256=digest(run.model().state_dict()),
         head="kept" if same else "new",
         freeze=freeze,

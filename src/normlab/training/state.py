@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +51,16 @@ class Plan:
             half_steps=self.recipe.half_size * self.steps,
             device=device,
         )
+
+    def class_weights(self, device: torch.device | str = "cpu") -> Tensor | None:
+        """What an image of each class counts in the loss (K,); None for all alike."""
+        counts = np.bincount(self.train.labels)
+        balance = self.recipe.balance
+        if balance == "none" or (balance == "auto" and counts.max() < 3 * max(counts.min(), 1)):
+            return None
+        weights = np.sqrt(len(self.train) / (len(counts) * np.maximum(counts, 1)))
+        weights /= weights[self.train.labels].mean()
+        return torch.from_numpy(weights).float().to(device)
 
     def describe(self) -> str:
         """A line; more for classes, a start from another run, a last batch of a single image."""

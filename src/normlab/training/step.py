@@ -18,6 +18,7 @@ def train_step(
     labels: Tensor,  # (N,)
     rng: np.random.Generator,
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,  # (K,)
 ) -> tuple[float, int]:
     """One update of the weights; returns the batch's mean loss and how many were right.
 
@@ -25,7 +26,7 @@ def train_step(
         NonFiniteError: the loss is NaN or infinite; the weights are as before the step.
     """
     logits = model(x, rng)
-    loss = cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    loss = cross_entropy(logits, labels, class_weights, label_smoothing=label_smoothing)
     value = loss.item()
     if not math.isfinite(value):
         raise NonFiniteError(f"the loss is {value}")
