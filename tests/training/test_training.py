@@ -139,7 +139,7 @@ def test_one_observer_tells_two_trainings(
 ) -> None:
     """The second one's seconds are counted from its own start."""
     lines = Lines()
-    plan: Any = SimpleNamespace(recipe=run.task.recipe, describe=lambda: "a training")
+    plan: Any = SimpleNamespace(epochs=2, describe=lambda: "a training")
     for seconds in (39.0, 6.0):
         lines.before_training(plan)
         state: Any = SimpleNamespace(history=run.history[:1], seconds=seconds)
@@ -268,10 +268,9 @@ def test_patience_ends_the_training_after_the_best_epoch(
     options = {**TINY, "epochs": 30, "patience": 2, "batch_size": 32}
     run = normlab.train("notebook", data=data, out=tmp_path / "a", **options)
     losses = [row["val_loss"] for row in run.history]
-    assert len(losses) < 30
-    assert int(np.argmin(losses)) == len(losses) - 1 - 2
-    best = run.evaluate(data, weights="best")
-    assert best.loss != run.evaluate(data).loss
+    waited = int(np.argmin(losses)) + 2  # then the rate falls to 0, over an epoch at least
+    assert waited + 1 <= len(losses) - 1 < 30
+    assert run.evaluate(data, weights="best").loss != run.evaluate(data, weights="last").loss
 
 
 def test_a_huge_learning_rate_stops_at_the_first_non_finite_step(

@@ -169,12 +169,18 @@ def resume(
         observers: told after each step.
 
     Raises:
-        UserError: it is finished already, or something differs and `allow_changes` is off.
+        UserError: it is finished already, report and all, or something differs and
+            `allow_changes` is off.
     """
     opened, extra = open_run(run), (ThreeWayScores(),) if three_way else ()
     if opened.result is not None:
-        with locked(opened.path):  # whose file, and checkpoints, one killed at its end leaves
+        with locked(opened.path):  # whose file, and more, one killed at its end leaves
             checkpoint.remove(opened.path)
+            starting_points.remove_start(opened.path)
+            if not (opened.path / "report.html").exists():
+                images = opened.task.load(data)
+                write_run_report(opened, opened.evaluate(images), images)
+                return opened
         raise UserError(f"run {str(opened.path)!r} is finished: nothing is left to resume")
     if not (opened.path / "environment.json").exists():
         raise UserError(
