@@ -102,7 +102,7 @@ def train(
     if not 0 <= seed < 2**63:
         raise UserError(f"seed={seed}: choose a whole number from 0 to 2⁶³ − 1")
     started = time.perf_counter()
-    size = source.task.image_size if image_size is None and source is not None else image_size
+    size = starting_points.size_of(source) if image_size is None else image_size
     images = load(data, image_size=size, skip_bad=skip_bad)
     data_seconds = time.perf_counter() - started
     if recipe is None and images.name not in PUBLIC and starting_points.suits(source, DEFAULT_OWN):

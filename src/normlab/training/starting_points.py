@@ -94,6 +94,13 @@ def choose_recipe(run: Run | None, recipe: str | Recipe | None, changes: dict[st
     return replace(chosen, norm=theirs.norm)
 
 
+def size_of(run: Run | None) -> int | None:
+    """The image size to go on with: that of `run`; None, to let the data decide, for the body that
+    comes with this package, which takes any.
+    """
+    return None if run is None or run.path == _builtin() else run.task.image_size
+
+
 def suits(run: Run | None, recipe: str) -> bool:
     """Whether a recipe trains the network of `run`; any does, to begin from a seed."""
     return run is None or recipes.get(recipe).model.name == run.task.recipe.model.name
