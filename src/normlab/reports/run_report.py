@@ -17,11 +17,11 @@ from normlab.evaluation.evaluation import Evaluation
 from normlab.evaluation.recalibration import Repair
 from normlab.evaluation.scores import Score
 from normlab.recipes import DEFAULT_OWN, RECIPES, changed_settings
-from normlab.recipes.settings import option_words
+from normlab.recipes.settings import option_words, written
 from normlab.reports import plots
 from normlab.reports.pages import render
 from normlab.runs import Result, Run
-from normlab.text import html, listed, shell
+from normlab.text import counted, html, listed, shell
 
 SHOWN_CLASSES = 20
 
@@ -34,12 +34,12 @@ def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> Non
         write_atomic(run.path / "curves.png", curves)
     recipe, environment = run.task.recipe, run.environment
     facts = [
-        ("recipe", ", ".join(f"{k} {v}" for k, v in recipe.settings().items() if v is not None)),
+        ("recipe", ", ".join(f"{k} {_told(v)}" for k, v in recipe.settings().items())),
         ("seed", run.task.seed),
         *([("start", run.task.start)] if run.task.start else []),
         ("training", f"{result['train_seconds']:.1f} s, {result['steps']:,} steps"),
         ("speed", f"{result['images_per_second']:,.0f} training images/s, validation included"),
-        ("machine", f"{environment['cpu']}, {environment['threads']} threads"),
+        ("machine", f"{environment['cpu']}, {counted(environment['threads'], 'thread')}"),
         ("versions", f"normlab {environment['normlab']}, PyTorch {environment['torch']}"),
         ("weights", f"SHA-256 {result['weights_sha256']}"),
     ]
@@ -52,6 +52,11 @@ def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> Non
         commands=repeat_command(run),
     )
     write_atomic(run.path / "report.html", page)
+
+
+def _told(value: object) -> str:
+    """A setting's value for a reader; numbers to four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else written(value)
 
 
 def write_evaluation(evaluation: Evaluation, images: ImageData, folder: Path) -> None:
