@@ -4,6 +4,6 @@
     make bench QUICK=1    # fewer rounds, in under five minutes
 
 A *group* is measured in one go by several *entries*, each in a process of its own; an entry's
-process holds a *contestant*, which a module of `benchmarks.peers` builds. `docs/benchmarks.md` says
+process holds a *entry*, which a module of `benchmarks.peers` builds. `docs/benchmarks.md` says
 what is measured and how.
 """

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import normlab
-from benchmarks.others import Others, is_quiet
+from benchmarks.other_load import OtherLoad, is_quiet
 from normlab import kernels, recipes
 from normlab.core.files import write_json
 from normlab.core.records import read_json
@@ -73,7 +73,7 @@ def main() -> None:
     for seed in range(arguments.first, arguments.seeds):
         target = folder / f"seed-{seed}.json"
         if not target.exists():
-            others = Others()
+            others = OtherLoad()
             allowed = kernels.disabled() if arguments.no_kernels else nullcontext()
             with tempfile.TemporaryDirectory() as scratch, allowed:
                 run = normlab.train(recipe, out=scratch, seed=seed, threads=arguments.threads)

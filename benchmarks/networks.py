@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from benchmarks.contestant import Options
+from benchmarks.entry import Options
 from normlab import recipes
 from normlab.runs import Task
 

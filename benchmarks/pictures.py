@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator, PercentFormatter
 
 from benchmarks import groups
-from benchmarks.headlines import Run, kept, timed
+from benchmarks.recipe_table import Run, kept, timed
 from benchmarks.summary import (
     EPOCHS,
     Result,

@@ -49,12 +49,12 @@ def complete(result: Result) -> bool:
 
 def write_docs(result: Result, root: Path) -> None:
     """Fill the marked parts of the docs, and draw the pictures."""
-    from benchmarks.headlines import headlines
     from benchmarks.pictures import draw_accuracy_time, draw_speeds, save
+    from benchmarks.recipe_table import recipe_table
 
     page = root / "docs" / "benchmarks.md"
     fill(page, "bench", f"{tables(result)}\n\n{PICTURES}")
-    fill(page, "recipes", headlines(root / "docs" / "results"))
+    fill(page, "recipes", recipe_table(root / "docs" / "results"))
     fill(root / "README.md", "bench", headline(result))
     save(draw_speeds(result), root / "docs" / "benchmarks")
     save(draw_accuracy_time(result, root / "docs" / "results"), root / "docs" / "accuracy-time")

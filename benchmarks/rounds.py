@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.contestant import Options, serve
+from benchmarks.entry import Options, serve
 
 TOLERANCE = 1e-4  # of a probability
 
@@ -23,7 +23,7 @@ class Entry:
 
     Attributes:
         name: in tables.
-        peer: `module:function` in `benchmarks.peers`, which makes the contestant.
+        peer: `module:function` in `benchmarks.peers`, which makes the entry.
         extra: what it is told besides the group's options.
         network: whose prepared weights its answers belong to.
     """

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import groups
-from benchmarks.contestant import Options
-from benchmarks.others import Others, is_quiet
+from benchmarks.entry import Options
+from benchmarks.other_load import OtherLoad, is_quiet
 from benchmarks.rounds import BenchError, Group, measure
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def cores() -> int:
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Measure what is asked for; the result as it is kept."""
-    started, others = time.time(), Others()
+    started, others = time.time(), OtherLoad()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         machine = pool.submit(_prepare, folder, args.data, args.threads).result()

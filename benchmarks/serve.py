@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.others import Others
+from benchmarks.other_load import OtherLoad
 from normlab.core.cores import cores
 from normlab.core.environment import describe_machine
 from normlab.data import load
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     command = [sys.executable, "-m", "normlab", "serve", options.model, "--port", "0"]
-    others = Others()
+    others = OtherLoad()
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:

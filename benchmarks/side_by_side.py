@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.others import Others, is_quiet
+from benchmarks.other_load import OtherLoad, is_quiet
 from normlab.core.cores import cores
 from normlab.core.environment import describe_machine
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    others, runs = Others(), cores()
+    others, runs = OtherLoad(), cores()
     with tempfile.TemporaryDirectory() as scratch:
         samples = measure(options.recipe, options.rounds, runs, Path(scratch))
     share = others.share()

@@ -30,6 +30,7 @@ def one_thread() -> Iterator[None]:
     """Tests run two at a time, so each takes one thread; what a test sets is put back."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.set_flush_denormal(False)  # a training that was cut off in this process left it on
     yield
     torch.set_num_threads(before)
 

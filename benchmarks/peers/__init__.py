@@ -1,1 +1,1 @@
-"""Everything that is timed: one module a peer, one function a contestant."""
+"""Everything that is timed: one module a peer, one function a entry."""

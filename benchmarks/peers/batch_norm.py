@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contestant import Case, Contestant, Options
+from benchmarks.entry import Case, Entry, Options
 from benchmarks.peers.plain_pytorch import use_threads
 from normlab import kernels
 from normlab.kernels.memory import keep_freed_memory
@@ -36,7 +36,7 @@ def tensors(shape: Shape, layout: str) -> tuple[Tensor, Tensor]:
     return x.requires_grad_(), g
 
 
-def layers(options: Options) -> Contestant:
+def layers(options: Options) -> Entry:
     """A case for each shape and layout."""
     about = use_threads(options.threads)
     keep_freed_memory()
@@ -47,7 +47,7 @@ def layers(options: Options) -> Contestant:
         for shape, layout in shapes(batch):
             sizes = " × ".join(map(str, shape))
             cases[f"{sizes}, {layout}"] = Case(_timed(options, shape, layout), batch)
-    return Contestant(cases, None, about)
+    return Entry(cases, None, about)
 
 
 def _timed(options: Options, shape: Shape, layout: str) -> Callable[[int], None]:

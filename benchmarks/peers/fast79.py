@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.contestant import Case, Contestant, Notes, Options
+from benchmarks.entry import Case, Entry, Notes, Options
 from benchmarks.peers.ours import CPU, allowed_kernels, answer_with, make_task, start
 from benchmarks.peers.stock_layers import stock
 from normlab import recipes
@@ -24,7 +24,7 @@ from normlab.training.optimisers import make_optimizer
 from normlab.training.preparation import make_plan, new_state
 
 
-def training(options: Options) -> Contestant:
+def training(options: Options) -> Entry:
     """Whole trainings, each from a new seed, and their scores on the test images.
 
     `seconds` are those that a run calls `train_seconds`: the network made, its whitening computed,
@@ -42,7 +42,7 @@ def training(options: Options) -> Contestant:
         return notes
 
     n = len(options.array("x_train"))
-    return Contestant({"": Case(run, n, whole=True)}, answer_with(model, options), about)
+    return Entry({"": Case(run, n, whole=True)}, answer_with(model, options), about)
 
 
 def _train(options: Options, recipe: Recipe, seed: int) -> Notes:

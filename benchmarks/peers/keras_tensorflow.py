@@ -24,9 +24,9 @@ with no_stderr():  # TensorFlow tells of its defaults before it can be asked not
     import tensorflow as tf
     from keras import layers
 
-from benchmarks.contestant import (
+from benchmarks.entry import (
     Case,
-    Contestant,
+    Entry,
     Images,
     Options,
     Probabilities,
@@ -114,7 +114,7 @@ class _Turns(keras.callbacks.Callback):
             self.left = self.orders.get()
 
 
-def training(options: Options) -> Contestant:
+def training(options: Options) -> Entry:
     """`fit` as in the notebook; it waits in a thread for its turns."""
     model, turns = _start(options), _Turns()
     batch = options.extra["batch"]
@@ -146,10 +146,10 @@ def training(options: Options) -> Contestant:
         if failure is not None:
             raise failure
 
-    return Contestant({"": Case(run, batch)}, lambda x: _answer(model, x), _about())
+    return Entry({"": Case(run, batch)}, lambda x: _answer(model, x), _about())
 
 
-def validation(options: Options) -> Contestant:
+def validation(options: Options) -> Entry:
     """The validation that `fit` does after an epoch: `evaluate` with the same batch size."""
     model = _start(options)
     n = len(options.array("x_train"))
@@ -161,7 +161,7 @@ def validation(options: Options) -> Contestant:
         for _ in range(repeats):
             model.evaluate(x, y, batch_size=options.extra["batch"], verbose=0)
 
-    return Contestant({"": Case(run, len(x))}, lambda x: _answer(model, x), _about())
+    return Entry({"": Case(run, len(x))}, lambda x: _answer(model, x), _about())
 
 
 def _answer(model: Any, images: Images) -> Probabilities:
@@ -169,7 +169,7 @@ def _answer(model: Any, images: Images) -> Probabilities:
     return answers
 
 
-def predict(options: Options) -> Contestant:
+def predict(options: Options) -> Entry:
     """`predict`, the call that the documentation gives for many images."""
     model = _start(options)
 
@@ -178,10 +178,10 @@ def predict(options: Options) -> Contestant:
         return answers
 
     cases = inference_cases(answer, options.array("x_test"), 1024)
-    return Contestant(cases, lambda x: answer(x, 256), _about())
+    return Entry(cases, lambda x: answer(x, 256), _about())
 
 
-def function(options: Options) -> Contestant:
+def function(options: Options) -> Entry:
     """The model inside a `tf.function`, the way the documentation gives for few images."""
     model = _start(options)
     signature = [tf.TensorSpec([None, 32, 32, 3], tf.float32)]
@@ -191,4 +191,4 @@ def function(options: Options) -> Contestant:
         return np.concatenate([compiled(_pixels(x)).numpy() for x in batches(images, batch)])
 
     cases = inference_cases(answer, options.array("x_test"), 1024)
-    return Contestant(cases, lambda x: answer(x, 256), _about())
+    return Entry(cases, lambda x: answer(x, 256), _about())

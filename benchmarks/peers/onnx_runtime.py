@@ -12,8 +12,8 @@ import onnx
 import onnxruntime
 from onnx import helper, numpy_helper
 
-from benchmarks.contestant import (
-    Contestant,
+from benchmarks.entry import (
+    Entry,
     Images,
     Options,
     Probabilities,
@@ -67,7 +67,7 @@ def _batch_norm(target: onnx.GraphProto, norm: Norm, source: str) -> onnx.NodePr
     return helper.make_node("BatchNormalization", names, [norm.name], name=norm.name, epsilon=0.0)
 
 
-def predict(options: Options) -> Contestant:
+def predict(options: Options) -> Entry:
     """Probabilities of pixels, as the exported model gives them."""
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = options.threads
@@ -86,4 +86,4 @@ def predict(options: Options) -> Contestant:
         "flushes_denormals": True,  # by the session's setting; not tried out
         "nodes": len(model.graph.node),
     }
-    return Contestant(inference_cases(answer, options.array("x_test"), 1024), answer, about)
+    return Entry(inference_cases(answer, options.array("x_test"), 1024), answer, about)

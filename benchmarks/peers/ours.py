@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.contestant import (
+from benchmarks.entry import (
     Case,
-    Contestant,
+    Entry,
     Images,
     Options,
     Probabilities,
@@ -69,7 +69,7 @@ def make_task(options: Options, recipe: Recipe, seed: int = 0) -> tuple[Task, Im
     return task, images
 
 
-def training(options: Options) -> Contestant:
+def training(options: Options) -> Entry:
     """The body of `normlab.training.loop.fit`, step by step."""
     model, about = start(options, "notebook")
     recipe = recipes.get("notebook").override(batch_size=options.extra["batch"])
@@ -88,10 +88,10 @@ def training(options: Options) -> Contestant:
                 train_step(model, optimizer, x, labels, stream(0, "dropout", step))
         done += repeats
 
-    return Contestant({"": Case(run, recipe.batch_size)}, answer_with(model, options), about)
+    return Entry({"": Case(run, recipe.batch_size)}, answer_with(model, options), about)
 
 
-def validation(options: Options) -> Contestant:
+def validation(options: Options) -> Entry:
     """What `fit` does after an epoch."""
     model, about = start(options, "notebook")
     _, images = make_task(options, recipes.get("notebook"))
@@ -102,7 +102,7 @@ def validation(options: Options) -> Contestant:
             for _ in range(repeats):
                 score(model, held_out.images, held_out.labels)
 
-    return Contestant({"": Case(run, len(held_out))}, answer_with(model, options), about)
+    return Entry({"": Case(run, len(held_out))}, answer_with(model, options), about)
 
 
 def answer_with(model: nn.Module, options: Options) -> Callable[..., Probabilities]:
@@ -115,8 +115,8 @@ def answer_with(model: nn.Module, options: Options) -> Callable[..., Probabiliti
     return answer
 
 
-def predict(options: Options) -> Contestant:
+def predict(options: Options) -> Entry:
     """Evaluation mode without gradients."""
     model, about = start(options, options.extra["network"])
     answer = answer_with(model, options)
-    return Contestant(inference_cases(answer, options.array("x_test"), 1024), answer, about)
+    return Entry(inference_cases(answer, options.array("x_test"), 1024), answer, about)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
-from benchmarks.contestant import (
+from benchmarks.entry import (
     Case,
-    Contestant,
+    Entry,
     Images,
     Options,
     Probabilities,
@@ -89,7 +89,7 @@ def pixels(images: Images) -> Tensor:
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
 
 
-def training(options: Options) -> Contestant:
+def training(options: Options) -> Entry:
     """The usual loop, with the loss and accuracy that `fit` reports, too."""
     about, layout = use_threads(options.threads), LAYOUTS[options.extra["layout"]]
     batch = options.extra["batch"]
@@ -119,10 +119,10 @@ def training(options: Options) -> Contestant:
         for _ in range(repeats):
             next(steps)
 
-    return Contestant({"": Case(run, batch)}, lambda x: answer(net, layout, x, 256), about)
+    return Entry({"": Case(run, batch)}, lambda x: answer(net, layout, x, 256), about)
 
 
-def validation(options: Options) -> Contestant:
+def validation(options: Options) -> Entry:
     """Loss and accuracy on the last tenth of the training images."""
     about, layout = use_threads(options.threads), LAYOUTS[options.extra["layout"]]
     net = plain(options.weights("notebook")).to(memory_format=layout).eval()
@@ -139,7 +139,7 @@ def validation(options: Options) -> Contestant:
                 total += cross_entropy(logits, b, reduction="sum").item()
                 correct += int((logits.argmax(1) == b).sum())
 
-    return Contestant({"": Case(run, len(x))}, lambda x: answer(net, layout, x, 256), about)
+    return Entry({"": Case(run, len(x))}, lambda x: answer(net, layout, x, 256), about)
 
 
 @torch.inference_mode()
@@ -154,11 +154,11 @@ def answer(
     return torch.cat(parts).numpy()
 
 
-def predict(options: Options) -> Contestant:
+def predict(options: Options) -> Entry:
     """Evaluation mode without gradients."""
     about, layout = use_threads(options.threads), LAYOUTS[options.extra["layout"]]
     net = plain(options.weights("notebook")).to(memory_format=layout)
     cases = inference_cases(
         lambda x, batch: answer(net, layout, x, batch), options.array("x_test"), 1024
     )
-    return Contestant(cases, lambda x: answer(net, layout, x, 256), about)
+    return Entry(cases, lambda x: answer(net, layout, x, 256), about)

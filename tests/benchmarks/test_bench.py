@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import groups, report, summary
-from benchmarks.contestant import Options
-from benchmarks.headlines import timed
-from benchmarks.others import Others
+from benchmarks.entry import Options
+from benchmarks.other_load import OtherLoad
 from benchmarks.peers import onnx_runtime
 from benchmarks.peers.plain_pytorch import plain
 from benchmarks.peers.stock_layers import stock
 from benchmarks.pictures import draw_accuracy_time, draw_speeds, save
 from benchmarks.prepare import prepare, settle
+from benchmarks.recipe_table import timed
 from benchmarks.rounds import BenchError, Entry, Group, measure
 from normlab.data import load
 from normlab.models import FastNet, NotebookNet
@@ -102,9 +102,9 @@ def test_a_graph_with_batch_normalization_nodes_says_the_same(prepared: Path, ne
         options = Options(prepared, 1, {"network": network, "folded": folded})
         kinds = [node.op_type for node in onnx_runtime.graph(options, folded=folded).graph.node]
         assert kinds.count("BatchNormalization") == (0 if folded else 5)
-        contestant = onnx_runtime.predict(options)
-        assert contestant.answer is not None
-        answers[folded] = contestant.answer(np.array(options.array("x_test")[:64]))
+        entry = onnx_runtime.predict(options)
+        assert entry.answer is not None
+        answers[folded] = entry.answer(np.array(options.array("x_test")[:64]))
     expected = np.load(prepared / f"{network}-answers.npy")
     for answer in answers.values():
         assert np.abs(answer - expected).max() < 1e-5
@@ -228,9 +228,9 @@ def test_help_needs_no_framework() -> None:
 
 
 def test_the_time_of_children_is_ones_own() -> None:
-    before, program = Others()._now(), "import time\nwhile time.process_time() < 0.5: pass"
+    before, program = OtherLoad()._now(), "import time\nwhile time.process_time() < 0.5: pass"
     subprocess.run([sys.executable, "-c", program], check=True)
-    after = Others()._now()
+    after = OtherLoad()._now()
     if before is not None and after is not None:  # where there is /proc/stat
         assert after[2] - before[2] >= 0.5
 
@@ -240,6 +240,6 @@ def test_what_others_took_is_what_is_not_ones_own(
     busy: float, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter([(10.0, 100.0, 5.0), (12.0, 100.0 + busy, 6.0)])  # the clock, all, own
-    monkeypatch.setattr(Others, "_now", staticmethod(lambda: next(times)))
+    monkeypatch.setattr(OtherLoad, "_now", staticmethod(lambda: next(times)))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    assert Others().share() == pytest.approx(share)
+    assert OtherLoad().share() == pytest.approx(share)

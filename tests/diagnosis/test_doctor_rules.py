@@ -423,11 +423,11 @@ def test_a_gap_names_its_cause() -> None:
     network = from_module(classifier())
     scores = normlab.three_way(classifier(), *learnable(3.0), population=learnable(3.0)[0])
     young = {"running_mean": np.full(4, 0.02), "running_var": np.full(4, 0.95)}
-    stale = tuple(replace(n, old_weight=0.99, steps=10, **young) for n in network.normalizers)
+    stale = tuple(replace(n, decay=0.99, steps=10, **young) for n in network.normalizers)
     fresh = tuple(
         replace(n, running_mean=np.zeros(4), running_var=np.ones(4)) for n in network.normalizers
     )
-    turned = tuple(replace(n, old_weight=0.05) for n in network.normalizers)
+    turned = tuple(replace(n, decay=0.05) for n in network.normalizers)
     for ill, cause in (
         (replace(network, normalizers=stale), "they are stale"),
         (replace(network, normalizers=fresh), "they were never updated"),

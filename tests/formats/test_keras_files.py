@@ -137,7 +137,7 @@ def test_settings_come_from_the_description(saved: dict[tuple[str, str], Path], 
     found = {n.name: n for n in network.normalizers}
     assert {"inner/deep", "time/in_time", "derived", "plain"} <= found.keys()
     assert found["inner/deep"].eps == 0.01
-    assert found["derived"].old_weight == 0.5
+    assert found["derived"].decay == 0.5
     diagnosis = normlab.doctor(saved["nested", form])
     assert {f.where for f in diagnosis.findings if f.rule == "useless-bias"} == {"before"}
     lacking = [f for f in diagnosis.findings if f.rule == "not-read"]

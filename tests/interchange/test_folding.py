@@ -63,7 +63,7 @@ def test_a_norm_before_a_convolution(
     chain = Chain(size, (random_norm(rng, 4), conv))
     folded = fold(chain)
     assert [type(s) for s in folded.steps] == [Conv]
-    assert folded.kept == ()
+    assert folded.unfolded == ()
     x = rng.normal(size=(2, 4, size, size))
     np.testing.assert_allclose(computed(folded, x), computed(chain, x), rtol=0, atol=1e-11)
 
@@ -78,7 +78,7 @@ def test_a_norm_behind_a_convolution(seed: int, pooled: bool, positive: bool) ->
     folded = fold(chain)
     exact = not pooled or bool((norm.gamma >= 0).all())
     assert any(isinstance(s, Norm) for s in folded.steps) != exact
-    assert (folded.kept == ()) == exact
+    assert (folded.unfolded == ()) == exact
     x = rng.normal(size=(2, 3, 7, 7))
     np.testing.assert_allclose(computed(folded, x), computed(chain, x), rtol=0, atol=1e-11)
 
@@ -114,7 +114,7 @@ def test_a_norm_between_relu_and_a_padded_convolution(
         *([MaxPool] if pooled else []),
         *([Clip] if opposite else [Relu, Affine]),
     }
-    assert ("what it makes of 0 has the sign of" in "".join(folded.kept)) != opposite
+    assert ("what it makes of 0 has the sign of" in "".join(folded.unfolded)) != opposite
     x = rng.normal(size=(2, 3, size, size))
     expected = computed(chain, x)
     np.testing.assert_allclose(computed(folded, x), expected, rtol=1e-11, atol=1e-10)
@@ -135,7 +135,7 @@ def test_pixels_keep_the_subtraction_of_their_mean() -> None:
     chain = Chain(6, (norm, random_conv(rng, 3, 2, padding=1)))
     folded = fold(chain)
     assert [type(s) for s in folded.steps] == [Affine, Conv]
-    assert folded.kept == ()
+    assert folded.unfolded == ()
     x = rng.normal(size=(2, 3, 6, 6))
     np.testing.assert_allclose(computed(folded, x), computed(chain, x), rtol=0, atol=1e-11)
 
@@ -181,7 +181,7 @@ def test_large_means_stay(ratio: float, left: int) -> None:
     norm.mean[3], norm.std[3] = -ratio * PRECISION_LIMIT * 0.01, 0.01
     folded = fold(Chain(6, (norm, random_conv(rng, 4, 2, padding=1))))
     assert sum(isinstance(s, Norm) for s in folded.steps) == left
-    assert ["not folded: |mean|/std reaches 110" in s for s in folded.kept] == [True] * left
+    assert ["not folded: |mean|/std reaches 110" in s for s in folded.unfolded] == [True] * left
 
 
 def scrambled(model: nn.Module, seed: int = 0) -> nn.Module:

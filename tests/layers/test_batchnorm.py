@@ -108,7 +108,7 @@ def test_running_statistics_follow_the_closed_form(convention: str) -> None:
     """After t batches r_t = m^t·r_0 + (1 − m)·Σ m^(t−i)·batch_i."""
     layer = BatchNorm(4, convention=convention).double()
     batches = torch.randn(7, 6, 4, 3, 3, dtype=torch.float64) * 3 + 1
-    m, count = layer.old_weight, 6 * 9
+    m, count = layer.decay, 6 * 9
     unbiased = count / (count - 1) if convention == "torch" else 1.0
     for x in batches:
         layer(x)

@@ -326,7 +326,7 @@ def test_another_convention_becomes_pytorchs(convention: str, center: bool) -> N
     new = convert_batchnorm(copy.deepcopy(layer), to="torch")
     assert type(new) is nn.BatchNorm2d
     assert new.eps == layer.eps
-    assert new.momentum == pytest.approx(1 - layer.old_weight)
+    assert new.momentum == pytest.approx(1 - layer.decay)
     x = inputs(6, 4, 3, 3, seed=1)
     torch.testing.assert_close(new.eval()(x), layer.eval()(x), rtol=1e-4, atol=1e-5)
     layer.train()(x)

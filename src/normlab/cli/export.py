@@ -42,7 +42,7 @@ def export_command(
     exported = export_run(open_run(run), out, file_format=file_format, weights=weights, data=data)
     certificate = exported.certificate
     say(f"Checked by {certificate.checked_with}: {certificate}.")
-    for sentence in exported.kept:
+    for sentence in exported.unfolded:
         say(f"Note: {sentence}.")
     say(f"Model: {exported.path}")
     say(f"Card: {exported.card}")

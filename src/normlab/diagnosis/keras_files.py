@@ -135,7 +135,7 @@ def _normalizer(layer: "Layer", values: Vectors, steps: int | None) -> Normalize
         running_var=values["var"],
         weight=values.get("weight"),
         eps=_number(layer.config.get("epsilon")),
-        old_weight=_number(layer.config.get("momentum")),
+        decay=_number(layer.config.get("momentum")),
         steps=steps if trainable else None,  # a frozen one is in inference mode
         updates=trainable,
         trainable=trainable,

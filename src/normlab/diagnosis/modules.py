@@ -163,9 +163,9 @@ def _normalizer(
 ) -> Normalizer:
     frozen = _frozen(layer, training)
     if isinstance(layer, BatchNorm):
-        old_weight = layer.old_weight
+        decay = layer.decay
     else:
-        old_weight = None if layer.momentum is None else 1 - layer.momentum
+        decay = None if layer.momentum is None else 1 - layer.momentum
     steps = layer.num_batches_tracked
     tracked = layer.track_running_stats and layer.running_var is not None
     return Normalizer(
@@ -174,7 +174,7 @@ def _normalizer(
         running_var=_vector(layer.running_var),
         weight=_vector(layer.weight),
         eps=layer.eps,
-        old_weight=old_weight if tracked else None,
+        decay=decay if tracked else None,
         steps=None if steps is None else int(steps),
         data_mean=None if found is None else found.mean.cpu().numpy(),
         data_var=None if found is None else found.var.cpu().numpy(),

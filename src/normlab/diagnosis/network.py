@@ -43,7 +43,7 @@ class Normalizer:
 
     Attributes:
         weight: γ.
-        old_weight: m, the share of the old running statistics that one step keeps.
+        decay: m, the share of the old running statistics that one step keeps.
         steps: t, how often the running statistics were updated.
         data_mean, data_var: population moments of its input, where data were given.
         updates: whether its running statistics move when its model is in training mode.
@@ -59,7 +59,7 @@ class Normalizer:
     running_var: Vector | None = None
     weight: Vector | None = None
     eps: float | None = None
-    old_weight: float | None = None
+    decay: float | None = None
     steps: int | None = None
     data_mean: Vector | None = None
     data_var: Vector | None = None
@@ -82,9 +82,9 @@ class Normalizer:
         At most, since t is a lower bound: a counter begins anew when weights are loaded from a
         file without one, and an optimiser's when the model is compiled again.
         """
-        if self.old_weight is None or self.steps is None:
+        if self.decay is None or self.steps is None:
             return None
-        return float(self.old_weight**self.steps)
+        return float(self.decay**self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ class Network:
             "statistics": any(n.running_var is not None for n in ns),
             "steps": any(n.initial_share is not None for n in ns),
             "counters": any(n.steps is not None for n in ns),
-            "momentum": any(n.old_weight is not None for n in ns),
+            "momentum": any(n.decay is not None for n in ns),
             "eps": any(n.eps is not None and n.running_var is not None for n in ns),
             "scale": any(n.weight is not None for n in ns),
             "graph": self.graph is not None,

@@ -127,7 +127,7 @@ def _normalizer(
         running_var=var,
         weight=weight,
         eps=settings.get("eps"),
-        old_weight=None if momentum is None else 1 - momentum,
+        decay=None if momentum is None else 1 - momentum,
         steps=_steps(found.arrays.get(prefix + "num_batches_tracked")),
     )
 

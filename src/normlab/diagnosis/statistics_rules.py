@@ -105,7 +105,7 @@ def stale(network: Network) -> Iterator[Observation]:
             continue
         near = np.median(np.abs(mean)) <= 0.25 and 0.5 <= np.median(var) <= 2
         severity = "serious" if weight >= 0.25 and (seen or near) else "warning"
-        evidence = f"after {n.steps} steps with m = {n.old_weight:.3g} they weigh {weight:.2f}"
+        evidence = f"after {n.steps} steps with m = {n.decay:.3g} they weigh {weight:.2f}"
         if severity == "warning" and not seen:
             evidence += ", if no steps came before the counter's first"
         yield Observation(n.name, severity, evidence + network.assumes)
@@ -113,7 +113,7 @@ def stale(network: Network) -> Iterator[Observation]:
 
 def _count(n: Normalizer) -> tuple[int | None, float | None]:
     """What layers with one history of updates have in common."""
-    return n.steps, n.old_weight
+    return n.steps, n.decay
 
 
 def _refutes(n: Normalizer, var: Vector) -> bool:
@@ -178,15 +178,15 @@ def momentum_turned_round(network: Network) -> Iterator[Observation]:
     Serious when a step keeps at most 0.1 of the old statistics, or all of them.
     """
     for n in network.normalizers:
-        if n.old_weight is None or network.assumes or not n.by_batch:
+        if n.decay is None or network.assumes or not n.by_batch:
             continue
-        if n.old_weight < 0.5:
-            severity = "serious" if n.old_weight <= 0.1 + 1e-9 else "warning"
-            memory = f"one step keeps {n.old_weight:.3g} of the old statistics"
+        if n.decay < 0.5:
+            severity = "serious" if n.decay <= 0.1 + 1e-9 else "warning"
+            memory = f"one step keeps {n.decay:.3g} of the old statistics"
             yield Observation(
                 n.name, severity, f"{memory}: they are little more than the last batch's"
             )
-        elif n.old_weight == 1:
+        elif n.decay == 1:
             yield Observation(
                 n.name, "serious", "a step keeps all of the old statistics and takes in nothing"
             )

@@ -39,7 +39,11 @@ def check_place(model: Path) -> None:
 
 
 def card(
-    model: Path, run: Run, evaluation: Evaluation, certificate: Certificate, kept: tuple[str, ...]
+    model: Path,
+    run: Run,
+    evaluation: Evaluation,
+    certificate: Certificate,
+    unfolded: tuple[str, ...],
 ) -> str:
     """Write the card as Markdown: how to use the model, data, recipe, scores, limits.
 
@@ -106,7 +110,7 @@ def card(
             f"Compared with the run it came from, on all {certificate.test_images:,} test images, "
             f"by {certificate.checked_with}: {certificate}.",
             "",
-            *(f"- {markdown(sentence)}." for sentence in kept),
+            *(f"- {markdown(sentence)}." for sentence in unfolded),
             f"- Weights: SHA-256 {certificate.weights_sha256}.",
             "",
         ]

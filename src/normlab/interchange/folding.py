@@ -69,33 +69,35 @@ SMALLEST_BOUND = 1e-6
 def fold(chain: Chain) -> Chain:
     """Fold every normalisation of `chain` that can be folded; the function it computes is the same.
 
-    What is left is named in `kept`. ReLU moves before a pooling it follows, which is the same
+    What is left is named in `unfolded`. ReLU moves before a pooling it follows, which is the same
     function, and free where a runtime computes it with the convolution. What a pooling leaves out
     is not computed.
     """
-    steps, kept = list(chain.steps), list(chain.kept)
+    steps, unfolded = list(chain.steps), list(chain.unfolded)
     for norm in [s for s in steps if isinstance(s, Norm)]:
         i = steps.index(norm)
         ratio = float(np.max(np.abs(norm.mean) / norm.std))
         if ratio > PRECISION_LIMIT:
-            kept.append(
+            unfolded.append(
                 f"{norm.name} was not folded: |mean|/std reaches {ratio:.3g}, "
                 f"more than {PRECISION_LIMIT:g}, and float32 would lose the difference"
             )
             continue
         before, after = _conv_before(steps, i), steps[i + 1]
         if isinstance(after, Conv) and after.padding and _conv_of_relu(steps, i) is not None:
-            _fold_around_relu(steps, i, kept)
+            _fold_around_relu(steps, i, unfolded)
         elif i == 0 and isinstance(after, Conv) and after.padding and not norm.beta.any():
             steps[:2] = _fold_scale(norm, after)
         elif isinstance(after, Conv | Dense):
             steps[i : i + 2] = [fold_before(norm, after)]
         elif before is not None:
-            steps[before : i + 1] = _fold_behind(steps[before : i + 1], norm, kept)
+            steps[before : i + 1] = _fold_behind(steps[before : i + 1], norm, unfolded)
         else:
-            kept.append(f"{norm.name} was not folded: no layer that could take it is next to it")
+            unfolded.append(
+                f"{norm.name} was not folded: no layer that could take it is next to it"
+            )
     steps = _trimmed(_relu_before_pool(steps), chain.image_size)
-    return Chain(chain.image_size, tuple(steps), tuple(kept))
+    return Chain(chain.image_size, tuple(steps), tuple(unfolded))
 
 
 def fold_before(norm: Norm, layer: Conv | Dense) -> Conv | Dense:
@@ -149,7 +151,7 @@ def _conv_of_relu(steps: list[Step], i: int) -> int | None:
     return _conv_before(steps, j) if j >= 0 and isinstance(steps[j], Relu) else None
 
 
-def _fold_around_relu(steps: list[Step], i: int, kept: list[str]) -> None:
+def _fold_around_relu(steps: list[Step], i: int, unfolded: list[str]) -> None:
     """Fold the normalisation at `i` into the bound of the ReLU before it, or make it an `Affine`.
 
     Around the ReLU may be poolings; before these is a convolution, and behind `i` a padded one.
@@ -165,7 +167,7 @@ def _fold_around_relu(steps: list[Step], i: int, kept: list[str]) -> None:
     hopeless = ~zero & (bound > -SMALLEST_BOUND * np.abs(norm.gamma))
     if hopeless.any():
         steps[i] = Affine(norm.name, a, b)
-        kept.append(
+        unfolded.append(
             f"{norm.name} stays, as a 1 × 1 convolution of each channel: in {hopeless.sum()} of "
             f"{len(a)} channels what it makes of 0 has the sign of γ, and with {after.name}'s "
             "padding of zeros a dearer pass would have to replace it"
@@ -186,7 +188,7 @@ def _fold_scale(norm: Norm, conv: Conv) -> list[Step]:
     return [centring, replace(conv, kernel=conv.kernel * norm.scale[:, None, None])]
 
 
-def _fold_behind(steps: list[Step], norm: Norm, kept: list[str]) -> list[Step]:
+def _fold_behind(steps: list[Step], norm: Norm, unfolded: list[str]) -> list[Step]:
     """`steps` are a convolution, poolings, `norm`: fold the channels for which it is exact."""
     conv, *pools, _ = steps
     assert isinstance(conv, Conv)
@@ -197,7 +199,7 @@ def _fold_behind(steps: list[Step], norm: Norm, kept: list[str]) -> list[Step]:
         norm.name,
         *(np.full_like(norm.mean, value) for value in (0.0, 1.0, 1.0, 0.0)),
     )
-    kept.append(
+    unfolded.append(
         f"{norm.name} was folded but for {negative.sum()} channels: γ < 0 does not commute with "
         "the pooling before it"
     )

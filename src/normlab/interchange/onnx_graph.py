@@ -163,11 +163,11 @@ def described(run: Run, model: nn.Module) -> tuple[onnx.ModelProto, tuple[str, .
     metadata = {
         "class_names": run.task.class_names,
         "recipe": run.task.as_dict(),
-        "not_folded": chain.kept,
+        "not_folded": chain.unfolded,
     }
     for key, value in metadata.items():
         graph.metadata_props.add(key=key, value=json.dumps(value, ensure_ascii=False))
-    return graph, chain.kept
+    return graph, chain.unfolded
 
 
 def certified(
@@ -177,8 +177,8 @@ def certified(
 
     The certificate goes into the metadata of the very graph that was checked.
     """
-    graph, kept = described(run, model)
+    graph, unfolded = described(run, model)
     answers = open_onnx(graph.SerializeToString()).probabilities(images)
     certificate = check(answers, f"ONNX Runtime {version('onnxruntime')}")
     graph.metadata_props.add(key="certificate", value=certificate.as_json())
-    return graph.SerializeToString(), certificate, kept
+    return graph.SerializeToString(), certificate, unfolded

@@ -115,12 +115,12 @@ class Chain:
 
     Attributes:
         image_size: H = W in pixels.
-        kept: why a normalisation was left as it is, one sentence each.
+        unfolded: why a normalisation was left as it is, one sentence each.
     """
 
     image_size: int
     steps: tuple[Step, ...]
-    kept: tuple[str, ...] = field(default=())
+    unfolded: tuple[str, ...] = field(default=())
 
 
 def chain_of(model: nn.Module, image_size: int) -> Chain:

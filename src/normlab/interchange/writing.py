@@ -28,13 +28,13 @@ class Exported:
     """What an export wrote.
 
     Attributes:
-        kept: normalisations that were not folded, and why; one sentence each.
+        unfolded: normalisations that were not folded, and why; one sentence each.
     """
 
     path: Path
     card: Path
     certificate: Certificate
-    kept: tuple[str, ...]
+    unfolded: tuple[str, ...]
 
 
 def export_run(
@@ -65,13 +65,13 @@ def export_run(
     if file_format == "onnx":
         from normlab.interchange import onnx_graph
 
-        content, certificate, kept = onnx_graph.certified(run, model, images.x_test, check)
+        content, certificate, unfolded = onnx_graph.certified(run, model, images.x_test, check)
     else:
         from normlab.interchange import keras_file
 
         content, certificate = keras_file.certified(run, model, images.x_test, check)
-        kept = ()
-    return _write(path, content, run, evaluation, certificate, kept)
+        unfolded = ()
+    return _write(path, content, run, evaluation, certificate, unfolded)
 
 
 def checked_against(
@@ -136,11 +136,11 @@ def _write(
     run: Run,
     evaluation: Evaluation,
     certificate: Certificate,
-    kept: tuple[str, ...],
+    unfolded: tuple[str, ...],
 ) -> Exported:
-    text = card(path, run, evaluation, certificate, kept)
+    text = card(path, run, evaluation, certificate, unfolded)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content)
     beside = path.with_name(NAME)
     write_atomic(beside, utf8(text))
-    return Exported(path, beside, certificate, kept)
+    return Exported(path, beside, certificate, unfolded)

@@ -201,7 +201,7 @@ class BatchNorm(TorchBatchNorm):
     dicts go both ways, those without `num_batches_tracked` too. What remains different:
 
     - The constructor's options and their names; `normlab.convert_batchnorm` takes them over.
-    - `momentum` as an attribute is the convention's. PyTorch's meaning is `1 - old_weight`. A tool
+    - `momentum` as an attribute is the convention's. PyTorch's meaning is `1 - decay`. A tool
       that copies `momentum` (`SyncBatchNorm.convert_sync_batchnorm`) is right only with
       `convention="torch"`: call `convert_batchnorm(network, to="torch")` first.
     - The attribute `momentum = None` asks for the average of all batches, as in PyTorch; in the
@@ -257,7 +257,7 @@ class BatchNorm(TorchBatchNorm):
         self.register_buffer("num_batches_tracked", torch.tensor(0) if tracked else None)
 
     @property
-    def old_weight(self) -> float | None:
+    def decay(self) -> float | None:
         """m: how much of the old running statistics one step keeps, whatever the convention.
 
         None when the running statistics are the average of all batches (`momentum = None`).
@@ -329,7 +329,7 @@ class BatchNorm(TorchBatchNorm):
         )
         if mean is None or not self.track_running_stats:
             return None
-        keep = self.old_weight
+        keep = self.decay
         if keep is None:  # the average of all batches: each weighs the same
             keep = 1 - 1 / (int(batches) + 1)
         return kernels.Running(mean, var, keep, correction, batches)

@@ -62,7 +62,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Entry:
     """What a peer built.
 
     Attributes:
@@ -104,14 +104,12 @@ def batches(images: Images, batch: int) -> Iterable[Images]:
 
 
 def serve(pipe: Connection, module: str, maker: str, options: Options) -> None:
-    """Build the contestant and do what the pipe asks for, to the end of the process."""
+    """Build the entry and do what the pipe asks for, to the end of the process."""
     try:
-        contestant: Contestant = getattr(import_module(f"benchmarks.peers.{module}"), maker)(
-            options
-        )
-        pipe.send(_introduction(contestant))
+        entry: Entry = getattr(import_module(f"benchmarks.peers.{module}"), maker)(options)
+        pipe.send(_introduction(entry))
         while (order := pipe.recv()) is not None:
-            pipe.send(_obey(contestant, *order))
+            pipe.send(_obey(entry, *order))
         pipe.send(peak_mib())
     except Exception:
         pipe.send(traceback.format_exc())
@@ -120,17 +118,17 @@ def serve(pipe: Connection, module: str, maker: str, options: Options) -> None:
     os._exit(0)
 
 
-def _introduction(contestant: Contestant) -> Notes:
-    cases = {name: {"images": c.images, "whole": c.whole} for name, c in contestant.cases.items()}
-    return {**contestant.about, "cases": cases, "answers": contestant.answer is not None}
+def _introduction(entry: Entry) -> Notes:
+    cases = {name: {"images": c.images, "whole": c.whole} for name, c in entry.cases.items()}
+    return {**entry.about, "cases": cases, "answers": entry.answer is not None}
 
 
-def _obey(contestant: Contestant, what: str, *arguments: Any) -> Any:
+def _obey(entry: Entry, what: str, *arguments: Any) -> Any:
     if what == "answer":
-        assert contestant.answer is not None
-        return contestant.answer(*arguments)
+        assert entry.answer is not None
+        return entry.answer(*arguments)
     case, repeats = arguments
-    run = contestant.cases[case].run
+    run = entry.cases[case].run
     started = time.perf_counter()
     notes = run(repeats)
     return {"seconds": time.perf_counter() - started, **(notes or {})}

@@ -7,7 +7,7 @@ import time
 QUIET = 0.05  # of the processor time that there was: more, and a time is not to be quoted
 
 
-class Others:
+class OtherLoad:
     """What share of the machine's processor time others took since this was made.
 
     Own time is that of this process and of its children that have ended: ask after they have.

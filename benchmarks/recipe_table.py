@@ -28,7 +28,7 @@ def timed(runs: list[Run], key: str = "train_seconds") -> list[float]:
     ]
 
 
-def headlines(results: Path) -> str:
+def recipe_table(results: Path) -> str:
     """A row for each recipe, with every seed that was run."""
     rows = []
     for name, runs in kept(results).items():
