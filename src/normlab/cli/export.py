@@ -58,7 +58,9 @@ def export_command(
     metavar="DATA",
     help="What it was trained on: cifar10 (the default), or anything that train takes.",
 )
-@click.option("--image-size", type=click.IntRange(8, 512), help="Of pictures; 32 by default.")
+@click.option(
+    "--image-size", type=click.IntRange(8, 512), help="Pixels a side of pictures; 32 by default."
+)
 @click.option("--skip-bad", is_flag=True, help="Leave out pictures that cannot be used.")
 @click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
 def import_command(

@@ -1,4 +1,4 @@
-"""Data sets: CIFAR-10 from wherever it can be had, its sample, and data of your own."""
+"""Data sets: CIFAR-10, a sample of it, and your own."""
 
 from normlab.data.cifar10.cache import Info, Verified, info, verify
 from normlab.data.cifar10.fetching import Fetched, fetch

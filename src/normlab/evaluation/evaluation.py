@@ -24,7 +24,7 @@ CIFAR10_LIMITS = (
     "54 of its test labels are confirmed errors (Northcutt et al. 2021).",
     "On freshly collected test images such classifiers lose 4 to 15 points (CIFAR-10.1).",
 )
-OWN_LIMITS = ("The interval speaks of pictures like these test pictures, and of no others.",)
+OWN_LIMITS = ("The interval holds for pictures like these test pictures, and for no others.",)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def card(
             "",
             "## Scores",
             "",
-            "The interval speaks of other test images, not of other trainings.",
+            "The interval covers the choice of test images. It does not cover the choice of seed.",
             "",
             "| score | value |",
             "|---|---|",

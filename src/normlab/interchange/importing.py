@@ -35,7 +35,7 @@ def import_model(
             without; a `Rescaling` by 1/255 before it is known, too.
         out: the run's folder, new or empty; None for the next number in `runs/`.
         data, image_size, skip_bad: what it was trained on, as `normlab.data.load` takes them; None
-            for CIFAR-10.
+            for CIFAR-10 and 32 pixels.
 
     Raises:
         UserError: h5py is missing, or the folder is not empty.
@@ -46,7 +46,7 @@ def import_model(
     except ImportError:
         raise UserError("import needs the package h5py: pip install 'normlab[keras]'") from None
     started = time.perf_counter()
-    images = load(data, image_size=image_size, skip_bad=skip_bad)
+    images = load(data, image_size=image_size or 32, skip_bad=skip_bad)
     data_seconds = time.perf_counter() - started
     height, width, _ = images.image_shape
     if height != width:

@@ -1,4 +1,4 @@
-"""From a model to a running server, and back to the command line when it is told to end."""
+"""Start a server for a model, and end it in good order."""
 
 import asyncio
 import errno

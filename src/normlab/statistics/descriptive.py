@@ -31,7 +31,7 @@ class Description:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Two sets of weights on the same images. It says nothing of two methods."""
+    """Compare two sets of weights on the same images. It does not compare two methods."""
 
     only_first: int  # images that only the first has right
     only_other: int

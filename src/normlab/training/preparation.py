@@ -85,7 +85,7 @@ def new_state(
 
 
 def make_plan(task: Task, images: ImageData, threads: int, folder: Path | None = None) -> Plan:
-    """Split the images and say what `fit` shall do with them."""
+    """Split the images and plan a training on them."""
     train, validation = split_images(images, task.recipe.validation)
     return Plan(
         recipe=task.recipe,

@@ -17,7 +17,7 @@ from normlab.training.optimisers import Optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is about to happen; told to hooks and observers before the first step."""
+    """What a training will do. Hooks and observers get it before the first step."""
 
     recipe: Recipe
     folder: Path | None  # None in a study, whose runs leave no folder
@@ -156,7 +156,7 @@ class State:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step done: where it stands in its epoch, and how its batch fared.
+    """The result of one step: its place in the epoch, and the scores of its batch.
 
     Attributes:
         epoch: from 0.
@@ -195,7 +195,7 @@ class Hook:
 
 
 class Observer(Protocol):
-    """What is told of a training while it goes on. It only reads."""
+    """An object that watches a training. It may read the state and may not change it."""
 
     def before_training(self, plan: Plan) -> None:
         """The first step is next."""

