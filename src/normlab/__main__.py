@@ -1,7 +1,7 @@
 """The `normlab` command: runs the verbs of `normlab.cli` and turns errors into one line.
 
-Exit codes: 0; 1 findings, bad inputs among good ones, or the program that read the output has closed
-it; 2 a user's mistake; 3 a non-finite loss; 130 and 143 for Ctrl-C and SIGTERM.
+Exit codes: 0; 1 findings, bad inputs among good ones, or somebody closed the output; 2 a user's
+mistake; 3 a non-finite loss; 130 and 143 for Ctrl-C and SIGTERM.
 """
 
 from normlab.core.children import leave_out_current_folder
