@@ -151,3 +151,28 @@ def test_every_setting_is_an_option(command: str) -> None:
     text = shown.output
     assert all(f"--{name.replace('_', '-')}" in text for name in SETTINGS)
     assert "batch, none, layer" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"seed": "0"},
+        {"seed": -1},
+        {"seed": 2**70},
+        {"image_size": 32.5},
+        {"class_names": []},
+        {"class_names": [1, 2]},
+        {"\ud800": 1, "seed": None},
+        {"recipe": []},
+        {"start": {"run": 3}},
+    ],
+)
+def test_an_edited_file_is_named_with_what_is_wrong(edit: dict[str, Any], tmp_path: Path) -> None:
+    images = normlab.load("sample")
+    values = normlab.runs.Task(
+        recipe=get("notebook"), seed=0, data="sample", data_sha256=images.sha256,
+        class_names=images.class_names, image_size=32,
+    ).as_dict()  # fmt: skip
+    (tmp_path / "recipe.json").write_text(json.dumps(values | edit))
+    with pytest.raises(normlab.DataError, match=r"recipe\.json is not a run's recipe"):
+        normlab.open_run(tmp_path)

@@ -56,7 +56,7 @@ def typed(values: Any, kind: type[T], where: object, **built: Any) -> T:
     shape = _shape(cast(Any, kind), frozenset(built))
     try:
         found = msgspec.convert(values, shape)
-    except (msgspec.ValidationError, RecursionError) as e:
+    except (msgspec.ValidationError, RecursionError, UnicodeError) as e:
         raise DataError(f"{where} is not as normlab wrote it ({e})") from None
     return kind(**{name: getattr(found, name) for name in shape.__struct_fields__}, **built)
 
@@ -69,7 +69,7 @@ def checked(values: dict[str, Any], kind: Any, where: object) -> Any:
     """
     try:
         msgspec.convert(values, kind)
-    except (msgspec.ValidationError, RecursionError) as e:
+    except (msgspec.ValidationError, RecursionError, UnicodeError) as e:
         raise DataError(f"{where} is not as normlab wrote it ({e})") from None
     return values
 
