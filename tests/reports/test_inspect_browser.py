@@ -1,6 +1,5 @@
 """The report of `normlab inspect` in headless Chromium: mouse, keyboard, phone, dark mode."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,7 @@ from normlab.inspection.recording import read_recording
 from normlab.reports.inspection_report import inspect
 from recorded import STEPS, write_run
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="there is no chromium here: apt-get install chromium"
-)
+pytestmark = pytest.mark.usefixtures("browser")
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +19,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = [write_run(folder / norm, norm) for norm in ("batch", "none")]
     inspect(*runs).write(folder / "inspect")
     return folder / "inspect" / "report.html"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> Non
         title=f"{recipe.name} on {evaluation.data}",
         curves="" if curves is None else _embed(curves),
         facts=facts,
+        warnings=warnings_of(result),
         commands=repeat_command(run),
     )
     write_atomic(run.path / "report.html", page)
@@ -243,6 +244,7 @@ def _page(evaluation: Evaluation, images: ImageData, *, title: str, **parts: Any
         ],
         "curves": None,
         "facts": [],
+        "warnings": [],
         "commands": "",
         **{k: drawn and _embed(drawn) for k, drawn in _drawings(evaluation).items()},
         **parts,
@@ -258,6 +260,7 @@ def _gallery(
     return [
         {
             "index": int(i),
+            "file": None if evaluation.files is None else evaluation.files[i],
             "label": names[evaluation.labels[i]],
             "answer": names[answers[i]],
             "probability": float(evaluation.probabilities[i, answers[i]]),

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from normlab.core.bars import transient_bar
 from normlab.core.cores import cores
 from normlab.core.sandbox import LimitError, Worker
 from normlab.data.cache import cache_folder, write_cache, writing
@@ -209,25 +210,12 @@ def _check(decoded: Decoded, key: str) -> NDArray[np.uint8]:
     return np.frombuffer(digest.digest(), np.uint8)
 
 
-@contextmanager
-def picture_bar(total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error, if that is a terminal; yields what moves it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+def picture_bar(total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A bar of the pictures decoded; see `transient_bar`."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    bar = Progress(
-        "decoding pictures",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.update(task, completed=done)
+    columns = "decoding pictures", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return transient_bar(*columns, total=total)
 
 
 def _to_stderr(line: str) -> None:
