@@ -147,6 +147,19 @@ def test_one_observer_tells_two_trainings(
     assert re.findall(r"12/12 - (\S+) - loss", capsys.readouterr().out) == ["39s", "6s"]
 
 
+def test_of_very_many_epochs_a_hundred_are_told(
+    run: normlab.Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = Lines()
+    plan: Any = SimpleNamespace(epochs=1_005, describe=lambda: "a training")
+    lines.before_training(plan)
+    state: Any = SimpleNamespace(history=run.history[:1], seconds=1.0)
+    for epoch in range(1_005):
+        lines.after_step(state, epoch, 1, 1)
+    told = [int(e) for e in re.findall(r"Epoch (\d+)/1005", capsys.readouterr().out)]
+    assert told == [*range(11, 1_005, 11), 1_005]
+
+
 def test_same_seed_same_bits_other_seed_other_bits(
     run: normlab.Run, sample: normlab.ImageData, tmp_path: Path
 ) -> None:

@@ -158,7 +158,7 @@ def warnings_of(result: Result) -> list[str]:
     if simple and scores["test_accuracy"] <= simple["test_accuracy_interval"][1]:
         found.append(
             "this network is not clearly better than a logistic regression on 8 × 8 pixels: try "
-            "more pictures, twice the --least-steps, or --image-size 64"
+            "more pictures, or twice the --least-steps"
         )
     return found
 

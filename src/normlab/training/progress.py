@@ -23,8 +23,11 @@ def epoch_line(row: dict[str, Any], batches: int, seconds: float) -> str:
     return " - ".join([f"{batches}/{batches}", f"{seconds:.0f}s", *scores])
 
 
+MOST_EPOCHS = 100  # that are told one by one; of more, as many evenly spread and the last
+
+
 class Lines:
-    """One line an epoch, for logs and pipes."""
+    """Lines for logs and pipes: each epoch's, or of very many epochs those of a hundred."""
 
     def __init__(self, file: TextIO | None = None) -> None:
         self.file = file
@@ -36,7 +39,8 @@ class Lines:
         self._print(plan.describe())
 
     def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
-        if batch < batches:
+        every = -(-self.epochs // MOST_EPOCHS)
+        if batch < batches or ((epoch + 1) % every and epoch + 1 < self.epochs):
             return
         self._print(f"Epoch {epoch + 1}/{self.epochs}")
         self._print(epoch_line(state.history[-1], batches, state.seconds - self.seconds))

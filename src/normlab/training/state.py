@@ -70,7 +70,7 @@ class Plan:
             f"{counted(self.epochs, 'epoch')} of {counted(len(self.bounds), 'step')}, "
             f"{counted(self.threads, 'thread')}"
             + (f", into {self.folder}" if self.folder else "")
-            + (f"\nClasses: {self.classes}" if self.classes else "")
+            + (f"\nData: {self.classes}" if self.classes else "")
             + (f"\nStart: {self.start}" if self.start else "")
         )
         if self.bounds[-1][1] - self.bounds[-1][0] > self.recipe.batch_size:
