@@ -4,6 +4,7 @@ Every message names the value received and the remedy, in one line. The command 
 message without a traceback and leaves with `exit_code`.
 """
 
+import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -41,6 +42,15 @@ class NonFiniteError(NormlabError, ArithmeticError):
     """The loss or a weight became NaN or infinite."""
 
     exit_code = 3
+
+
+class Interrupted(NormlabError):
+    """SIGINT or SIGTERM asked what was going on to end, and it ended in order."""
+
+    def __init__(self, signum: int, remedy: str = "") -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}{remedy}")
+        self.signum = signum
+        self.exit_code = 128 + signum
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

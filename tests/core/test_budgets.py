@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from cifar_files import TINY
-from normlab.core.files import MOST_TENSORS, read_tensors, write_json, write_tensors
+from normlab.core.files import write_json
 from normlab.core.pickles import MAX_KEY, read_pickle
+from normlab.core.tensors import MOST_TENSORS, read_tensors, write_tensors
 from normlab.data.cifar10 import layouts
 from normlab.data.cifar10.archives import read_members
 from normlab.data.images import MOST_CLASSES, from_mapping

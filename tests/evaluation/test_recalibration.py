@@ -12,7 +12,7 @@ from torch import nn
 import normlab
 from networks import pictures, settle
 from normlab.__main__ import run as command
-from normlab.core.files import read_tensors
+from normlab.core.tensors import read_tensors
 from normlab.errors import UserError
 from normlab.evaluation.forward import normalizers, untouched
 from normlab.evaluation.population import Moments, pool, population_moments, set_statistics

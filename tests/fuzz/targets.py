@@ -209,7 +209,7 @@ def _picture(data: bytes, _: Path) -> None:
 
 
 def _safetensors(data: bytes, path: Path) -> None:
-    from normlab.core.files import read_tensors
+    from normlab.core.tensors import read_tensors
     from normlab.diagnosis.state_dicts import from_arrays, read_safetensors
 
     path.write_bytes(data[1:])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import normlab
 from normlab import recipes
-from normlab.core.files import digest
+from normlab.core.tensors import digest
 from normlab.data.batches import split_validation
 from normlab.errors import UserError
 from normlab.inspection.landscape import MEASURES, EndOfReplay, Walker, explore

@@ -19,10 +19,10 @@ import normlab
 from normlab import recipes
 from normlab.__main__ import run as command
 from normlab.core.environment import settings
-from normlab.core.files import digest
 from normlab.core.streams import stream
+from normlab.core.tensors import digest
 from normlab.data.batches import split_validation, to_input
-from normlab.errors import DataError, NormlabError, UserError
+from normlab.errors import DataError, Interrupted, NormlabError, UserError
 from normlab.evaluation.forward import untouched
 from normlab.inspection import activations
 from normlab.inspection.recording import (
@@ -34,7 +34,7 @@ from normlab.inspection.recording import (
 )
 from normlab.layers import BatchNorm, Dropout
 from normlab.models import NotebookNet
-from normlab.training.loop import Interrupted, fit
+from normlab.training.loop import fit
 from normlab.training.optimisers import make_optimizer
 from normlab.training.state import Plan, State
 

@@ -17,7 +17,7 @@ from onnxruntime import InferenceSession
 import normlab
 from normlab import UserError
 from normlab.__main__ import run as command
-from normlab.core.files import write_tensors
+from normlab.core.tensors import write_tensors
 from normlab.data import load
 from normlab.evaluation.forward import logits_of
 from normlab.interchange import export_run, keras_file, onnx_graph

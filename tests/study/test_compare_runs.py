@@ -23,14 +23,13 @@ from PIL import Image
 import normlab
 from normlab.__main__ import run as command
 from normlab.data import ImageData, load
-from normlab.errors import UserError
+from normlab.errors import Interrupted, UserError
 from normlab.recipes import get
 from normlab.runs import Task
 from normlab.study import Study, runner
 from normlab.study.arms import Arm
 from normlab.study.outcomes import Outcome, train_one
 from normlab.study.runner import Job, Pool, run_all
-from normlab.training.loop import Interrupted
 from normlab.training.state import Plan, State
 
 pytestmark = pytest.mark.timeout(900)  # processes that load PyTorch: slow on a busy machine

@@ -10,11 +10,10 @@ import torch
 
 import normlab
 from normlab.__main__ import run as command
-from normlab.errors import UserError
+from normlab.errors import Interrupted, UserError
 from normlab.evaluation.population import evenly, population_moments
 from normlab.models import NotebookNet
 from normlab.training.averaging import averaged, update
-from normlab.training.loop import Interrupted
 from normlab.training.state import Plan, State
 
 SHORT: dict[str, Any] = {

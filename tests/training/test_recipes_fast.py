@@ -12,11 +12,11 @@ import normlab
 from normlab import recipes
 from normlab.core.streams import stream
 from normlab.data.augment import Augmentation, halve, mirror, shift, views_of
+from normlab.errors import Interrupted
 from normlab.models import FastNet
 from normlab.models.fast import Whitening, patches_of
 from normlab.recipes import fast79, notebook
 from normlab.reports.plots import plot_curve
-from normlab.training.loop import Interrupted
 from normlab.training.optimisers import Muon, make_optimizer, orthogonalize, set_rate
 from normlab.training.state import Plan, State
 from normlab.training.step import train_step

@@ -16,10 +16,10 @@ from torch.nn.functional import cross_entropy
 
 import normlab
 from normlab.cli import cli
-from normlab.core.files import read_tensors, write_tensors
+from normlab.core.tensors import read_tensors, write_tensors
 from normlab.data.batches import split_validation, to_input
+from normlab.errors import Interrupted
 from normlab.runs import Run
-from normlab.training.loop import Interrupted
 from normlab.training.preparation import make_plan, new_state
 from normlab.training.starting_points import starting_weights
 from normlab.training.state import Plan, State

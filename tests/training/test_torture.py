@@ -17,11 +17,11 @@ import torch
 
 import normlab
 from faults import Faults
-from normlab.core.files import locked, read_tensors
-from normlab.errors import DataError
+from normlab.core.files import locked
+from normlab.core.tensors import read_tensors
+from normlab.errors import DataError, Interrupted
 from normlab.runs import latest
 from normlab.training.checkpoint import CHECKPOINT, PREVIOUS, restore
-from normlab.training.loop import Interrupted
 from normlab.training.preparation import new_state
 from normlab.training.state import Plan, State
 from torture import StudyTorture, Torture, begin, check_one_line, check_same, long_form, stray

@@ -18,10 +18,10 @@ import normlab
 import normlab.training.checkpoint
 from normlab.core.streams import stream
 from normlab.data.batches import batch_bounds, split_validation, to_input
+from normlab.errors import Interrupted
 from normlab.models import NotebookNet
 from normlab.recipes import Recipe
 from normlab.reports.plots import draw_pictures
-from normlab.training.loop import Interrupted
 from normlab.training.optimisers import Adam
 from normlab.training.progress import Lines
 from normlab.training.state import Plan, State, Totals

@@ -16,7 +16,7 @@ from normlab.core.places import make_folder
 from normlab.data import ImageData
 from normlab.data import load as load_data
 from normlab.data.batches import split_images
-from normlab.errors import UserError
+from normlab.errors import Interrupted, UserError
 from normlab.recipes import Recipe
 from normlab.reports.study_figures import draw_all
 from normlab.reports.study_report import summary_html, write_report
@@ -30,7 +30,6 @@ from normlab.study.progress import Lines, Progress
 from normlab.study.result import RUNS, TUNING
 from normlab.study.runner import Job, Pool, Reporter, run_all
 from normlab.study.tuning import choose, parse_tuning, trials
-from normlab.training.loop import Interrupted
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8)
 CHECKS = 10

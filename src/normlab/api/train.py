@@ -13,10 +13,11 @@ import torch
 from normlab.api.run import Run, open_run
 from normlab.core.environment import describe_machine, resolve_device, resolve_threads
 from normlab.core.environment import settings as machine_settings
-from normlab.core.files import digest, is_finite, locked, write_json, write_tensors
+from normlab.core.files import locked, write_json
+from normlab.core.tensors import digest, is_finite, write_tensors
 from normlab.data import ImageData, load
 from normlab.data.loading import PUBLIC
-from normlab.errors import NonFiniteError, UserError
+from normlab.errors import Interrupted, NonFiniteError, UserError
 from normlab.evaluation.baselines import score_baselines
 from normlab.evaluation.recalibration import Repair, renew_stale
 from normlab.inspection.activations import observed
@@ -27,7 +28,7 @@ from normlab.runs import Task, create_folder
 from normlab.text import printable, shell
 from normlab.training import checkpoint, starting_points
 from normlab.training.hooks import ThreeWayScores, make_hooks
-from normlab.training.loop import Interrupted, fit
+from normlab.training.loop import fit
 from normlab.training.preparation import make_plan, new_state, refuse_impossible
 from normlab.training.state import Hook, Observer, Plan, State
 

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from normlab import kernels
 from normlab.core.cores import cores
+from normlab.core.machine import cpu_name
 from normlab.errors import UserError
 from normlab.kernels.memory import keep_freed_memory
 
@@ -56,7 +56,7 @@ def describe_machine(threads: int, device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": version("numpy"),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "compiled_kernels": kernels.available(),
         "cores": cores(),
@@ -64,15 +64,6 @@ def describe_machine(threads: int, device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
-
-
-def _cpu_name() -> str:
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
-            for line in f:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 @contextlib.contextmanager

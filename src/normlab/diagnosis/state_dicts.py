@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from normlab.core import files
+from normlab.core import tensors as tensor_files
 from normlab.diagnosis.network import Network, Normalizer
 from normlab.errors import DataError
 from normlab.formats.torch_files import StateDict, TorchFile
@@ -33,7 +33,7 @@ def read_safetensors(path: Path) -> Arrays:
         DataError: the file is cut off, or is none.
     """
     try:
-        tensors, _ = files.read_safetensors(path)
+        tensors, _ = tensor_files.read_safetensors(path)
     except (SafetensorError, OSError) as e:
         raise DataError(f"{path} is not a whole safetensors file ({e})") from None
     from normlab.diagnosis.modules import array

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from normlab.core.files import digest, write_tensors
+from normlab.core.tensors import digest, write_tensors
 from normlab.data import ImageData
 from normlab.data.batches import EVALUATION_BATCH, Split, split_images
 from normlab.errors import DataError, UserError

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from normlab.core.environment import describe_machine, resolve_device, resolve_threads
-from normlab.core.files import digest, write_json, write_tensors
+from normlab.core.files import write_json
 from normlab.core.sandbox import LimitError, limited
+from normlab.core.tensors import digest, write_tensors
 from normlab.data import load
 from normlab.errors import DataError, UserError
 from normlab.evaluation import evaluate

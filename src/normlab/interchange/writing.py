@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normlab.core.files import digest, write_atomic
+from normlab.core.files import write_atomic
+from normlab.core.tensors import digest
 from normlab.data import ImageData
 from normlab.errors import UserError
 from normlab.evaluation import Evaluation, evaluate

@@ -8,9 +8,9 @@ from typing import Any, NotRequired, TypedDict
 
 from torch import nn
 
-from normlab.core.files import read_tensors
 from normlab.core.places import read_text
 from normlab.core.records import as_object, checked, read_json
+from normlab.core.tensors import read_tensors
 from normlab.errors import DataError, UserError, nearest
 from normlab.runs.folders import latest
 from normlab.runs.task import Task

@@ -73,7 +73,7 @@ def _from_file(path: Path) -> ServedModel:
 
 def _from_run(run: "Run") -> ServedModel:
     """Export in memory, with the whole certificate if the run's test images are at hand."""
-    from normlab.core.files import digest
+    from normlab.core.tensors import digest
     from normlab.interchange.onnx_graph import certified, described
     from normlab.interchange.writing import checked_against
 

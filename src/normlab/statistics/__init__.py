@@ -12,6 +12,7 @@ from normlab.statistics.descriptive import (
     describe,
     mcnemar,
 )
+from normlab.statistics.measure import ACCURACY, Measure
 from normlab.statistics.sign_flip import SignFlips, sign_flips, smallest_p
 from normlab.statistics.verdict import (
     Comparison,
@@ -23,10 +24,12 @@ from normlab.statistics.verdict import (
 )
 
 __all__ = [
+    "ACCURACY",
     "Comparison",
     "Contrast",
     "Description",
     "McNemar",
+    "Measure",
     "SignFlips",
     "Verdict",
     "accuracy_interval",

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from normlab.errors import UserError
 from normlab.statistics.sign_flip import checked_differences, smallest_p
@@ -48,6 +47,8 @@ def describe(
     sign-flip test comes close. `generator` draws the bootstrap's resamples. Raises `UserError`
     for no differences, one that is not finite, or a level outside (0, 1).
     """
+    from scipy import stats  # it takes most of a second, so it waits until it is needed
+
     # Equal accuracy differences must stay equal for ranks: take off the rounding of a − b.
     d = np.round(checked_differences(differences), 12)
     if not 0 < level < 1:
@@ -79,6 +80,8 @@ def mcnemar(first_correct: ArrayLike, other_correct: ArrayLike) -> McNemar:
 
     Raises `UserError` if the arrays are not two lists of the same images.
     """
+    from scipy import stats
+
     first, other = np.asarray(first_correct, bool), np.asarray(other_correct, bool)
     if first.shape != other.shape or first.ndim != 1:
         raise UserError(f"shapes {first.shape} and {other.shape}; give both on the same images")
@@ -95,6 +98,8 @@ def accuracy_interval(correct: int, total: int, confidence: float = 0.95) -> tup
     (Wilson, JASA 1927). Raises `UserError` unless 0 ≤ correct ≤ total, total ≥ 1 and
     0 < confidence < 1.
     """
+    from scipy import stats
+
     if not (total >= 1 and 0 <= correct <= total):
         raise UserError(f"{correct} correct of {total}; give 0 <= correct <= total, total >= 1")
     if not 0 < confidence < 1:
@@ -106,6 +111,8 @@ def accuracy_interval(correct: int, total: int, confidence: float = 0.95) -> tup
 def _bca_interval(
     d: NDArray[np.float64], level: float, generator: np.random.Generator
 ) -> tuple[float, float] | None:
+    from scipy import stats
+
     if len(d) < BCA_PAIRS or np.ptp(d) == 0:
         return None
     low, high = stats.bootstrap(

@@ -9,8 +9,10 @@ least 1 − level of the look; together they are not a simultaneous family.
 
 The verdict is read off the interval:
 
-- `better`, `worse`: it lies above, below zero. At 0.04 and less that takes six pairs or more.
-- `no_difference`: it lies inside ± margin, or all differences are zero.
+- `better`, `worse`: it lies above, below zero; the other way round where lower is better. At 0.04
+  and less that takes six pairs or more.
+- `no_difference`: it lies inside ± margin, or all differences are zero. Without a margin there is
+  no such verdict.
 - `not_enough_seeds`: neither.
 
 A difference that is both sure and smaller than the margin is `better` or `worse`: the sign is
@@ -25,6 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from normlab.errors import UserError
+from normlab.statistics.measure import ACCURACY, Measure
 from normlab.statistics.sign_flip import EXACT_PAIRS, sign_flips, smallest_p
 
 MARGIN = 0.005  # half a point of accuracy
@@ -40,8 +43,8 @@ class Contrast:
 
     first: str
     other: str
-    differences: ArrayLike  # (n,) test accuracy of `first` minus that of `other`, pair by pair
-    diverged: tuple[int, int] = (0, 0)  # runs of first, of other that diverged and score 1/K
+    differences: ArrayLike  # (n,) the value of `first` minus that of `other`, pair by pair
+    diverged: tuple[int, int] = (0, 0)  # runs of first, of other that diverged
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,15 @@ class Comparison:
     first: str
     other: str
     n: int  # pairs
-    difference: float  # mean accuracy of first minus other
-    interval: tuple[float, float]  # at `level`; [−1, 1], all that is possible, if n is too small
+    difference: float  # mean of first minus other
+    interval: tuple[float, float]  # at `level`; all that is possible, if n is too small
     p_value: float  # after Holm's correction; at most the look's level if decided
     verdict: Verdict
     diverged: tuple[int, int]
     p_unadjusted: float
     level: float  # of the interval: the Holm step's; its confidence is 1 − level
     look: int
-    margin: float
+    margin: float | None
     sentence: str
 
 
@@ -68,13 +71,16 @@ def judge(
     *,
     look: int,
     generator: np.random.Generator,
-    margin: float = MARGIN,
+    margin: float | None = MARGIN,
+    measure: Measure = ACCURACY,
 ) -> list[Comparison]:
     """Judge all contrasts of a study together on its `look`-th look.
 
+    `margin` is in the unit of the differences; None if nothing counts as no difference.
+
     Raises `UserError` for a look below 1, a margin that is not positive, or bad differences.
     """
-    if not margin > 0:
+    if margin is not None and not margin > 0:
         raise UserError(f"the margin is {margin}; give a positive fraction, such as {MARGIN}")
     tests = [sign_flips(contrast.differences, generator) for contrast in contrasts]
     p_values = [test.p_value for test in tests]
@@ -90,9 +96,9 @@ def judge(
             other=contrast.other,
             n=test.n,
             difference=test.difference,
-            interval=(max(lower, -1.0), min(upper, 1.0)),  # accuracies differ by no more
+            interval=measure.limits(lower, upper),
             p_value=p_holm,
-            verdict=_verdict(lower, upper, margin, zero),
+            verdict=_verdict(lower, upper, margin, zero, measure.lower_is_better),
             diverged=contrast.diverged,
             p_unadjusted=p,
             level=level,
@@ -100,7 +106,7 @@ def judge(
             margin=margin,
             sentence="",
         )
-        comparisons.append(replace(comparison, sentence=_sentence(comparison, zero)))
+        comparisons.append(replace(comparison, sentence=_sentence(comparison, zero, measure)))
     return comparisons
 
 
@@ -134,41 +140,44 @@ def holm(p_values: Sequence[float], level: float) -> tuple[list[float], list[flo
     return adjusted, levels
 
 
-def _verdict(lower: float, upper: float, margin: float, zero: bool) -> Verdict:
+def _verdict(
+    lower: float, upper: float, margin: float | None, zero: bool, lower_is_better: bool
+) -> Verdict:
     if lower > 0:
-        return "better"
+        return "worse" if lower_is_better else "better"
     if upper < 0:
-        return "worse"
-    if zero or (-margin <= lower and upper <= margin):
+        return "better" if lower_is_better else "worse"
+    if margin is not None and (zero or (-margin <= lower and upper <= margin)):
         return "no_difference"
     return "not_enough_seeds"
 
 
-def _sentence(c: Comparison, zero: bool) -> str:
+def _sentence(c: Comparison, zero: bool, measure: Measure) -> str:
     """Claim, figures, what else a reader must know, scope."""
+    margin = "" if c.margin is None else _magnitude(c.margin, measure)
     claim = {
         "better": f"{c.first} is better than {c.other}",
         "worse": f"{c.first} is worse than {c.other}",
-        "no_difference": f"{c.first} and {c.other} differ by at most {100 * c.margin:g} points",
+        "no_difference": f"{c.first} and {c.other} differ by at most {margin}",
         "not_enough_seeds": f"{_pairs(c.n)} cannot tell {c.first} from {c.other}",
     }[c.verdict]
     if zero:
         claim = f"{c.first} and {c.other} scored the same in every pair"
     confidence = f"{100 * (1 - c.level):.5g} %"
-    lower, upper = (f"{100 * limit:+.2f}" for limit in c.interval)
+    lower, upper = map(measure.difference, c.interval)
     interval = f"{confidence} interval {lower} to {upper}"
     if smallest_p(c.n) > c.level:
         interval = f"no {confidence} interval from so few pairs"
     figures = (
-        f"{100 * c.difference:+.2f} points of test accuracy, {interval}, "
+        f"{measure.difference(c.difference)} {measure.unit}, {interval}, "
         f"p = {c.p_value:.2g}, {_pairs(c.n)}, look {c.look}"
     )
     seeds = "this seed" if c.n == 1 else f"these {c.n} seeds"
-    scope = f"This holds for {seeds}, this training set and this test set."
-    return " ".join([f"{claim}: {figures}.", *_remarks(c), scope])
+    scope = f"This holds for {seeds}, {measure.scope}."
+    return " ".join([f"{claim}: {figures}.", *_remarks(c, measure), scope])
 
 
-def _remarks(c: Comparison) -> list[str]:
+def _remarks(c: Comparison, measure: Measure) -> list[str]:
     remarks = []
     if smallest_p(c.n) > c.level:
         enough = (n for n in range(c.n, EXACT_PAIRS + 1) if smallest_p(n) <= c.level)
@@ -178,12 +187,19 @@ def _remarks(c: Comparison) -> list[str]:
             if needed
             else "Nothing can be shown any more: too many looks were taken."
         )
-    if c.verdict in ("better", "worse") and max(map(abs, c.interval)) <= c.margin:
-        remarks.append(f"Sure, but small: at most {100 * c.margin:g} points.")
+    small = c.margin is not None and max(map(abs, c.interval)) <= c.margin
+    if c.verdict in ("better", "worse") and c.margin is not None and small:
+        remarks.append(f"Sure, but small: at most {_magnitude(c.margin, measure)}.")
     for arm, runs in zip((c.first, c.other), c.diverged, strict=True):
         if runs:
-            remarks.append(f"Diverged and counted at chance: {runs} of {c.n} runs of {arm}.")
+            remarks.append(
+                f"Diverged and counted {measure.diverged_as}: {runs} of {c.n} runs of {arm}."
+            )
     return remarks
+
+
+def _magnitude(difference: float, measure: Measure) -> str:
+    return f"{100 * difference:g} points" if measure.fraction else f"{difference:g}"
 
 
 def _pairs(n: int) -> str:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normlab.core.environment import describe_machine, settings
-from normlab.core.files import digest, write_json
+from normlab.core.files import write_json
 from normlab.core.records import read_json, typed
+from normlab.core.tensors import digest
 from normlab.data import ImageData
 from normlab.errors import DataError, NonFiniteError, UserError
 from normlab.evaluation.forward import logits_of

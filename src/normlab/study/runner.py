@@ -25,11 +25,10 @@ from joblib import Parallel, delayed, effective_n_jobs, parallel_config
 from normlab.core.children import safe_children
 from normlab.data import ImageData
 from normlab.data import load as load_data
-from normlab.errors import DataError
+from normlab.errors import DataError, Interrupted
 from normlab.runs import Task
 from normlab.study.cluster import WorkerDied, dask_backend
 from normlab.study.outcomes import Outcome, train_one
-from normlab.training.loop import Interrupted
 
 ATTEMPTS = 3
 _T = TypeVar("_T")

@@ -12,14 +12,8 @@ from typing import Any
 
 import torch
 
-from normlab.core.files import (
-    Tensors,
-    is_finite,
-    read_tensors,
-    sweep,
-    write_atomic,
-    write_tensors,
-)
+from normlab.core.files import sweep, write_atomic
+from normlab.core.tensors import Tensors, is_finite, read_tensors, write_tensors
 from normlab.errors import DataError
 from normlab.training.optimisers import Optimizer
 from normlab.training.state import Hook, State, StepResult, Totals

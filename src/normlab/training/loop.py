@@ -8,20 +8,11 @@ from contextlib import contextmanager
 import torch
 
 from normlab.core.streams import stream
-from normlab.errors import NonFiniteError, NormlabError
+from normlab.errors import Interrupted, NonFiniteError
 from normlab.training.hooks import make_hooks
 from normlab.training.optimisers import set_rate
 from normlab.training.state import Hook, Observer, Plan, State, StepResult
 from normlab.training.step import train_step
-
-
-class Interrupted(NormlabError):
-    """A signal asked the training to end; it ended between two steps."""
-
-    def __init__(self, signum: int, remedy: str = "") -> None:
-        super().__init__(f"interrupted by {signal.Signals(signum).name}{remedy}")
-        self.signum = signum
-        self.exit_code = 128 + signum
 
 
 def fit(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab import recipes
-from normlab.core.files import digest, read_tensors, write_tensors
+from normlab.core.tensors import digest, read_tensors, write_tensors
 from normlab.data.batches import split_images
 from normlab.data.images import ImageData
 from normlab.errors import DataError, UserError
