@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from normlab.evaluation.scores import three_way as three_way
     from normlab.layers import BatchNorm as BatchNorm
     from normlab.layers import convert_batchnorm as convert_batchnorm
+    from normlab.layers import convert_sync_batchnorm as convert_sync_batchnorm
     from normlab.recipes import Recipe as Recipe
     from normlab.reports.inspection_report import Inspection as Inspection
     from normlab.reports.inspection_report import inspect as inspect
@@ -58,6 +59,7 @@ _HOMES = {
     "UserError": "errors",
     "compare": "api.compare",
     "convert_batchnorm": "layers",
+    "convert_sync_batchnorm": "layers",
     "doctor": "diagnosis",
     "evaluate": "api.run",
     "inspect": "reports.inspection_report",

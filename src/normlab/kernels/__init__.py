@@ -36,10 +36,14 @@ __all__ = [
     "like",
     "max_pool",
     "max_pool_gradient",
+    "moments",
     "normalize",
+    "part_gradient",
+    "part_sums",
     "relu_dropout",
     "relu_dropout_batch_norm",
     "relu_dropout_gradient",
+    "relu_dropout_moments",
 ]
 
 
@@ -202,6 +206,74 @@ def gradient(
     grads = dx, torch.empty_like(mean), torch.empty_like(mean)
     call("gradient", x, g, mean, var, weight, bias, eps, +relu, keep_scale, *shape, *grads)
     return grads
+
+
+def moments(x: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations of each channel of `x`, (C,) float64."""
+    mean, m2 = _doubles(shape[1]), _doubles(shape[1])
+    call("moments", x, None, None, 0, 1.0, *shape, mean, m2)
+    return mean, m2
+
+
+def relu_dropout_moments(
+    z: Tensor, draws: NDArray[np.uint16] | None, threshold: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h as `relu_dropout_batch_norm` makes it, and the `moments` of it."""
+    h, mean, m2 = torch.empty_like(z), _doubles(z.shape[1]), _doubles(z.shape[1])
+    words = None if draws is None else draws.ctypes.data
+    call("moments", h, z, words, threshold, scale, *_shape(z), mean, m2)
+    return h, mean, m2
+
+
+def part_sums(
+    x: Tensor,
+    shape: tuple[int, int, int],
+    g: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    bias: Tensor | None = None,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ g and Σ g·(x − μ) of a part of a batch, (2C,) float64, and its gradients of γ and β.
+
+    μ and σ² are those of the whole batch. The arguments are those of `gradient`; `g` lies as `x`.
+    """
+    sums, grads = _doubles(2 * shape[1]), (torch.empty_like(mean), torch.empty_like(mean))
+    call("part_sums", x, g, mean, var, weight, bias, eps, +relu, *shape, sums, *grads)
+    return sums, *grads
+
+
+def part_gradient(
+    x: Tensor,
+    shape: tuple[int, int, int],
+    g: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    sums: Tensor,
+    count: int,
+    *,
+    keep_scale: float = 0.0,
+    bias: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """The gradient with respect to x, a part of a batch of `count` values a channel.
+
+    Args:
+        sums: of all its parts, as `part_sums` returns them.
+    """
+    dx = torch.empty_like(x)
+    values = (x, g, mean, var, weight, bias, eps, +relu, keep_scale, *shape, sums, float(count))
+    call("part_gradient", *values, dx)
+    return dx
+
+
+def _doubles(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float64)
 
 
 def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:

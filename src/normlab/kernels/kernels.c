@@ -494,26 +494,31 @@ typedef struct {
     int threads;
 } backward_t;
 
-int normlab_gradient(const backward_t *f) {
+/* With `sums`, which hold sum g and sum g*(x - mean) of a larger batch, M = `count` is its size and dx
+ * is that batch's; else both are those of x, and `own` (2C) gets the sums. */
+static int gradient(const backward_t *f, const double *sums, double *own, double count) {
     const float *x = f->x, *g = f->g, *mean = f->mean, *var = f->var, *weight = f->weight;
     float *dx = f->dx, *weight_grad = f->weight_grad, *bias_grad = f->bias_grad, eps = f->eps;
     i64 N = f->N, C = f->C, S = f->S;
     int relu = f->relu, threads = N * C * S <= SMALL ? 1 : f->threads;
     rows_t rows = rows_of(N, C, S);
     i64 columns = rows.columns;
-    double *sums = malloc(2 * C * sizeof(double)), per_value = 1.0 / ((double)N * S);
+    double per_value = 1.0 / count;
     float *vectors = malloc(6 * columns * sizeof(float));
-    if (!sums || !vectors) { free(sums); free(vectors); return -1; }
+    if (!vectors) return -1;
     gradient_t v = {vectors, vectors + columns, vectors + 2 * columns, vectors + 3 * columns,
                     relu ? vectors + 4 * columns : NULL, vectors + 5 * columns, f->keep_scale};
     if (relu) affine_of(var, weight, f->bias, eps, C, v.slope, v.shift);
     source_t s = {.x = (float *)x, .g = g, .mean = mean, .slope = v.slope, .shift = v.shift};
-    int failed = reduce(&s, N, C, S, sums, sums + C, threads);
+    int failed = sums ? 0 : reduce(&s, N, C, S, own, own + C, threads);
+    if (!sums) sums = own;
     SIMD
     for (i64 c = 0; c < (failed ? 0 : C); c++) {
         double r = 1.0 / sqrt((double)var[c] + eps), gamma = weight ? weight[c] : 1.0;
-        bias_grad[c] = (float)sums[c];
-        weight_grad[c] = (float)(sums[C + c] * r);
+        if (bias_grad) {
+            bias_grad[c] = (float)sums[c];
+            weight_grad[c] = (float)(sums[C + c] * r);
+        }
         v.mean[c] = mean[c];
         v.a[c] = (float)(gamma * r);
         v.b[c] = (float)(gamma * r * r * r * sums[C + c] * per_value);
@@ -535,8 +540,46 @@ int normlab_gradient(const backward_t *f) {
         }
     }
     free(vectors);
-    free(sums);
     return failed ? -1 : 0;
+}
+
+int normlab_gradient(const backward_t *f) {
+    double *sums = malloc(2 * f->C * sizeof(double));
+    int failed = sums ? gradient(f, NULL, sums, (double)f->N * f->S) : -1;
+    free(sums);
+    return failed;
+}
+
+/* ---- Where a batch lies in parts with several processes: these passes end where a message is due,
+ * and go on from what it brought. ---- */
+
+/* mean and m2 (C, double): the mean and the sum of squared deviations of x. With z (S = 1),
+ * x = relu_dropout(z) is written first. */
+int normlab_moments(float *x, const float *z, const uint16_t *draws, int32_t threshold, float scale,
+                    i64 N, i64 C, i64 S, double *mean, double *m2, int threads) {
+    source_t s = {.x = x, .z = z, .draws = draws, .threshold = threshold, .scale = scale};
+    return reduce(&s, N, C, S, mean, m2, N * C * S <= SMALL ? 1 : threads);
+}
+
+/* sums (2C): sum g and sum g*(x - mean), and from them the gradients of weight and bias. */
+int normlab_part_sums(const float *x, const float *g, const float *mean, const float *var,
+                      const float *weight, const float *bias, float eps, int relu, i64 N, i64 C,
+                      i64 S, double *sums, float *weight_grad, float *bias_grad, int threads) {
+    backward_t f = {.x = x, .g = g, .mean = mean, .var = var, .weight = weight, .bias = bias,
+                    .eps = eps, .relu = relu, .N = N, .C = C, .S = S, .weight_grad = weight_grad,
+                    .bias_grad = bias_grad, .threads = threads};
+    return gradient(&f, NULL, sums, 1.0);
+}
+
+/* dx of this part, from the sums over all `count` values a channel. */
+int normlab_part_gradient(const float *x, const float *g, const float *mean, const float *var,
+                          const float *weight, const float *bias, float eps, int relu,
+                          float keep_scale, i64 N, i64 C, i64 S, const double *sums, double count,
+                          float *dx, int threads) {
+    backward_t f = {.x = x, .g = g, .mean = mean, .var = var, .weight = weight, .bias = bias,
+                    .eps = eps, .relu = relu, .keep_scale = keep_scale, .N = N, .C = C, .S = S,
+                    .dx = dx, .threads = threads};
+    return gradient(&f, sums, NULL, count);
 }
 
 /* One row of 2 x 2 windows: y = their maxima, which = position (0 to 3) of the first maximum, or

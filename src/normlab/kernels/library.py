@@ -37,6 +37,12 @@ _SIGNATURES = {
     "relu_dropout": [*[_POINTER] * 2, ctypes.c_int32, _FLOAT, _LONG, _POINTER, _INT],
     "relu_dropout_gradient": [*[_POINTER] * 2, _FLOAT, _LONG, _POINTER, _INT],
     "normalize": [*[_POINTER] * 5, _FLOAT, *_SHAPE, _INT, _POINTER, _INT],
+    "moments": [*[_POINTER] * 3, ctypes.c_int32, _FLOAT, *_SHAPE, *[_POINTER] * 2, _INT],
+    "part_sums": [*[_POINTER] * 6, _FLOAT, _INT, *_SHAPE, *[_POINTER] * 3, _INT],
+    "part_gradient": [
+        *[*[_POINTER] * 6, _FLOAT, _INT, _FLOAT, *_SHAPE],
+        *[_POINTER, _DOUBLE, _POINTER, _INT],
+    ],
     "conv3x3": [*[_POINTER] * 3, *[_LONG] * 5, _INT, *[_POINTER] * 2, _INT],
     "conv3x3_gradient": [*[_POINTER] * 3, *[_LONG] * 5, *[_POINTER] * 2, _INT],
     "conv_pixels": [*[_POINTER] * 3, *[_LONG] * 4, _POINTER, _INT],

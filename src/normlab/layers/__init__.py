@@ -3,7 +3,7 @@
 from torch import nn
 
 from normlab.layers.batchnorm import CONVENTIONS, BatchNorm, Convention, moments, normalize
-from normlab.layers.conversion import convert_batchnorm
+from normlab.layers.conversion import convert_batchnorm, convert_sync_batchnorm
 from normlab.layers.dropout import Dropout
 from normlab.layers.fused import (
     MaxPool2d,
@@ -54,6 +54,7 @@ __all__ = [
     "conv3x3",
     "conv_pool",
     "convert_batchnorm",
+    "convert_sync_batchnorm",
     "moments",
     "norm_conv",
     "norm_relu",

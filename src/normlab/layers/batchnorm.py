@@ -39,7 +39,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from normlab import kernels
+from normlab.core.groups import Group
 from normlab.errors import UserError
+from normlab.layers.parts import joint_moments
 
 HALF = {torch.float16, torch.bfloat16}
 
@@ -134,6 +136,65 @@ def gradient(
     return x_grad * per_channel(scale, x), weight_grad, bias_grad
 
 
+def part_moments(x: Tensor, shape: tuple[int, int, int] | None) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations (C,), float64, of a part of a batch; zeros for none.
+
+    Args:
+        shape: what `kernels.layout` says of x.
+    """
+    if shape is not None:
+        return kernels.moments(x, shape)
+    if not x.numel():
+        nothing = x.new_zeros(x.shape[1], dtype=torch.float64)
+        return nothing, nothing
+    first = x.detach()[0].flatten(1)[:, 0] if x.ndim > 2 else x.detach()[0]  # (C,)
+    mean, var = moments(x - per_channel(first, x))  # rounded to x's type beside 0, not beside first
+    return first.double() + mean.double(), var.double() * (x.numel() // x.shape[1])
+
+
+def part_gradient(
+    group: Group,
+    x: Tensor,
+    shape: tuple[int, int, int] | None,
+    g: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    count: int,
+    *,
+    keep_scale: float = 0.0,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    x_grad: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients with respect to x, γ and β of a part of a batch of `count` values a channel.
+
+    Those of γ and β are this part's own, as those of every other weight are: whoever adds up the
+    processes' gradients adds up these, too. The other arguments are those of `kernels.gradient`.
+    """
+    if shape is not None:
+        g = kernels.like(g, x)
+        batch = x, shape, g, mean, var, weight, eps
+        sums, weight_grad, bias_grad = kernels.part_sums(*batch, bias=bias, relu=relu)
+        if not x_grad:
+            return None, weight_grad, bias_grad
+        whole = group.sum(sums), count
+        dx = kernels.part_gradient(*batch, *whole, keep_scale=keep_scale, bias=bias, relu=relu)
+        return dx, weight_grad, bias_grad
+    dims = [0, *range(2, x.ndim)]
+    r = (var + eps).rsqrt()
+    d = x - per_channel(mean, x)
+    bias_grad, product = g.sum(dims), (g * d).sum(dims)
+    if not x_grad:
+        return None, product * r, bias_grad
+    sums = group.sum(torch.cat([bias_grad, product]).double()) / max(count, 1)
+    g_mean, product_mean = sums.to(x.dtype).chunk(2)
+    scale = r if weight is None else r * weight
+    dx = g - per_channel(g_mean, x) - d * per_channel(r * r * product_mean, x)
+    return dx * per_channel(scale, x), product * r, bias_grad
+
+
 class _BatchNormalize(torch.autograd.Function):
     """`moments`, `normalize` and `gradient`, in compiled passes where these apply.
 
@@ -148,16 +209,22 @@ class _BatchNormalize(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: "BatchNorm"
     ) -> Tensor:
         shape, count = kernels.layout(x), x.numel() // x.shape[1]
-        running = norm.running(count)
-        if shape is not None and norm.is_float32():
+        group = norm.partners()
+        if group is not None:
+            shape = shape if norm.is_float32() else None
+            mean, var, count = norm.join(group, x, *part_moments(x, shape))
+            apply = normalize if shape is None else kernels.normalize
+            y = apply(x, mean, var, weight, bias, norm.eps)
+        elif shape is not None and norm.is_float32():
+            running = norm.running(count)
             y, mean, var = kernels.batch_norm(x, shape, weight, bias, norm.eps, running)
         else:
             mean, var = moments(x)
             y = normalize(x, mean, var, weight, bias, norm.eps)
-            if running is not None:
-                norm.track(mean, var, running)
+            norm.track(mean, var, norm.running(count))
         ctx.save_for_backward(x, weight)
         ctx.batch = shape, mean, var, norm.eps, bias is not None
+        ctx.group, ctx.count = group, count
         return y
 
     @staticmethod
@@ -165,7 +232,15 @@ class _BatchNormalize(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         shape, mean, var, eps, has_bias = ctx.batch
         dx: Tensor | None
-        if torch.is_grad_enabled():
+        if ctx.group is not None:
+            if torch.is_grad_enabled():
+                raise UserError(
+                    "a synchronised BatchNorm has no gradient of the gradient: leave out "
+                    'create_graph, or use statistics="local"'
+                )
+            batch, x_grad = (mean, var, weight, eps, ctx.count), ctx.needs_input_grad[0]
+            dx, dw, db = part_gradient(ctx.group, x, shape, g, *batch, x_grad=x_grad)
+        elif torch.is_grad_enabled():
             dx, dw, db = gradient(x, g, *moments(x), weight, eps)
         elif shape is None:
             dx, dw, db = gradient(x, g, mean, var, weight, eps)
@@ -173,6 +248,15 @@ class _BatchNormalize(torch.autograd.Function):
             x_grad = ctx.needs_input_grad[0]
             dx, dw, db = kernels.gradient(x, shape, g, mean, var, weight, eps, x_grad=x_grad)
         return dx, None if weight is None else dw, db if has_bias else None, None
+
+
+def as_group(group: Any) -> Group | None:
+    """A process group of PyTorch's, or "world", as a `Group`; None stays None."""
+    if group is None or isinstance(group, Group):
+        return group
+    if isinstance(group, str) and group != "world":
+        raise UserError(f'group={group!r}: give a process group, or "world" for all processes')
+    return Group(None if group == "world" else group)
 
 
 class BatchNorm(TorchBatchNorm):
@@ -194,6 +278,12 @@ class BatchNorm(TorchBatchNorm):
         scale: learn γ (`weight`).
         center: learn β (`bias`).
         track_running_stats: keep running statistics; without them, evaluation takes the batch's.
+        group: the processes whose images are one batch, in training: a process group of
+            `torch.distributed`, or "world" for all; None for this process alone. Each sends one
+            message forward and one backward, also for no image at all. Frozen, and in evaluation,
+            the layer sends nothing. Gradients of γ and β stay each process's own, as those of all
+            weights are until somebody adds or averages them (`DistributedDataParallel` does).
+        statistics: "group" for those of all the group's images, "local" for this process's own.
 
     Half-precision inputs are normalised in float32 and returned as they came. Running statistics
     stay float32 when the layer is cast to half precision: in bfloat16 they would stop moving.
@@ -215,7 +305,9 @@ class BatchNorm(TorchBatchNorm):
     Raises:
         UserError: unknown convention, C < 1, momentum outside [0, 1], ε < 0; in `forward`, an
             input of other dimensions or channels, or one that holds a single value a channel
-            while training, whose variance would be 0.
+            while training, whose variance would be 0 (with a group: all its inputs together); a
+            gradient of the gradient with a group.
+        RankError: another process of the group ended, or did not answer in time.
     """
 
     # None in a layer that keeps no running statistics.
@@ -234,6 +326,8 @@ class BatchNorm(TorchBatchNorm):
         scale: bool = True,
         center: bool = True,
         track_running_stats: bool = True,
+        group: Any = None,
+        statistics: str = "group",
     ) -> None:
         nn.Module.__init__(self)
         if convention not in CONVENTIONS:
@@ -246,6 +340,9 @@ class BatchNorm(TorchBatchNorm):
         self.affine = scale or center
         self.track_running_stats = track_running_stats
         self.frozen = False
+        if statistics not in ("group", "local"):
+            raise UserError(f"statistics={statistics!r}: choose group or local")
+        self.group, self.statistics = as_group(group), statistics
         if num_features < 1:
             raise UserError(f"num_features={num_features}: a batch normalisation needs ≥ 1 channel")
         if not 0 <= self.momentum <= 1:
@@ -284,7 +381,7 @@ class BatchNorm(TorchBatchNorm):
         if not self.uses_batch():
             return self._normalize_running(x)
         weight, bias = wide(self.weight), wide(self.bias)
-        if not x.numel():  # no image: nothing to take statistics from
+        if not x.numel() and self.partners() is None:  # nothing to take statistics from
             nothing = x.new_zeros(self.num_features)
             return normalize(x, nothing, nothing, weight, bias, self.eps)
         y: Tensor = _BatchNormalize.apply(x, weight, bias, self)  # type: ignore[no-untyped-call]
@@ -301,6 +398,27 @@ class BatchNorm(TorchBatchNorm):
     def uses_batch(self) -> bool:
         """Whether `forward` would now use the batch's own statistics, not the running ones."""
         return (self.training and not self.frozen) or vars(self)["_buffers"]["running_mean"] is None
+
+    def partners(self) -> Group | None:
+        """The processes to share the statistics of a training batch with; None if there are none.
+
+        Raises:
+            UserError: the layer has a group, and `torch.distributed` was not started.
+        """
+        group = self.group
+        if group is None or self.statistics == "local" or not self.training or self.frozen:
+            return None
+        return group if group.size > 1 else None
+
+    def join(self, group: Group, x: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Mean, biased variance (C,) and number of values of the group's batch, of which `x` is a
+        part and `mean` and `m2` are its moments; moves the running statistics.
+        """
+        own = x.numel() // x.shape[1] if x.numel() else 0
+        count, mean, var = joint_moments(group, own, mean, m2)
+        mean, var = mean.to(x.dtype), var.to(x.dtype)
+        self.track(mean, var, self.running(count) if count else None)
+        return mean, var, count
 
     def compiled(self, x: Tensor) -> bool:
         """Whether the compiled kernels take `x` and this layer's state."""
@@ -339,8 +457,10 @@ class BatchNorm(TorchBatchNorm):
 
     @staticmethod
     @torch.no_grad()
-    def track(mean: Tensor, var: Tensor, running: kernels.Running) -> None:
-        """Move the running statistics: running ← m·running + (1 − m)·batch."""
+    def track(mean: Tensor, var: Tensor, running: kernels.Running | None) -> None:
+        """Move the running statistics, if any: running ← m·running + (1 − m)·batch."""
+        if running is None:
+            return
         var = var * running.correction
         running.mean.lerp_(mean.to(running.mean.dtype), 1 - running.keep)
         running.var.lerp_(var.to(running.var.dtype), 1 - running.keep)
@@ -353,7 +473,7 @@ class BatchNorm(TorchBatchNorm):
                 f"an input of shape {tuple(x.shape)}: "
                 f"this layer takes 2 to 5 dimensions, the second of size {self.num_features}"
             )
-        if x.numel() == self.num_features and self.uses_batch():
+        if x.numel() == self.num_features and self.uses_batch() and self.partners() is None:
             raise UserError(
                 f"a training batch of shape {tuple(x.shape)} holds 1 value a channel, too "
                 "few for a variance: use a batch of two or more, or .eval() or .freeze()"
@@ -389,5 +509,6 @@ class BatchNorm(TorchBatchNorm):
             f"{self.num_features}, convention={self.convention.name!r}, momentum={self.momentum}, "
             f"eps={self.eps}, scale={self.weight is not None}, center={self.bias is not None}"
             + ("" if self.track_running_stats else ", track_running_stats=False")
+            + ("" if self.group is None else f", statistics={self.statistics!r}")
             + (", frozen" if self.frozen else "")
         )

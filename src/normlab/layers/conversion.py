@@ -1,10 +1,12 @@
 """Exchange PyTorch's batch normalisations for normlab's, and back, in a network as it stands."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from normlab.errors import UserError
-from normlab.layers.batchnorm import BatchNorm
+from normlab.layers.batchnorm import BatchNorm, as_group
 
 # Exactly these: a subclass may do more than normalise (timm's BatchNormAct2d also activates).
 TORCH_CLASSES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -60,6 +62,36 @@ def convert_batchnorm(
     if to == "normlab":
         _refuse_lazy(module)
     return successor(module)
+
+
+def convert_sync_batchnorm(
+    module: nn.Module, group: Any = "world", *, statistics: str = "group"
+) -> nn.Module:
+    """Let the batch normalisations in `module` share their statistics with other processes.
+
+    As `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, on CPUs too: outputs and state dict stay the
+    same, and PyTorch's layers become normlab's (see `convert_batchnorm`). Call it in each process
+    before `DistributedDataParallel`, with `broadcast_buffers=False`: all have the same statistics.
+
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> convert_sync_batchnorm(network)[1].statistics
+        'group'
+
+    Args:
+        group: a process group of `torch.distributed`, or "world" for all processes; None makes the
+            layers this process's own again.
+        statistics: "group", or "local" for each process's own.
+
+    Raises:
+        UserError: as `convert_batchnorm` does, or other statistics.
+    """
+    if statistics not in ("group", "local"):
+        raise UserError(f"statistics={statistics!r}: choose group or local")
+    module = convert_batchnorm(module)
+    for layer in module.modules():
+        if isinstance(layer, BatchNorm):
+            layer.group, layer.statistics = as_group(group), statistics
+    return module
 
 
 def _refuse_lazy(module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, relu
 
 from normlab import kernels
-from normlab.layers.batchnorm import HALF, BatchNorm, needed
+from normlab.layers.batchnorm import HALF, BatchNorm, needed, part_gradient
 from normlab.layers.dropout import Dropout, draws
 from normlab.layers.weights import Conv2d
 
@@ -49,19 +49,30 @@ class _ReluDropoutBatchNorm(torch.autograd.Function):
         words, threshold, scale = None, 0, 1.0
         if dropout is not None and source is not None:
             words, threshold, scale = draws(z.numel(), source), dropout.threshold, dropout.scale
-        running = norm.running(z.numel() // z.shape[1])
-        y, h, mean, var = kernels.relu_dropout_batch_norm(
-            z, words, threshold, scale, weight, bias, norm.eps, running
-        )
+        group, count = norm.partners(), z.numel() // z.shape[1]
+        if group is None:
+            running = norm.running(count)
+            y, h, mean, var = kernels.relu_dropout_batch_norm(
+                z, words, threshold, scale, weight, bias, norm.eps, running
+            )
+        else:
+            h, mean, m2 = kernels.relu_dropout_moments(z, words, threshold, scale)
+            mean, var, count = norm.join(group, h, mean, m2)
+            y = kernels.normalize(h, mean, var, weight, bias, norm.eps)
         ctx.save_for_backward(h, weight, mean, var)
         ctx.shape, ctx.eps, ctx.scale = kernels.layout(h), norm.eps, scale
+        ctx.group, ctx.count = group, count
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         h, weight, mean, var = ctx.saved_tensors
-        grads = kernels.gradient(h, ctx.shape, g, mean, var, weight, ctx.eps, keep_scale=ctx.scale)
+        batch = h, ctx.shape, g, mean, var, weight, ctx.eps
+        if ctx.group is None:
+            grads = kernels.gradient(*batch, keep_scale=ctx.scale)
+        else:
+            grads = part_gradient(ctx.group, *batch, ctx.count, keep_scale=ctx.scale)
         return needed(ctx, *grads, None, None, None)
 
 
@@ -119,18 +130,27 @@ class _BatchNormRelu(torch.autograd.Function):
         norm: BatchNorm,
         shape: tuple[int, int, int],
     ) -> Tensor:
-        running = norm.running(shape[0])
-        y, mean, var = kernels.batch_norm(x, shape, weight, bias, norm.eps, running, relu=True)
+        group, count = norm.partners(), x.numel() // x.shape[1]
+        if group is None:
+            running = norm.running(count)
+            y, mean, var = kernels.batch_norm(x, shape, weight, bias, norm.eps, running, relu=True)
+        else:
+            mean, var, count = norm.join(group, x, *kernels.moments(x, shape))
+            y = kernels.normalize(x, mean, var, weight, bias, norm.eps, relu=True)
         ctx.save_for_backward(x, weight, bias, mean, var)
-        ctx.shape, ctx.eps = shape, norm.eps
+        ctx.shape, ctx.eps, ctx.group, ctx.count = shape, norm.eps, group, count
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, var = ctx.saved_tensors
-        batch, x_grad = (mean, var, weight, ctx.eps), ctx.needs_input_grad[0]
-        grads = kernels.gradient(x, ctx.shape, g, *batch, bias=bias, relu=True, x_grad=x_grad)
+        batch = x, ctx.shape, g, mean, var, weight, ctx.eps
+        affine: Any = {"bias": bias, "relu": True, "x_grad": ctx.needs_input_grad[0]}
+        if ctx.group is None:
+            grads = kernels.gradient(*batch, **affine)
+        else:
+            grads = part_gradient(ctx.group, *batch, ctx.count, **affine)
         return needed(ctx, *grads, None, None)
 
 
