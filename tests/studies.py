@@ -9,11 +9,12 @@ import torch
 from normlab.api.compare import Study, open_study
 from normlab.core.environment import describe_machine
 from normlab.recipes import get
-from normlab.study import design as plans
 from normlab.study import outcomes as runs
+from normlab.study import plan as plans
 from normlab.study.arms import make_arms
-from normlab.study.design import Design, default_contrasts
+from normlab.study.design import Design
 from normlab.study.outcomes import Outcome
+from normlab.study.plan import default_contrasts
 
 CLASSES = tuple("abcdefghij")
 TEST_IMAGES = 200

@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from normlab.recipes import Recipe as Recipe
     from normlab.reports.inspection_report import Inspection as Inspection
     from normlab.reports.inspection_report import inspect as inspect
-    from normlab.study import Arm as Arm
+    from normlab.study.arms import Arm as Arm
 
 _HOMES = {
-    "Arm": "study",
+    "Arm": "study.arms",
     "BatchNorm": "layers",
     "DataError": "errors",
     "Diagnosis": "diagnosis",

@@ -30,9 +30,9 @@ from normlab.inspection.recording import RECORDING, read_recording
 from normlab.models import MODELS
 from normlab.recipes import get
 from normlab.runs import Task, open_run
-from normlab.study import design as plans
+from normlab.study import plan as plans
 from normlab.study.arms import Arm
-from normlab.study.design import enough_pairs
+from normlab.study.plan import enough_pairs
 from recorded import write_run
 from studies import make_design
 

@@ -134,11 +134,11 @@ def _torch(data: bytes, path: Path) -> None:
 def _json(data: bytes, path: Path) -> None:
     """Every JSON document that is read back: of a run, of a study, of a study's run."""
     from normlab.runs import open_run
-    from normlab.study import design, outcomes
+    from normlab.study import outcomes, plan
 
     folder = path.parent
     kind = data[0] % 6
-    name = ("recipe.json", "history.jsonl", design.FILE, "batch-seed-0.json", "environment.json",
+    name = ("recipe.json", "history.jsonl", plan.FILE, "batch-seed-0.json", "environment.json",
             "result.json")[kind]  # fmt: skip
     (folder / name).write_bytes(data[1:])
     if kind == 0:
@@ -148,7 +148,7 @@ def _json(data: bytes, path: Path) -> None:
         run = open_run(folder)
         _ = run.history if kind == 1 else run.environment if kind == 4 else run.result
     elif kind == 2:
-        design.load(folder)
+        plan.load(folder)
     else:
         _ = outcomes.load(folder, _task(), "batch", 0)
 

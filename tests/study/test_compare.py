@@ -18,10 +18,10 @@ from normlab.recipes import get
 from normlab.reports.study_figures import plot_curves
 from normlab.reports.study_report import closing_lines, runs_csv, write_report
 from normlab.reports.study_report import command as command_of
-from normlab.study import Arm
-from normlab.study import design as plans
 from normlab.study import outcomes as runs
-from normlab.study.arms import check_arm, make_arms, parse_arm
+from normlab.study import plan as plans
+from normlab.study.arms import Arm, make_arms, parse_arm
+from normlab.study.design import check_arm
 from normlab.study.tuning import parse_tuning, trials
 from studies import CLASSES, TEST_IMAGES, make_design, make_outcome, make_study
 
@@ -105,13 +105,13 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_a_changed_plan_is_told_by_what_differs() -> None:
     then = make_design()
-    assert plans.differences(then, make_design(seeds=12, looks=(6,), data="moved.npz")) == []
+    assert then.differences(make_design(seeds=12, looks=(6,), data="moved.npz")) == []
     now = make_design(["batch", "layer"], recipe=get("notebook").override(epochs=5), margin=0.01)
-    found = "; ".join(plans.differences(then, now))
+    found = "; ".join(then.differences(now))
     assert "epochs (25 then, 5 now)" in found
     assert "arms (batch: norm=batch; none: norm=none then, batch: norm=batch; layer:" in found
     assert "margin (0.005 then, 0.01 now)" in found
-    assert plans.differences(then, make_design(tuning=parse_tuning("learning_rate=1,3"))) == [
+    assert then.differences(make_design(tuning=parse_tuning("learning_rate=1,3"))) == [
         "tune (none then, learning_rate=1,3 now)"
     ]
 
@@ -281,7 +281,7 @@ def test_the_command_that_repeats_a_study_says_all_that_was_changed(tmp_path: Pa
 
 def test_trials_are_equal_and_use_seeds_that_no_pair_has() -> None:
     tuning = parse_tuning("learning_rate=0.5,1,2")
-    jobs = trials(make_design(tuning=tuning))
+    jobs = trials(make_design(tuning=tuning), "sample")
     assert len(jobs) == 2 * 3 * 2
     assert {job.seed for job in jobs} == {1_000_000_000, 1_000_000_001}
     assert not any(job.test for job in jobs)
@@ -298,7 +298,7 @@ def test_trials_are_equal_and_use_seeds_that_no_pair_has() -> None:
         parse_tuning("learning_rate=1,-3")
     blind = make_design(recipe=get("notebook").override(validation=0.0), tuning=tuning)
     with pytest.raises(UserError, match="set validation above 0"):
-        trials(blind)
+        trials(blind, "sample")
 
 
 def test_a_single_epoch_without_validation_still_has_a_curve(tmp_path: Path) -> None:

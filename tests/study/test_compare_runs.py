@@ -26,10 +26,12 @@ from normlab.data import ImageData, load
 from normlab.errors import Interrupted, UserError
 from normlab.recipes import get
 from normlab.runs import Task
-from normlab.study import Study, runner
+from normlab.study import runner
 from normlab.study.arms import Arm
 from normlab.study.outcomes import Outcome, train_one
-from normlab.study.runner import Job, Pool, run_all
+from normlab.study.result import Study
+from normlab.study.runner import Pool, run_all
+from normlab.study.training import Job
 from normlab.training.state import Plan, State
 
 pytestmark = pytest.mark.timeout(900)  # processes that load PyTorch: slow on a busy machine
@@ -246,11 +248,11 @@ def test_a_run_that_kills_its_worker_is_repeated_then_given_up_and_no_other(tiny
     images = load(tiny)
     notes = Notes()
     jobs = [
-        Job(arm=arm, seed=seed, task=make_task(images, seed), threads=1, thresholds=(), checks=1,
-            test=True)
+        Job(arm=arm, seed=seed, task=make_task(images, seed), data=str(tiny), threads=1,
+            thresholds=(), checks=1, test=True)
         for seed, arm in enumerate(["batch", Lethal("lethal"), "batch", "batch"])
     ]  # fmt: skip
-    given_up = run_all(jobs, str(tiny), Pool(jobs=2), notes.kept.append, notes)
+    given_up = run_all(jobs, Pool(jobs=2), notes.kept.append, notes)
     assert list(given_up) == ["lethal seed 1"]
     assert given_up["lethal seed 1"].startswith("its worker died")
     assert sorted(o.seed for o in notes.kept) == [0, 2, 3]
@@ -321,20 +323,22 @@ def test_a_signal_is_never_raised_in_the_midst_of_joblib(
     pool, notes = FakePool(moments, scheduler), Notes()
     monkeypatch.setattr(runner, "_kill_workers", pool.kill)
     monkeypatch.setattr(notes, "repeated", lambda *_: pool.at("told"))
-    job = Job(arm="a", seed=0, task=make_task(load(tiny)), threads=1, thresholds=(), checks=1,
-              test=True)  # fmt: skip
+    job = Job(arm="a", seed=0, task=make_task(load(tiny)), data=str(tiny), threads=1,
+              thresholds=(), checks=1, test=True)  # fmt: skip
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="SIGINT"):
-        run_all([job], str(tiny), pool, [].append, notes)  # type: ignore[arg-type]
+        run_all([job], pool, [].append, notes)  # type: ignore[arg-type]
     assert pool.log == log
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_failure_in_a_worker_is_told_and_given_up(tiny: Path) -> None:
     task = replace(make_task(load(tiny)), data_sha256="0" * 64)
-    job = Job(arm="a", seed=0, task=task, threads=1, thresholds=(), checks=1, test=True)
+    job = Job(
+        arm="a", seed=0, task=task, data=str(tiny), threads=1, thresholds=(), checks=1, test=True
+    )
     notes = Notes()
-    given_up = run_all([job], str(tiny), Pool(jobs=1), notes.kept.append, notes)
+    given_up = run_all([job], Pool(jobs=1), notes.kept.append, notes)
     assert "are others here than where the study was begun" in given_up["a seed 0"]
     assert len(notes.repeats) == 2
 

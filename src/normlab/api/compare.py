@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from normlab import recipes
 from normlab.core.cores import cores
 from normlab.core.environment import describe_machine, resolve_threads
-from normlab.core.files import LOCK, locked, sweep
-from normlab.core.places import make_folder
+from normlab.core.files import locked
 from normlab.data import ImageData
 from normlab.data import load as load_data
 from normlab.data.batches import split_images
@@ -21,19 +20,21 @@ from normlab.recipes import Recipe
 from normlab.reports.study_figures import draw_all
 from normlab.reports.study_report import summary_html, write_report
 from normlab.statistics.verdict import MARGIN
-from normlab.study import design as plans
+from normlab.study import judged, result
 from normlab.study import outcomes as runs
-from normlab.study import result
-from normlab.study.arms import Arm, check_arm, make_arms
-from normlab.study.design import Design, default_contrasts, enough_pairs
+from normlab.study import plan as plans
+from normlab.study.arms import Arm, make_arms
+from normlab.study.design import Design, check_arm
+from normlab.study.engine import STUDIES, claim, do_missing, interrupted
+from normlab.study.judged import RUNS
+from normlab.study.plan import default_contrasts, enough_pairs
 from normlab.study.progress import Lines, Progress
-from normlab.study.result import RUNS, TUNING
-from normlab.study.runner import Job, Pool, Reporter, run_all
-from normlab.study.tuning import choose, parse_tuning, trials
+from normlab.study.runner import Pool, Reporter
+from normlab.study.training import Job
+from normlab.study.tuning import TUNING, choose, parse_tuning, trials
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8)
 CHECKS = 10
-STUDIES = Path("studies")
 
 
 class Study(result.Study):
@@ -55,7 +56,7 @@ def open_study(path: str | Path, given_up: dict[str, str] | None = None) -> Stud
         UserError: it is none.
         DataError: a file in it is damaged.
     """
-    found = result.open_study(path, given_up)
+    found = judged.open_study(path, given_up)
     return Study(found.path, found.design, found.outcomes, found.given_up)
 
 
@@ -141,7 +142,7 @@ def compare(
     source = wanted.data if isinstance(data, str | Path | None) else images
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        design = _claim(folder, wanted, seeds)
+        design = claim(folder, wanted, seeds, (RUNS, TUNING))
         return _work(folder, design, source, pool, progress or Lines())
 
 
@@ -194,86 +195,51 @@ def default_folder(design: Design) -> Path:
     return STUDIES / "-".join([design.recipe.name, *design.arm_names])
 
 
-def _claim(folder: Path, wanted: Design, seeds: int | None) -> Design:
-    """Write the plan into a new folder, or go on with the one in it, with more seeds if asked.
-
-    Raises:
-        UserError: the folder holds another plan, or something else.
-    """
-    sweep(folder, plans.FILE)
-    there = plans.load(folder)
-    if there is None:
-        if any(p.name != LOCK for p in folder.iterdir()):
-            raise UserError(f"folder {str(folder)!r} holds no study: choose a new one for --out")
-        design = wanted
-    else:
-        differing = plans.differences(there, wanted)
-        if differing:
-            raise UserError(
-                f"study {str(folder)!r} was begun with other {'; '.join(differing)}: "
-                "choose another --out"
-            )
-        design = there
-        if seeds is not None and seeds != there.seeds:
-            design = there.extended(seeds, open_study(folder).pairs_seen)
-    sweep(folder)
-    plans.save(folder, design)  # before all else: a folder without it is taken for somebody's own
-    for name in (RUNS, TUNING):
-        make_folder(folder / name)
-        sweep(folder / name)
-    return design
-
-
 def _work(
     folder: Path, design: Design, data: str | ImageData, pool: Pool, progress: Progress
 ) -> Study:
     """Do the trials and the runs that are missing, then write the report."""
     try:
         if design.tuning is not None and not design.tuning.chosen:
-            jobs = trials(design)
-            given_up = _do(folder / TUNING, jobs, data, pool, progress.trials(jobs))
+            jobs = trials(design, data)
+            given_up = _do(folder / TUNING, jobs, pool, progress.trials(jobs))
             if given_up:
                 return open_study(folder, given_up)
             found = [runs.load(folder / TUNING, job.task, job.arm, job.seed) for job in jobs]
             design = choose(design, [outcome for outcome in found if outcome is not None])
             plans.save(folder, design)
-        given_up = _do(folder / RUNS, _jobs(design), data, pool, progress.study(open_study(folder)))
+        reporter = progress.study(open_study(folder))
+        given_up = _do(folder / RUNS, _jobs(design, data), pool, reporter)
     except Interrupted as e:
-        kept = len(open_study(folder).outcomes)
-        raise Interrupted(
-            e.signum,
-            f": {kept} of {design.seeds * len(design.arms)} runs are kept in {str(folder)!r}; "
-            "the same command goes on from there",
-        ) from None
+        raise interrupted(folder, e) from None
     study = open_study(folder, given_up)
     if study.complete:
         write_report(study)
     return study
 
 
-def _do(
-    folder: Path, jobs: list[Job], data: str | ImageData, pool: Pool, reporter: Reporter
-) -> dict[str, str]:
+def _do(folder: Path, jobs: list[Job], pool: Pool, reporter: Reporter) -> dict[str, str]:
     """Do those jobs that have no file yet; each outcome becomes one as it comes."""
-    missing = [job for job in jobs if runs.load(folder, job.task, job.arm, job.seed) is None]
-    if not missing:
-        return {}
-    with reporter:
-        return run_all(missing, data, pool, partial(runs.save, folder), reporter)
+
+    def is_done(job: Job) -> bool:
+        return runs.load(folder, job.task, job.arm, job.seed) is not None
+
+    return do_missing(jobs, is_done, partial(runs.save, folder), pool, reporter)
 
 
-def _jobs(design: Design) -> list[Job]:
+def _jobs(design: Design, data: str | ImageData) -> list[Job]:
     """Every run of the study, pair by pair."""
     return [
         Job(
             arm=arm.name,
             seed=seed,
             task=design.task(arm, seed),
+            data=data,
             threads=design.threads,
             thresholds=design.thresholds,
             checks=design.checks,
             test=True,
         )
-        for seed in range(design.first_seed, design.first_seed + design.seeds)
+        for seed in design.pair_seeds
         for arm in design.arms
     ]

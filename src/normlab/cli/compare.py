@@ -20,7 +20,6 @@ from normlab.cli.output import say
 from normlab.recipes import SETTINGS
 
 if TYPE_CHECKING:
-    from normlab.study import Study
     from normlab.study.progress import Lines
 
 
@@ -141,7 +140,7 @@ def _progress() -> "Lines":
     return Lines(console if console.is_terminal and sys.stdout.isatty() else None)
 
 
-def _close(result: "Study", as_json: bool) -> None:
+def _close(result: Any, as_json: bool) -> None:
     from normlab.reports.study_report import closing_lines
 
     for line in closing_lines(result):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # The folder that holds this package; it stays on the path wherever the user is.
+_GIVEN: dict[str, str | None] = {}  # PYTHONPATH and so on, as they were before they were made safe
 _HOME = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 
@@ -42,6 +43,17 @@ def safe_children(**more: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def outer_environment() -> dict[str, str]:
+    """The environment as the user has it, for programs of the user's own."""
+    found = dict(os.environ)
+    for name, value in _GIVEN.items():
+        if value is None:
+            found.pop(name, None)
+        else:
+            found[name] = value
+    return found
+
+
 def module_path() -> list[str]:
     """`sys.path` without the current folder."""
     return _without_current_folder(sys.path)
@@ -50,7 +62,10 @@ def module_path() -> list[str]:
 def leave_out_current_folder() -> None:
     """Take the current folder off this process's `sys.path`, and off that of its children."""
     sys.path[:] = module_path()
-    os.environ.update(_variables())
+    changes = _variables()
+    for name in changes:
+        _GIVEN.setdefault(name, os.environ.get(name))
+    os.environ.update(changes)
 
 
 def _without_current_folder(path: list[str]) -> list[str]:

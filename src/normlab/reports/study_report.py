@@ -14,7 +14,8 @@ from normlab.reports.pages import render
 from normlab.reports.plots import safely
 from normlab.statistics import level_of_look
 from normlab.study.arms import Arm
-from normlab.study.design import OUTCOMES, Design, default_contrasts
+from normlab.study.design import OUTCOMES, Design
+from normlab.study.plan import default_contrasts
 from normlab.study.result import Study
 from normlab.text import counted, html, shell, utf8
 

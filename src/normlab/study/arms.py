@@ -9,8 +9,6 @@ from normlab.errors import UserError, nearest
 from normlab.recipes import SETTINGS, Recipe
 from normlab.recipes.families import NORMS
 from normlab.recipes.settings import Setting
-from normlab.runs import Task
-from normlab.training.preparation import check_network
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+×-]*")  # a part of a file's name, too
 SEED_OFFSET = "seed_offset"
@@ -106,26 +104,6 @@ def parse_value(key: str, text: str, where: str) -> Any:
         return known[key].parse(text)
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
-
-
-def check_arm(arm: Arm, base: Recipe, class_names: tuple[str, ...], image_size: int) -> None:
-    """Build the arm's network and ask it for an answer, so that what it cannot do is known now.
-
-    Raises:
-        UserError: such as `instance` on a layer whose input is a vector.
-    """
-    task = Task(
-        recipe=arm.recipe(base),
-        seed=0,
-        data="",
-        data_sha256="",
-        class_names=class_names,
-        image_size=image_size,
-    )
-    try:
-        check_network(task)
-    except UserError as e:
-        raise UserError(f"arm {arm.name!r}: {e}") from None
 
 
 _OFFSET = Setting(

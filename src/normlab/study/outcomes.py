@@ -74,6 +74,15 @@ class Outcome:
             raise UserError(f"{self.arm} seed {self.seed} is a tuning run: it saw no test images")
         return self.test_accuracy
 
+    @property
+    def told(self) -> str:
+        """What the progress says of it."""
+        if self.diverged:
+            return f"diverged ({self.diverged})"
+        if self.test_accuracy is None:
+            return f"validation accuracy {self.val_accuracy:.4f}"
+        return f"test accuracy {self.test_accuracy:.4f}"
+
     def correct(self, images: int) -> NDArray[np.bool_]:
         """Which of the test images (N,) were answered rightly."""
         packed = np.frombuffer(base64.b64decode(self.test_correct or ""), np.uint8)

@@ -1,40 +1,41 @@
 """What a person sees while a study goes on."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as RichProgress
-
-from normlab.study.design import enough_pairs
-from normlab.study.outcomes import Outcome
-from normlab.study.result import Study
+from normlab.study.judged import Judged
+from normlab.study.plan import enough_pairs
 from normlab.study.runner import Job, Reporter
 from normlab.text import counted, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
 
 
 class Progress(Protocol):
     """Makes a reporter for each part of a study."""
 
-    def trials(self, jobs: list[Job]) -> Reporter:
+    def trials(self, jobs: Sequence[Job]) -> Reporter:
         """For the trials before the study."""
 
-    def study(self, study: Study) -> Reporter:
+    def study(self, study: Judged) -> Reporter:
         """For the study, as far as it has come."""
 
 
 class Lines:
     """One line a finished run, for logs, pipes and terminals; with a console, a bar below them."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: "Console | None" = None) -> None:
         self.console = console
 
-    def trials(self, jobs: list[Job]) -> Reporter:
+    def trials(self, jobs: Sequence[Job]) -> Reporter:
         return _Reporter("trial", len(jobs), [], None, self.console)
 
-    def study(self, study: Study) -> Reporter:
+    def study(self, study: Judged) -> Reporter:
         return _Reporter("run", study.total, list(study.outcomes), study, self.console)
 
 
@@ -45,9 +46,9 @@ class _Reporter:
         self,
         noun: str,
         total: int,
-        done: list[Outcome],
-        study: Study | None,
-        console: Console | None,
+        done: list[Any],
+        study: Judged | None,
+        console: "Console | None",
     ) -> None:
         self.noun, self.total, self.done, self.study = noun, total, done, study
         self.before = len(done)
@@ -58,7 +59,7 @@ class _Reporter:
         if self.study is not None:
             design = self.study.design
             _say(
-                f"{design.recipe.name}: {', '.join(design.arm_names)}; "
+                f"{design.title}: {', '.join(design.arm_names)}; "
                 f"{counted(design.seeds, 'seed')} from {design.first_seed}, "
                 f"{counted(self.total, 'run')}, {self.before} done; into {self.study.path}",
             )
@@ -83,17 +84,12 @@ class _Reporter:
         if self.bar is not None:
             self.bar.stop()
 
-    def finished(self, job: Job, outcome: Outcome, in_flight: int) -> None:
+    def finished(self, job: Job, outcome: Any, in_flight: int) -> None:
         self.done.append(outcome)
-        if outcome.diverged:
-            score = f"diverged ({outcome.diverged})"
-        elif outcome.test_accuracy is None:
-            score = f"validation accuracy {outcome.val_accuracy:.4f}"
-        else:
-            score = f"test accuracy {outcome.test_accuracy:.4f}"
         note = f"{in_flight} in flight, {self._remaining()}"
         _say(
-            f"{len(self.done)}/{self.total} {job.name}: {score}, {outcome.seconds:.0f} s; {note}",
+            f"{len(self.done)}/{self.total} {job.name}: {outcome.told}, "
+            f"{outcome.seconds:.0f} s; {note}",
         )
         for line in self._so_far(job):
             _say(line)
@@ -119,7 +115,7 @@ class _Reporter:
         """The contrasts that a run adds a pair to, described; that is no look."""
         if self.study is None:
             return []
-        study = Study(self.study.path, self.study.design, tuple(self.done))
+        study = replace(self.study, outcomes=tuple(self.done))
         lines = []
         for first, other in study.design.contrasts:
             pair_is_done = job.seed in study.arm(first) and job.seed in study.arm(other)
@@ -127,10 +123,12 @@ class _Reporter:
                 continue
             so_far = study.so_far(first, other)
             if so_far is not None and so_far.t_interval is not None:
-                low, high = (100 * limit for limit in so_far.t_interval)
+                measure = study.design.measure
+                low, high = map(measure.difference, so_far.t_interval)
+                unit = " points" if measure.fraction else ""
                 lines.append(
-                    f"  so far {first} - {other}: {100 * so_far.mean:+.2f} points, 95 % t interval "
-                    f"{low:+.2f} to {high:+.2f}, {so_far.n} pairs (no look, decides nothing)"
+                    f"  so far {first} - {other}: {measure.difference(so_far.mean)}{unit}, "
+                    f"95 % t interval {low} to {high}, {so_far.n} pairs (no look, decides nothing)"
                 )
         return lines
 
@@ -139,7 +137,9 @@ def _say(line: str) -> None:
     print(printable(line), flush=True)
 
 
-def _bar(console: Console) -> RichProgress:
+def _bar(console: "Console") -> "RichProgress":
+    from rich.progress import BarColumn, Progress, TextColumn
+
     columns: list[Any] = [TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=None)]
     columns.append(TextColumn("{task.fields[note]}"))
-    return RichProgress(*columns, console=console, transient=True, redirect_stdout=True)
+    return Progress(*columns, console=console, transient=True, redirect_stdout=True)

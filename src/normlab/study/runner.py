@@ -1,6 +1,6 @@
 """Runs side by side, each in a process that may die, here or on a cluster.
 
-Runs are independent and each depends on its task alone, so neither their number side by side nor
+Runs are independent and each depends on its job alone, so neither their number side by side nor
 their order changes a figure. When a worker dies nothing says which of the runs in flight killed it:
 all of them are suspects and are repeated one at a time, where blame is certain.
 """
@@ -14,54 +14,60 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import BrokenExecutor
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
-from joblib import Parallel, delayed, effective_n_jobs, parallel_config
-
 from normlab.core.children import safe_children
-from normlab.data import ImageData
-from normlab.data import load as load_data
-from normlab.errors import DataError, Interrupted
-from normlab.runs import Task
+from normlab.errors import Interrupted, NormlabError
 from normlab.study.cluster import WorkerDied, dask_backend
-from normlab.study.outcomes import Outcome, train_one
 
 ATTEMPTS = 3
 _T = TypeVar("_T")
-_ONE_AT_A_TIME = threading.Lock()  # a Dask worker may have several threads; torch's are global
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One run to do: everything a worker has to be told but the data."""
-
-    arm: str
-    seed: int
-    task: Task
-    threads: int
-    thresholds: tuple[float, ...]
-    checks: int
-    test: bool
+class Job(Protocol):
+    """One run to do: everything that whoever does it has to be told."""
 
     @property
-    def name(self) -> str:
-        return f"{self.arm} seed {self.seed}"
+    def arm(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+    def run(self) -> Any:
+        """Do it; called where it is done, on any machine. Returns the outcome.
+
+        Raises:
+            StudyStopped: there is no sense in going on.
+        """
+
+
+class StudyStopped(NormlabError):
+    """A run showed that the study, as it was asked for, can have no result."""
 
 
 class Reporter(AbstractContextManager[Any], Protocol):
     """What is told of the runs while they go on; entered before the first one."""
 
-    def finished(self, job: Job, outcome: Outcome, in_flight: int) -> None:
+    def finished(self, job: Any, outcome: Any, in_flight: int) -> None:
         """A run is done and kept."""
 
-    def repeated(self, job: Job, reason: str) -> None:
+    def repeated(self, job: Any, reason: str) -> None:
         """A run's worker died or failed; the run is done again."""
 
-    def given_up(self, job: Job, reason: str) -> None:
+    def given_up(self, job: Any, reason: str) -> None:
         """It failed too often."""
 
 
@@ -80,7 +86,7 @@ class Pool:
     scheduler: str | None = None
 
     @contextmanager
-    def parallel(self, alone: bool) -> Iterator[tuple[Parallel, int]]:
+    def parallel(self, alone: bool) -> Iterator[tuple[Any, int]]:
         """A joblib pool that hands out its results as they come, and how many runs it does at once.
 
         With n_jobs=1 joblib would run in this process, which a run could then take with it; so
@@ -89,6 +95,8 @@ class Pool:
         Raises:
             UserError: the scheduler cannot be reached, or Dask is not installed.
         """
+        from joblib import Parallel, effective_n_jobs, parallel_config  # not for commands
+
         how: dict[str, Any] = {"batch_size": 1, "return_as": "generator_unordered"}
         if self.scheduler is not None:
             with dask_backend(self.scheduler) as backend, parallel_config(backend=backend):
@@ -113,37 +121,53 @@ def _tracker_without_warnings() -> str:
     return ",".join(filter(None, [given, "ignore:resource_tracker"]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Threads:
+    """Where runs are done that are processes of their own: each has a thread that waits for it.
+
+    Attributes:
+        jobs: how many side by side.
+        end: ends all runs that are under way; called from a signal's handler, too.
+    """
+
+    jobs: int
+    end: Callable[[], None]
+    scheduler: None = None
+
+
 def run_all(
     jobs: Sequence[Job],
-    data: str | ImageData,
-    pool: Pool,
-    keep: Callable[[Outcome], None],
+    pool: Pool | Threads,
+    keep: Callable[[Any], None],
     reporter: Reporter,
 ) -> dict[str, str]:
     """Do all jobs; `keep` is given each outcome as it comes.
-
-    Args:
-        data: what a worker gives `normlab.data.load`, or the images themselves.
 
     Returns:
         The reason for each run that was given up, by the job's name.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; what was kept stays, the rest was stopped.
+        StudyStopped: a run asked for it; those that were under way were kept.
     """
     waiting = {job.name: job for job in jobs}
     suspects: list[Job] = []
     failures: Counter[str] = Counter()
     given_up: dict[str, str] = {}
-    with _signals(local=pool.scheduler is None) as signals:
-        while waiting or suspects:
+    end = pool.end if isinstance(pool, Threads) else _kill_workers
+    with _signals(end, local=pool.scheduler is None) as signals:
+        while (waiting or suspects) and signals.stopped is None:
             signals.check()
             alone = bool(suspects)
             batch = [suspects.pop(0)] if alone else list(waiting.values())
-            with closing(_results(batch, data, pool, alone, signals)) as results:
+            with closing(_results(batch, pool, alone, signals)) as results:
                 for job, result, in_flight in results:
                     waiting.pop(job.name, None)
-                    if isinstance(result, Outcome):
+                    if isinstance(result, StudyStopped):
+                        signals.check()
+                        signals.stopped = signals.stopped or result
+                        continue
+                    if not isinstance(result, str):
                         keep(result)
                         reporter.finished(job, result, in_flight)
                         continue
@@ -155,23 +179,32 @@ def run_all(
                     else:
                         given_up[job.name] = result
                         reporter.given_up(job, result)
+    if signals.stopped is not None:
+        raise signals.stopped
     return given_up
 
 
 def _results(
-    batch: list[Job], data: str | ImageData, pool: Pool, alone: bool, signals: "_Signals"
-) -> Generator[tuple[Job, Outcome | str, int], None, None]:
+    batch: list[Job], pool: Pool | Threads, alone: bool, signals: "_Signals"
+) -> Generator[tuple[Job, Any, int], None, None]:
     """Each job with its outcome, or why there is none, and how many more are under way.
 
     When a worker dies the runs under way are reported as failed; those behind them not at all.
     """
+    if isinstance(pool, Threads):
+        yield from _in_threads(batch, pool, signals)
+        return
     taken: dict[str, Job] = {}  # by joblib, which takes a few more than it has begun
     parent = None if pool.scheduler else os.getpid()
 
     def calls() -> Iterator[Any]:
         for job in batch:
+            if signals.stopped is not None:
+                return
             taken[job.name] = job
-            yield delayed(attempt)(job, data, parent)
+            yield delayed(attempt)(job, parent)
+
+    from joblib import delayed
 
     with pool.parallel(alone) as (parallel, width), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
@@ -188,37 +221,38 @@ def _results(
                 yield job, reason + (f", {codes[1]}" if codes else ""), 0
 
 
-def attempt(job: Job, data: str | ImageData, parent: int | None) -> tuple[str, Outcome | str]:
+def _in_threads(
+    batch: list[Job], pool: Threads, signals: "_Signals"
+) -> Generator[tuple[Job, Any, int], None, None]:
+    """The same for runs that are processes of their own. Closed early, it ends them."""
+    waiting = list(reversed(batch))
+    under_way: dict[Future[tuple[str, Any]], Job] = {}
+    with ThreadPoolExecutor(pool.jobs) as executor:
+        try:
+            while True:
+                while waiting and len(under_way) < pool.jobs and not signals.ending:
+                    job = waiting.pop()
+                    under_way[executor.submit(attempt, job, None)] = job
+                if not under_way:
+                    return
+                done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+                for future in done:
+                    job = under_way.pop(future)
+                    yield job, future.result()[1], len(under_way)
+        finally:
+            pool.end()
+
+
+def attempt(job: Job, parent: int | None) -> tuple[str, Any]:
     """Do a job in a worker: its name, and the outcome or why there is none. Raises nothing."""
     if parent is not None:
         _end_with(parent)
     try:
-        with _ONE_AT_A_TIME:
-            images = data if isinstance(data, ImageData) else _load(data, job.task)
-            if images.sha256 != job.task.data_sha256:
-                raise DataError(f"data {data!r} are others here than where the study was begun")
-            outcome = train_one(
-                job.task,
-                images,
-                arm=job.arm,
-                seed=job.seed,
-                threads=job.threads,
-                thresholds=job.thresholds,
-                checks=job.checks,
-                test=job.test,
-            )
-        return job.name, outcome
+        return job.name, job.run()
+    except StudyStopped as e:
+        return job.name, e
     except Exception as e:
         return job.name, f"{type(e).__name__}: {e}"
-
-
-def _load(data: str, task: Task) -> ImageData:
-    return _load_once(data, task.image_size, task.skip_bad)
-
-
-@lru_cache(maxsize=1)
-def _load_once(data: str, image_size: int, skip_bad: bool) -> ImageData:
-    return load_data(data, image_size=image_size, skip_bad=skip_bad)
 
 
 @cache
@@ -241,8 +275,9 @@ class _Signals:
     which joblib is made for, and only the wait for those of a cluster is broken off.
     """
 
-    def __init__(self, *, local: bool) -> None:
-        self.local = local
+    def __init__(self, end: Callable[[], None], *, local: bool) -> None:
+        self.end, self.local = end, local
+        self.stopped: StudyStopped | None = None
         self.first: int | None = None
         self.waiting = False
 
@@ -253,9 +288,14 @@ class _Signals:
 
     def end_runs(self) -> None:
         if self.local:
-            _kill_workers()
+            self.end()
         elif self.waiting:
             self.check()
+
+    @property
+    def ending(self) -> bool:
+        """Whether no further run is to be begun."""
+        return self.first is not None or self.stopped is not None
 
     def check(self) -> None:
         if self.first is not None:
@@ -286,8 +326,8 @@ def _kill_workers() -> None:
 
 
 @contextmanager
-def _signals(*, local: bool) -> Iterator[_Signals]:
-    signals = _Signals(local=local)
+def _signals(end: Callable[[], None], *, local: bool) -> Iterator[_Signals]:
+    signals = _Signals(end, local=local)
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return

@@ -3,12 +3,15 @@
 from dataclasses import replace
 from typing import Any
 
+from normlab.data import ImageData
 from normlab.errors import UserError, nearest
 from normlab.recipes import SETTINGS
-from normlab.study.design import TUNING_SEED, Design, Tuning, scaled
+from normlab.study.design import Design, Tuning, scaled
 from normlab.study.outcomes import Outcome
-from normlab.study.runner import Job
+from normlab.study.plan import TUNING_SEED
+from normlab.study.training import Job
 
+TUNING = "tuning"
 TRIAL_SEEDS = 2
 
 
@@ -37,7 +40,7 @@ def trial_name(arm: str, tuning: Tuning, factor: float) -> str:
     return f"{arm}-{tuning.setting}-x{factor:g}"
 
 
-def trials(design: Design) -> list[Job]:
+def trials(design: Design, data: str | ImageData) -> list[Job]:
     """Every arm at every factor with the same seeds, which no pair of the study has.
 
     Raises:
@@ -57,6 +60,7 @@ def trials(design: Design) -> list[Job]:
                     arm=trial_name(arm.name, tuning, factor),
                     seed=seed,
                     task=replace(task, recipe=scaled(task.recipe, tuning.setting, factor)),
+                    data=data,
                     threads=design.threads,
                     thresholds=(),
                     checks=1,
