@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from normlab.errors import DataError, UserError
 
 BATCH = 256
+_LARGEST = 4096  # pixels a side that a network may see
 _EXPORT = "give a file that `normlab export --format onnx` wrote"
 
 
@@ -19,7 +20,8 @@ _EXPORT = "give a file that `normlab export --format onnx` wrote"
 class OnnxModel:
     """A classifier of pictures in ONNX Runtime.
 
-    session: takes `images` uint8 (N, S, S, 3), gives `probabilities` float32 (N, K).
+    session: takes `images` uint8 (N, H, W, 3), gives `probabilities` float32 (N, K). Files of older
+        versions take (N, S, S, 3) alone.
     class_names: K names.
     image_size: S.
     metadata: what `normlab export` noted, parsed: `recipe`, `certificate`, `not_folded`.
@@ -84,10 +86,12 @@ def _readable(path: Path) -> str:
 def _checked(session: Any, name: str) -> OnnxModel:
     """Refuse by name what does not have an exported file's input, output and metadata."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
-    size = _size(inputs[0].shape) if len(inputs) == 1 else None
+    known = session.get_modelmeta().custom_metadata_map
+    size = _size(inputs[0].shape, known.get("image_size")) if len(inputs) == 1 else None
     if size is None or (inputs[0].name, inputs[0].type) != ("images", "tensor(uint8)"):
         raise DataError(
-            f"{name} takes {_listed(inputs)}, not `images`, uint8 (N, S, S, 3): {_EXPORT}"
+            f"{name} takes {_listed(inputs)}, not `images`, uint8 (N, S, S, 3) or, with "
+            f"`image_size` in its metadata, (N, H, W, 3): {_EXPORT}"
         )
     answer = next((o for o in outputs if o.name == "probabilities"), None)
     if answer is None or answer.type != "tensor(float)" or len(answer.shape) != 2:
@@ -96,7 +100,7 @@ def _checked(session: Any, name: str) -> OnnxModel:
         )
     metadata = {
         key: _parsed(text)
-        for key, text in session.get_modelmeta().custom_metadata_map.items()
+        for key, text in known.items()
         if key in ("class_names", "certificate", "recipe", "not_folded")
     }
     names = metadata.pop("class_names", None)
@@ -110,11 +114,14 @@ def _checked(session: Any, name: str) -> OnnxModel:
     return OnnxModel(session, tuple(names), size, metadata)
 
 
-def _size(shape: list[Any]) -> int | None:
-    """S of (N, S, S, 3) with N of any length."""
+def _size(shape: list[Any], told: str | None) -> int | None:
+    """S of (N, S, S, 3) with N of any length; as `told` where the picture's size is any, too."""
     match shape:
         case [str() | None, int(height), int(width), 3] if height == width > 0:
             return height
+        case [str() | None, str() | None, str() | None, 3]:
+            size = _parsed(told or "")
+            return size if isinstance(size, int) and 0 < size <= _LARGEST else None
     return None
 
 

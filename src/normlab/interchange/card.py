@@ -54,7 +54,8 @@ def card(
     settings = ", ".join(
         f"{k} {markdown(str(v))}" for k, v in recipe.settings().items() if v is not None
     )
-    usage = _ONNX_USE if model.suffix == ".onnx" else _KERAS_USE
+    onnx = model.suffix == ".onnx"
+    usage, taken = (_ONNX_USE, _ONNX_TAKES) if onnx else (_KERAS_USE, _KERAS_TAKES)
     names = ", ".join(map(markdown, task.class_names))
     size = task.image_size
     rows = [
@@ -75,10 +76,9 @@ def card(
             "",
             "## Use",
             "",
-            f"It takes `images`, uint8 of shape (N, {size}, {size}, 3), RGB, 0 to 255; the scaling "
-            f"is inside. It returns probabilities (N, {len(task.class_names)}) in the order of the "
-            "classes above. Pictures must be read as in training: turned upright, white under "
-            f"transparency, the middle square, resized to {size} × {size} with antialiasing.",
+            f"It takes `images`, uint8 RGB, 0 to 255, {taken.format(size=size)}. It returns "
+            f"probabilities (N, {len(task.class_names)}) in the order of the classes above. "
+            "Pictures must be decoded as in training: turned upright, white under transparency.",
             "",
             usage.format(
                 file=json.dumps(printable(model.name)),
@@ -117,6 +117,15 @@ def card(
     )
 
 
+_ONNX_TAKES = (
+    "of shape (N, H, W, 3): one picture of any size, or N of one size. Taking the middle square, "
+    "resizing it to {size} × {size} and scaling are inside"
+)
+_KERAS_TAKES = (
+    "of shape (N, {size}, {size}, 3): the middle square, resized to {size} × {size} with "
+    "antialiasing. The scaling is inside"
+)
+
 _READ = """
 
 CLASSES = {names}
@@ -128,7 +137,10 @@ def read(path):
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
-    square = ImageOps.fit(picture.convert("RGB"), ({size}, {size}), Image.Resampling.BICUBIC)
+    picture = picture.convert("RGB")
+"""
+_WHOLE = "    return np.asarray(picture)[None]\n"
+_SQUARE = """    square = ImageOps.fit(picture, ({size}, {size}), Image.Resampling.BICUBIC)
     return np.asarray(square)[None]
 """
 
@@ -139,6 +151,7 @@ import onnxruntime
 from PIL import Image, ImageOps
 """
     + _READ
+    + _WHOLE
     + """
 
 session = onnxruntime.InferenceSession({file})
@@ -155,6 +168,7 @@ import numpy as np
 from PIL import Image, ImageOps
 """
     + _READ
+    + _SQUARE
     + """
 
 model = keras.models.load_model({file})

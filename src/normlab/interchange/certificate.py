@@ -19,6 +19,32 @@ class CertificateError(NormlabError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How an exported model reads pictures of other sizes than its own, beside how training does.
+
+    Attributes:
+        largest_difference: between pixels that the network sees, of 255, over all pictures.
+        largest_change: in probability, of that.
+        other_answers: pictures with another most probable class for it.
+    """
+
+    pictures: int
+    largest_difference: float
+    largest_change: float
+    other_answers: int
+
+    @property
+    def passed(self) -> bool:
+        return self.largest_difference <= 1
+
+    def __str__(self) -> str:
+        return (
+            f"{self.pictures:,} pictures of other sizes read within {self.largest_difference:g} of "
+            f"255, which changes a probability by {self.largest_change:.1e} at most"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Certificate:
     """The comparison of an exported model's answers with its run's, on N test images.
 
@@ -29,6 +55,7 @@ class Certificate:
         ties: images with another most probable class whose two highest probabilities are within
             `TIE` of each other.
         run_accuracy, exported_accuracy: fractions of the N images.
+        reading: of pictures of other sizes; None where the format takes the network's own alone.
     """
 
     data: str
@@ -43,11 +70,13 @@ class Certificate:
     tie: float = TIE
     run_accuracy: float
     exported_accuracy: float
+    reading: Reading | None = None
 
     @property
     def passed(self) -> bool:
         within = self.largest_difference is not None and self.largest_difference <= self.tolerance
-        return within and self.other_answers == 0
+        read = self.reading is None or self.reading.passed
+        return within and self.other_answers == 0 and read
 
     def require(self) -> None:
         """Raise `CertificateError` with the figures unless the model agrees."""
@@ -67,7 +96,7 @@ class Certificate:
             f"largest difference in probability {difference} (at most {self.tolerance:g}), "
             f"another answer on {self.other_answers:,} of {self.test_images:,} test images, "
             f"{self.ties:,} ties; accuracy {self.run_accuracy:.4f} in the run, "
-            f"{self.exported_accuracy:.4f} exported"
+            f"{self.exported_accuracy:.4f} exported" + (f"; {self.reading}" if self.reading else "")
         )
 
 

@@ -1,7 +1,8 @@
-"""The ONNX graph of a chain of steps: pixels in, probabilities out."""
+"""The ONNX graph of a run: pictures of any size in, probabilities out."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from normlab.data.pictures.reading import to_square
 from normlab.formats.onnx_model import open_onnx
-from normlab.interchange.certificate import Certificate, Check
+from normlab.interchange.certificate import Certificate, Check, Reading
 from normlab.interchange.folding import fold, map_size
+from normlab.interchange.reading_graph import with_reading
 from normlab.interchange.steps import (
     Affine,
     Array,
@@ -63,7 +66,7 @@ class _Nodes:
 
 
 def build(chain: Chain, num_classes: int) -> onnx.ModelProto:
-    """Make the graph: `images` uint8 (N, H, W, 3) → `probabilities` float32 (N, K)."""
+    """Make the network's graph: `images` uint8 (N, S, S, 3) → `probabilities` float32 (N, K)."""
     nodes = _Nodes("images")
     nodes.add("Transpose", "channels_first", perm=[0, 3, 1, 2])
     nodes.add("Cast", "pixels", to=TensorProto.FLOAT)
@@ -157,11 +160,16 @@ def _add_affine(nodes: _Nodes, step: Affine) -> None:
 
 
 def described(run: Run, model: nn.Module) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-    """The graph of a run's network with its metadata, and what was not folded and why."""
-    chain = fold(chain_of(model, run.task.image_size))
-    graph = build(chain, len(run.task.class_names))
+    """The graph of a run's network with its metadata, and what was not folded and why.
+
+    It takes pictures of any size: `images` uint8 (N, H, W, 3), all of one size.
+    """
+    size = run.task.image_size
+    chain = fold(chain_of(model, size))
+    graph = with_reading(build(chain, len(run.task.class_names)), size)
     metadata = {
         "class_names": run.task.class_names,
+        "image_size": size,
         "recipe": run.task.as_dict(),
         "not_folded": chain.unfolded,
     }
@@ -176,9 +184,50 @@ def certified(
     """The file's content, its certificate, and which normalisations were not folded and why.
 
     The certificate goes into the metadata of the very graph that was checked.
+
+    Raises:
+        CertificateError: it answers otherwise than the run, or reads pictures otherwise.
     """
     graph, unfolded = described(run, model)
     answers = open_onnx(graph.SerializeToString()).probabilities(images)
     certificate = check(answers, f"ONNX Runtime {version('onnxruntime')}")
+    certificate = replace(certificate, reading=check_reading(graph, images))
+    certificate.require()
     graph.metadata_props.add(key="certificate", value=certificate.as_json())
     return graph.SerializeToString(), certificate, unfolded
+
+
+def check_reading(
+    graph: onnx.ModelProto, images: NDArray[np.uint8], pictures: int = 200
+) -> Reading:
+    """Compare how the graph reads pictures of other sizes with how training reads them.
+
+    Args:
+        images: test images, (N, S, S, 3); their pixels become blocks of pictures with hard edges,
+            of 1 to 600 pixels a side, in shapes from 1 : 8 to 8 : 1.
+    """
+    probed = onnx.ModelProto()
+    probed.CopyFrom(graph)
+    probed.graph.output.append(helper.make_tensor_value_info("pixels", TensorProto.FLOAT, None))
+    model = open_onnx(probed.SerializeToString())
+    generator = np.random.default_rng(0)
+    differences, changes, agreed = [], [], 0
+    for i in generator.integers(0, len(images), pictures):
+        longer = 600 ** generator.random()
+        shape = longer * 8.0 ** -np.array([generator.random(), 0])[generator.permutation(2)]
+        rows, columns = (
+            (np.arange(n) * images.shape[1]) // n for n in np.maximum(1, shape.astype(int))
+        )
+        picture = np.ascontiguousarray(images[i][rows][:, columns])
+        square = to_square(picture, model.image_size)
+        pixels, answer = model.session.run(["pixels", "probabilities"], {"images": picture[None]})
+        seen = model.probabilities(square[None])
+        differences.append(np.abs(pixels[0].transpose(1, 2, 0) - square).max())
+        changes.append(np.abs(answer - seen).max())
+        agreed += int(answer.argmax() == seen.argmax())
+    return Reading(
+        pictures=pictures,
+        largest_difference=float(np.max(differences)),
+        largest_change=float(np.max(changes)),
+        other_answers=pictures - agreed,
+    )

@@ -32,7 +32,7 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from normlab.errors import DataError, TooLargeError
 
@@ -293,7 +293,17 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _fit(image: Image.Image, size: int) -> Image.Image:
-    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    """The largest centred square at `size`: across first, then down.
+
+    In one call Pillow 13 takes tall pictures the other way round, and Pillow 12 does not, which
+    changes pixels: each pass rounds. An exported graph has this order, too.
+    """
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    bicubic = Image.Resampling.BICUBIC
+    narrow = image.resize((size, height), bicubic, box=(left, 0, left + side, height))
+    return narrow.resize((size, size), bicubic, box=(0, top, size, top + side))
 
 
 def _regular(path: Path) -> Path:
