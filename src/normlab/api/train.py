@@ -16,6 +16,7 @@ from normlab.core.environment import settings as machine_settings
 from normlab.core.files import locked, write_json
 from normlab.core.tensors import digest, is_finite, write_tensors
 from normlab.data import ImageData, load
+from normlab.data.changes import read_changes
 from normlab.data.loading import PUBLIC
 from normlab.errors import Interrupted, NonFiniteError, UserError
 from normlab.evaluation.baselines import score_baselines
@@ -43,6 +44,9 @@ def train(
     device: str = "auto",
     image_size: int | None = None,
     skip_bad: bool = False,
+    group_by: str | None = None,
+    exclude: str | Path | None = None,
+    relabel: str | Path | None = None,
     start: str | Path | Run | None = None,
     freeze: bool = False,
     statistics: str | None = None,
@@ -67,7 +71,10 @@ def train(
             dropout).
         threads: CPU threads; None for all cores.
         device: `auto`, `cpu` or `cuda`.
-        image_size, skip_bad: for pictures in a folder or parquet; see `normlab.data.load`.
+        image_size, skip_bad, group_by: for pictures in a folder or parquet; see
+            `normlab.data.load`.
+        exclude, relabel: CSV files of decisions about pictures, as `normlab data check` makes them;
+            see `normlab.data.changes`.
         start: a finished run to start from, or `builtin`, one on CIFAR-10 that comes with this
             package: its network, all but the output layer, is taken over, and the recipe says how
             to go on training it. The output layer is taken over, too, if the classes are the same
@@ -92,8 +99,8 @@ def train(
     if record:
         observers = (*observers, Recorder(layers))
     source = starting_points.open_source(start, freeze=freeze, statistics=statistics)
-    changes = {k: v for k, v in changes.items() if v is not None} | dict(settings or {})
-    chosen = starting_points.choose_recipe(source, recipe, changes)
+    wanted = {k: v for k, v in changes.items() if v is not None} | dict(settings or {})
+    chosen = starting_points.choose_recipe(source, recipe, wanted)
     if three_way and chosen.validation == 0:
         raise UserError(
             f"--three-way scores validation images and {chosen.name} holds out none: "
@@ -104,10 +111,11 @@ def train(
         raise UserError(f"seed={seed}: choose a whole number from 0 to 2⁶³ − 1")
     started = time.perf_counter()
     size = starting_points.size_of(source) if image_size is None else image_size
-    images = load(data, image_size=size, skip_bad=skip_bad)
+    decided = read_changes(exclude, relabel)
+    images = load(data, image_size=size, skip_bad=skip_bad, group_by=group_by, changes=decided)
     data_seconds = time.perf_counter() - started
     if recipe is None and images.name not in PUBLIC and starting_points.suits(source, DEFAULT_OWN):
-        chosen = starting_points.choose_recipe(source, DEFAULT_OWN, changes)
+        chosen = starting_points.choose_recipe(source, DEFAULT_OWN, wanted)
     task = Task(
         recipe=chosen,
         seed=seed,
@@ -119,6 +127,8 @@ def train(
         start=starting_points.plan_start(
             source, images.class_names, freeze=freeze, statistics=statistics
         ),
+        group_by=group_by,
+        changes=decided,
     )
     if image_size is not None and image_size != task.image_size:
         raise UserError(

@@ -40,6 +40,13 @@ if TYPE_CHECKING:
 @IMAGE_SIZE
 @SKIP_BAD
 @click.option(
+    "--group-by",
+    metavar="PATTERN",
+    help="A regular expression of files' names: what it finds alike stays on one side of a split.",
+)
+@click.option("--exclude", metavar="FILE", help="Leave out the pictures that this CSV names.")
+@click.option("--relabel", metavar="FILE", help="Give pictures the labels that this CSV names.")
+@click.option(
     "--from",
     "start",
     metavar="RUN",
@@ -67,6 +74,9 @@ def train(
     data: str | None,
     image_size: int | None,
     skip_bad: bool,
+    group_by: str | None,
+    exclude: str | None,
+    relabel: str | None,
     start: str | None,
     freeze: bool,
     statistics: str | None,
@@ -114,6 +124,9 @@ def train(
                 data=data,
                 image_size=image_size,
                 skip_bad=skip_bad,
+                group_by=group_by,
+                exclude=exclude,
+                relabel=relabel,
                 start=start,
                 freeze=freeze,
                 statistics=statistics,

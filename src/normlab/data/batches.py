@@ -32,15 +32,22 @@ class Split:
 
 
 def split_validation(
-    images: NDArray[np.uint8], labels: NDArray[np.integer], fraction: float
+    images: NDArray[np.uint8],
+    labels: NDArray[np.integer],
+    fraction: float,
+    groups: NDArray[np.int64] | None = None,
 ) -> tuple[Split, Split]:
     """Hold out the last `fraction` of the images, before any shuffling, as Keras does.
+
+    groups: (N,), each in one piece; the cut moves to the nearest place between two.
 
     Raises:
         UserError: nothing would be left to train on, or nothing to validate on.
     """
     classes: NDArray[np.int64] = labels.astype(np.int64)
     cut = int(len(labels) * (1 - fraction))
+    if groups is not None and fraction > 0:
+        cut = boundary(groups, cut)
     if cut < 1:
         raise UserError(f"validation={fraction} of {len(labels)} images leaves none to train on")
     if fraction > 0 and cut == len(labels):
@@ -61,11 +68,19 @@ def split_images(images: ImageData, fraction: float) -> tuple[Split, Split]:
             Split(images.x_train, images.y_train.astype(np.int64), images.files_train),
             Split(images.x_val, images.y_val.astype(np.int64), images.files_val),
         )
-    train, validation = split_validation(images.x_train, images.y_train, fraction)
+    train, validation = split_validation(
+        images.x_train, images.y_train, fraction, images.groups_train
+    )
     if images.files_train is None:
         return train, validation
     files, cut = images.files_train, len(train)
     return replace(train, files=files[:cut]), replace(validation, files=files[cut:])
+
+
+def boundary(groups: NDArray[np.int64], cut: int) -> int:
+    """The place nearest to `cut` between two groups; `groups` (N,) has each in one piece."""
+    between = np.flatnonzero(np.diff(groups)) + 1
+    return int(between[np.abs(between - cut).argmin()]) if len(between) else len(groups)
 
 
 def batch_bounds(n: int, batch_size: int, *, join_single: bool) -> list[tuple[int, int]]:

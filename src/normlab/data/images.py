@@ -29,6 +29,7 @@ class ImageData:
     x_val, y_val: a validation part of its own, if the data have one; else it is drawn from the
         training images.
     files_train, files_test, files_val: N names of the files that the images were read from.
+    groups_train: (N,) numbers of groups that no split may part, each group in one piece; or None.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ImageData:
     files_train: tuple[str, ...] | None = None
     files_test: tuple[str, ...] | None = None
     files_val: tuple[str, ...] | None = None
+    groups_train: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         if self.num_classes > MOST_CLASSES:

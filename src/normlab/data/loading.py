@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
+from normlab.data.changes import Changes, apply_changes
 from normlab.data.cifar10 import layouts as cifar10
 from normlab.data.cifar10.cache import read_cache
 from normlab.data.cifar10.fetching import fetch
@@ -16,6 +17,10 @@ from normlab.data.given import remember
 from normlab.data.images import ImageData, from_mapping, from_pairs
 from normlab.data.npz import read_npz
 from normlab.errors import DataError
+
+if TYPE_CHECKING:
+    from normlab.data.pictures.collection import Collection
+    from normlab.data.pictures.decoding import Decoded
 
 # Data sets of known standing; any other is the user's own.
 PUBLIC = ("cifar10", "sample")
@@ -26,6 +31,8 @@ def load(
     *,
     image_size: int | None = None,
     skip_bad: bool = False,
+    group_by: str | None = None,
+    changes: Changes | None = None,
 ) -> ImageData:
     """A data set, ready to train on.
 
@@ -43,10 +50,38 @@ def load(
         as most of them allow; other
         data have the size they have.
     skip_bad: leave out pictures that cannot be used, which are listed, instead of refusing all.
+    group_by: a regular expression of the names of files; pictures in whose names it finds the same
+        are one group and come into one part of every split.
+    changes: pictures to leave out and labels to replace; see `normlab.data.changes`.
 
     Raises:
         DataError: the data are missing, damaged or not what they should be.
     """
+    if (folder := own_pictures(data)) is not None:
+        images = _load_pictures(folder, image_size, skip_bad, group_by, changes)
+        remember(Path(folder))
+        return images
+    if group_by is not None:
+        raise DataError(
+            f"--group-by {group_by!r} goes by the names of files: only pictures from a folder or "
+            "parquet have them"
+        )
+    images = _load_others(data)
+    return images if changes is None else apply_changes(images, changes)
+
+
+def own_pictures(data: object) -> Path | None:
+    """The path, if `data` name a folder of pictures or parquet; None if they are anything else."""
+    if not isinstance(data, str | Path) or data in PUBLIC:
+        return None
+    path = Path(os.path.expanduser(data))
+    if not os.path.exists(path):
+        return path if any(sign in path.name for sign in "*?[") else None
+    folder = path.is_dir() and not cifar10.is_in(path)
+    return path if folder or path.suffix == ".parquet" else None
+
+
+def _load_others(data: Any) -> ImageData:
     if isinstance(data, ImageData):
         return data
     if isinstance(data, Mapping):
@@ -59,7 +94,7 @@ def load(
         with resources.as_file(resources.files("normlab.data") / "sample.npz") as path:
             sample = read_npz(path)
         return replace(sample, name="sample")
-    images = _load_path(data, image_size, skip_bad)
+    images = _load_path(data)
     if isinstance(data, str | Path):
         remember(Path(data))
     return images
@@ -75,24 +110,38 @@ def _load_cifar10() -> ImageData:
     return data
 
 
-def _load_path(data: object, image_size: int | None, skip_bad: bool) -> ImageData:
+def _load_path(data: object) -> ImageData:
     if not isinstance(data, str | Path):
         raise DataError(f"data={data!r}; give 'cifar10', 'sample', a path, arrays")
     path = Path(os.path.expanduser(data))
-    if any(sign in path.name for sign in "*?[") and not os.path.exists(path):
-        return _load_pictures(path, image_size, skip_bad)
     if not os.path.exists(path):
         raise DataError(f"{data} does not exist; give 'cifar10', 'sample' or a path to data")
     if path.suffix == ".npz":
         return read_npz(path)
-    if path.suffix == ".parquet" or (path.is_dir() and not cifar10.is_in(path)):
-        return _load_pictures(path, image_size, skip_bad)
     return cifar10.image_data(cifar10.read(path))
 
 
-def _load_pictures(path: Path, image_size: int | None, skip_bad: bool) -> ImageData:
-    from normlab.data.pictures.folder import read_folder  # deferred: these load Pillow
+def _load_pictures(
+    path: Path,
+    image_size: int | None,
+    skip_bad: bool,
+    group_by: str | None,
+    changes: Changes | None,
+) -> ImageData:
+    from normlab.data.pictures.collection import assemble  # deferred: these load Pillow
+
+    collection, decoded = gather(path, image_size)
+    return assemble(collection, decoded, skip_bad=skip_bad, group_by=group_by, changes=changes)
+
+
+def gather(path: Path, image_size: int | None = None) -> "tuple[Collection, Decoded]":
+    """The labelled and decoded pictures of a folder or parquet, before anything is left out.
+
+    Raises:
+        DataError: there are none.
+    """
+    from normlab.data.pictures.folder import read_folder
     from normlab.data.pictures.parquet import parquet_files, read_parquet
 
     read = read_parquet if path.exists() and parquet_files(path) else read_folder
-    return read(path, image_size=image_size, skip_bad=skip_bad)
+    return read(path, image_size=image_size)

@@ -37,6 +37,8 @@ def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> Non
         ("recipe", ", ".join(f"{k} {_told(v)}" for k, v in recipe.settings().items())),
         ("seed", run.task.seed),
         *([("start", run.task.start)] if run.task.start else []),
+        *([("decisions", run.task.changes)] if run.task.changes else []),
+        *([("groups by", run.task.group_by)] if run.task.group_by else []),
         ("training", f"{result['train_seconds']:.1f} s, {result['steps']:,} steps"),
         ("speed", f"{result['images_per_second']:,.0f} training images/s, validation included"),
         ("machine", f"{environment['cpu']}, {counted(environment['threads'], 'thread')}"),

@@ -1,5 +1,6 @@
 """What was asked for: all that decides the weights of a run."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 
 from normlab.core.records import as_object, typed
 from normlab.data import ImageData, load
+from normlab.data.changes import Changes
 from normlab.data.given import was_given
 from normlab.data.loading import PUBLIC
 from normlab.errors import DataError
@@ -58,9 +60,14 @@ class Task:
     image_size: Annotated[int, Meta(ge=1)]
     skip_bad: bool = False
     start: Start | None = None
+    group_by: str | None = None
+    changes: Changes | None = None
 
     def load(self, data: str | Path | Mapping[str, Any] | ImageData | None = None) -> ImageData:
         """The run's data, or `data`, with pictures read as the run's were.
+
+        What the run left out, relabelled and grouped applies to its own data alone, wherever they
+        are now.
 
         Raises:
             DataError: the run names a place that this user has not given before: whoever sent the
@@ -71,8 +78,27 @@ class Task:
                 f"the run's data are {self.data!r}, a place that was not named here before, so it "
                 "is not read: name it once with --data, as in `normlab evaluate RUN --data DATA`"
             )
-        chosen = self.data if data is None else data
-        return load(chosen, image_size=self.image_size, skip_bad=self.skip_bad)
+        size, bad = self.image_size, self.skip_bad
+        if data is None:
+            return load(
+                self.data,
+                image_size=size,
+                skip_bad=bad,
+                group_by=self.group_by,
+                changes=self.changes,
+            )
+        if self.group_by is not None or self.changes is not None:  # the run's data, in a new place
+            with contextlib.suppress(DataError):
+                images = load(
+                    data,
+                    image_size=size,
+                    skip_bad=bad,
+                    group_by=self.group_by,
+                    changes=self.changes,
+                )
+                if images.sha256 == self.data_sha256:
+                    return images
+        return load(data, image_size=size, skip_bad=bad)
 
     def build(self) -> nn.Module:
         """Make the network with its initial values."""
@@ -114,7 +140,13 @@ class Task:
             "image_size": self.image_size,
             "skip_bad": self.skip_bad,
         }
-        return values if self.start is None else {**values, "start": asdict(self.start)}
+        if self.start is not None:
+            values["start"] = asdict(self.start)
+        if self.group_by is not None:
+            values["group_by"] = self.group_by
+        if self.changes is not None:
+            values["changes"] = asdict(self.changes)
+        return values
 
     @classmethod
     def from_dict(cls, values: Any, where: object = "this task") -> "Task":

@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normlab.core.streams import stream
+from normlab.data.changes import Changes
 from normlab.data.images import ImageData
 from normlab.data.pictures.decoding import Decoded
+from normlab.data.pictures.grouping import deal, group_order, groups_of
 from normlab.data.pictures.naming import canonical
 from normlab.errors import DataError
 from normlab.text import printable, shown
@@ -86,28 +88,47 @@ def settle(collection: Collection, report: Report | None = None) -> None:
 
 
 def assemble(
-    collection: Collection, decoded: Decoded, *, skip_bad: bool, report: Report | None = None
+    collection: Collection,
+    decoded: Decoded,
+    *,
+    skip_bad: bool,
+    group_by: str | None = None,
+    changes: Changes | None = None,
+    report: Report | None = None,
 ) -> ImageData:
     """Split, check and arrange the decoded pictures of a collection that is settled.
 
     Training pictures are interleaved so that any last share of them, which is what a run holds
     out for validation, has all classes in proportion.
 
+    group_by: a pattern of names; pictures that are one group by it come into one part. See
+        `grouping`.
+    changes: pictures to leave out and labels to replace. The other pictures stay in the parts that
+        they have without them.
     report: takes the summary of what is wrong, line by line; by default standard error does.
 
     Raises:
         DataError: something is wrong and `skip_bad` is off, or too little is left.
     """
     report = report or _to_stderr
+    names = [picture.name for picture in collection.pictures]
+    groups = None if group_by is None else groups_of(names, group_by, collection.notes)
     good = [i for i, problem in enumerate(decoded.problems) if not problem]
     for i, problem in enumerate(decoded.problems):
         if problem:
             collection.note("unusable pictures", f"{collection.pictures[i].name}: {problem}")
     prints = [bytes(row) for row in decoded.fingerprints]
-    good = _drop_contradictions(collection, good, prints)
-    parts = _split(collection, good, prints)
+    contradictory = _contradictory(collection, good, prints)
+    drawn = _split(collection, [i for i in good if i not in contradictory], prints, groups)
+    if changes is not None:
+        good = _apply(collection, good, changes)
+        contradictory = _contradictory(collection, good, prints)
+    _tell_contradictions(collection, contradictory, prints)
+    parts = _settled(collection, [i for i in good if i not in contradictory], drawn)
     for part, other in (("train", "test"), (VALIDATION, "test"), ("train", VALIDATION)):
         _drop_shared(collection, parts, part, other, prints)
+        if groups is not None:
+            _drop_shared_groups(collection, parts, part, other, groups)
     classes = _classes_in_both(collection, parts)
     _note_dim(collection, decoded, good)
     _tell(collection, report)
@@ -121,7 +142,13 @@ def assemble(
             continue
         short = "val" if part == VALIDATION else part
         labels = np.array([number[collection.pictures[i].label] for i in kept], np.int64)
-        order = interleave(labels, [prints[i] for i in kept])
+        if groups is None:
+            order = interleave(labels, [prints[i] for i in kept])
+        else:
+            own = np.array([groups[i] for i in kept])
+            order = group_order(labels, own)
+            if part == "train":
+                arrays["groups_train"] = own[order]
         arrays[f"x_{short}"] = decoded.pixels[np.array(kept)[order]]
         arrays[f"y_{short}"] = labels[order]
         arrays[f"files_{short}"] = tuple(collection.pictures[kept[j]].name for j in order)
@@ -175,43 +202,81 @@ def _join_spellings(collection: Collection) -> None:
 
 
 def _split(
-    collection: Collection, good: Iterable[int], prints: Sequence[bytes]
-) -> dict[str, list[int]]:
-    """Indices of the training, test and validation pictures.
+    collection: Collection,
+    good: Iterable[int],
+    prints: Sequence[bytes],
+    groups: Sequence[int] | None = None,
+) -> dict[int, str]:
+    """The part of each picture.
 
     Where the parts are not given, a fifth of each class's different pictures, at least one, are
     for testing. Pictures are drawn by their pixels, so names do not matter, and copies of one
-    picture stay together.
+    picture stay together. With groups, whole groups are drawn.
     """
-    parts: dict[str, list[int]] = {part: [] for part in (*PARTS, VALIDATION)}
+    parts: dict[int, str] = {}
     undecided: dict[str, list[int]] = defaultdict(list)
     for i in good:
         part = collection.pictures[i].part
-        (undecided[collection.pictures[i].label] if part is None else parts[part]).append(i)
+        if part is None:
+            undecided[collection.pictures[i].label].append(i)
+        else:
+            parts[i] = part
+    if groups is not None:
+        return parts | deal(undecided, groups, TEST_SHARE)
     for label, indices in undecided.items():
         different = sorted({prints[i] for i in indices})
         order = stream(0, "pictures", "split", label).permutation(len(different))
         count = max(1, round(TEST_SHARE * len(different))) if len(different) > 1 else 0
         test = {different[j] for j in order[:count]}
-        for i in indices:
-            parts["test" if prints[i] in test else "train"].append(i)
+        parts |= {i: "test" if prints[i] in test else "train" for i in indices}
     return parts
 
 
-def _drop_contradictions(
-    collection: Collection, good: list[int], prints: Sequence[bytes]
-) -> list[int]:
-    """Leave out every copy of a picture that stands in two classes: its label is unknown."""
-    copies: dict[bytes, list[int]] = defaultdict(list)
+def _settled(
+    collection: Collection, good: list[int], drawn: dict[int, str]
+) -> dict[str, list[int]]:
+    """Indices of the training, test and validation pictures.
+
+    One that was in no part before labels were changed is for training, if it has no own part.
+    """
+    parts: dict[str, list[int]] = {part: [] for part in (*PARTS, VALIDATION)}
     for i in good:
-        copies[prints[i]].append(i)
-    contradictory = set()
-    for indices in copies.values():
-        if len({collection.pictures[i].label for i in indices}) > 1:
-            names = " = ".join(collection.pictures[i].name for i in indices)
-            collection.pass_over("the same picture in two classes: all copies left out", names)
-            contradictory.update(indices)
-    return [i for i in good if i not in contradictory]
+        parts[drawn.get(i, collection.pictures[i].part or "train")].append(i)
+    return parts
+
+
+def _apply(collection: Collection, good: list[int], changes: Changes) -> list[int]:
+    """Replace labels, and return the pictures that stay.
+
+    Raises:
+        DataError: a decision matches no picture or no class.
+    """
+    pictures = collection.pictures
+    changes.check((p.name for p in pictures), collection.classes, collection.name)
+    leave_out = set(changes.exclude)
+    for i, picture in enumerate(pictures):
+        if picture.name in changes.relabel:
+            pictures[i] = replace(picture, label=changes.relabel[picture.name])
+    return [i for i in good if pictures[i].name not in leave_out]
+
+
+def _contradictory(collection: Collection, good: list[int], prints: Sequence[bytes]) -> set[int]:
+    """Every copy of a picture that stands in two classes: its label is unknown."""
+    labels: dict[bytes, set[str]] = defaultdict(set)
+    for i in good:
+        labels[prints[i]].add(collection.pictures[i].label)
+    return {i for i in good if len(labels[prints[i]]) > 1}
+
+
+def _tell_contradictions(
+    collection: Collection, contradictory: set[int], prints: Sequence[bytes]
+) -> None:
+    copies: dict[bytes, list[str]] = defaultdict(list)
+    for i in sorted(contradictory):
+        copies[prints[i]].append(collection.pictures[i].name)
+    for names in copies.values():
+        kind = "the same picture in two classes: all copies left out"
+        collection.pass_over(kind, " = ".join(names))
 
 
 def _drop_shared(
@@ -230,6 +295,22 @@ def _drop_shared(
                 f"the same picture in {part} and {kept}: left out of {part}", names
             )
     parts[part] = [i for i in parts[part] if prints[i] not in twins]
+
+
+def _drop_shared_groups(
+    collection: Collection,
+    parts: dict[str, list[int]],
+    part: str,
+    kept: str,
+    groups: Sequence[int],
+) -> None:
+    """Leave out pictures of `part` whose group is in the part `kept`, too."""
+    there = {groups[i]: i for i in parts[kept]}
+    for i in parts[part]:
+        if (other := there.get(groups[i])) is not None:
+            names = f"{collection.pictures[i].name} with {collection.pictures[other].name}"
+            collection.pass_over(f"of one group in {part} and {kept}: left out of {part}", names)
+    parts[part] = [i for i in parts[part] if groups[i] not in there]
 
 
 def _classes_in_both(collection: Collection, parts: dict[str, list[int]]) -> list[str]:

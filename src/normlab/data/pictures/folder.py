@@ -6,9 +6,8 @@ from collections import Counter, defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from normlab.data.images import ImageData
-from normlab.data.pictures.collection import Collection, Labelled, assemble, settle
-from normlab.data.pictures.decoding import decode, natural_size
+from normlab.data.pictures.collection import Collection, Labelled, settle
+from normlab.data.pictures.decoding import Decoded, decode, natural_size
 from normlab.data.pictures.layout import WILD, Layout, arrange, match
 from normlab.data.pictures.naming import ending
 from normlab.data.pictures.walking import Tree, grow
@@ -19,15 +18,15 @@ MOST_PICTURES = 5_000_000  # ImageNet has 1.3 million
 _UNREACHABLE = "files and folders that cannot be used"
 
 
-def read_folder(path: Path, *, image_size: int | None = None, skip_bad: bool = False) -> ImageData:
-    """A folder of pictures as data, every picture a square of `image_size`.
+def read_folder(path: Path, *, image_size: int | None = None) -> tuple[Collection, Decoded]:
+    """The pictures of a folder, every one a square of `image_size`, before anything is left out.
 
     image_size: None for `natural_size`.
 
     path: the folder, or a pattern with * in its last parts that names the folders of the classes.
 
     Raises:
-        DataError: the folder has problems and `skip_bad` is off, or no two classes of pictures.
+        DataError: no two classes of pictures, or two likely readings of the folder.
     """
     tree, patterns = _tree(path)
     layout = match(tree, patterns) if patterns else arrange(tree)
@@ -41,7 +40,7 @@ def read_folder(path: Path, *, image_size: int | None = None, skip_bad: bool = F
         )
     settle(collection)
     decoded = decode(path, _key(files), files, image_size or natural_size(files))
-    return assemble(collection, decoded, skip_bad=skip_bad)
+    return collection, decoded
 
 
 def is_pattern(path: Path) -> bool:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from normlab.core.sandbox import LimitError, limited
-from normlab.data.images import ImageData
-from normlab.data.pictures.collection import Collection, Labelled, assemble, settle
-from normlab.data.pictures.decoding import decode, natural_size
+from normlab.data.pictures.collection import Collection, Labelled, settle
+from normlab.data.pictures.decoding import Decoded, decode, natural_size
 from normlab.data.pictures.naming import part_of
 from normlab.errors import DataError, UserError
 from normlab.text import shown
@@ -39,8 +38,8 @@ def parquet_files(path: Path) -> list[Path]:
     return sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
 
 
-def read_parquet(path: Path, *, image_size: int | None = None, skip_bad: bool = False) -> ImageData:
-    """A parquet file, or a folder with `train*.parquet` and `test*.parquet`, as data.
+def read_parquet(path: Path, *, image_size: int | None = None) -> tuple[Collection, Decoded]:
+    """The pictures of a parquet file, or of a folder with `train*.parquet` and `test*.parquet`.
 
     There may be `validation*.parquet`, too. A single file, or files of no such names, are split by
     the rule in `collection`. The files' pictures are held in memory, compressed as they are, while
@@ -48,7 +47,7 @@ def read_parquet(path: Path, *, image_size: int | None = None, skip_bad: bool = 
 
     Raises:
         UserError: pyarrow is not installed.
-        DataError: not such a file, problems and `skip_bad` is off, or no two classes.
+        DataError: not such a file, or no two classes.
     """
     files = parquet_files(path)
     parts = [_part(file) for file in files]
@@ -68,7 +67,7 @@ def read_parquet(path: Path, *, image_size: int | None = None, skip_bad: bool = 
     settle(collection)
     key = [(str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, statuses, strict=True)]
     decoded = decode(path, json.dumps(key), contents, image_size or natural_size(contents))
-    return assemble(collection, decoded, skip_bad=skip_bad)
+    return collection, decoded
 
 
 def _part(file: Path) -> str | None:
