@@ -25,6 +25,23 @@ def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
+def duration(seconds: float) -> str:
+    """A time as people say it, to about a tenth.
+
+    >>> duration(7), duration(48), duration(100), duration(5400)
+    ('7 seconds', '50 seconds', '1.7 minutes', '1.5 hours')
+    """
+    if seconds < 10:
+        return counted(max(1, round(seconds)), "second")
+    if seconds < 55:
+        return f"{5 * round(seconds / 5)} seconds"
+    if seconds < 55 * 60:
+        minutes = seconds / 60
+        whole = f"{minutes:.1f}" if minutes < 10 else f"{minutes:.0f}"
+        return f"{whole.removesuffix('.0')} minute{'' if whole == '1.0' else 's'}"
+    return f"{seconds / 3600:.1f} hours"
+
+
 def listed(names: Sequence[str], most: int = 12) -> str:
     """Names in a sentence: the first ones, each cut where it is long, and how many more.
 

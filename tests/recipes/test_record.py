@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import normlab
@@ -13,6 +14,8 @@ from normlab.layers import NORMS, normalizer
 from normlab.models import MODELS
 from normlab.recipes import RECIPES, SETTINGS, Recipe, changed_settings, get
 from normlab.recipes.optimizers import OPTIMIZERS
+from normlab.recipes.pictures import fitted, pictures
+from normlab.recipes.record import AUGMENTS
 from normlab.recipes.settings import option_words
 from normlab.training import optimisers
 
@@ -128,9 +131,68 @@ def test_another_network_brings_what_hangs_together_with_it() -> None:
 
 def test_length_follows_small_data_but_not_whoever_says_epochs() -> None:
     recipe = get("notebook").override(epochs=2, least_steps=100)
-    assert recipe.epochs_for(10) == 10
-    assert recipe.epochs_for(1000) == 2
-    assert recipe.override(epochs=3).epochs_for(10) == 3
+    assert recipe.length(10) == (10, 10)
+    assert recipe.length(1000) == (2, 1000)
+    assert recipe.override(epochs=3).length(10) == (3, 10)
+
+
+def test_an_epoch_of_tiny_data_is_many_passes() -> None:
+    recipe = get("notebook").override(epochs=2, least_steps=1500)
+    for batches in (1, 2, 3, 7, 49, 50, 51, 300, 400, 700, 749):
+        epochs, steps = recipe.length(batches)
+        assert epochs <= 30
+        assert 1500 <= epochs * steps <= 1575
+    assert recipe.length(4) == (30, 50)
+    assert recipe.override(epochs=100).length(1) == (100, 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "mirrored"),
+    [
+        (["cat", "dog"], True),
+        (["0", "1", "2"], False),
+        (["A", "B"], False),
+        (["ñ", "other"], False),
+        (["left hand", "open"], False),
+        (["turn_right", "straight"], False),
+        (["bright", "lefty"], True),
+        (["class 1", "class 2"], True),
+    ],
+)
+def test_what_a_mirror_turns_into_something_else_is_not_mirrored(
+    names: list[str], mirrored: bool
+) -> None:
+    recipe = pictures()
+    follows = fitted(names, 32, {}, from_run=False)
+    assert recipe.with_settings(follows).augmentation.flip is mirrored
+    assert recipe.with_settings({**follows, "flip": True}).augmentation.flip
+    chosen = {**fitted(names, 32, {"augment": "photos"}, from_run=False), "augment": "photos"}
+    assert recipe.with_settings(chosen).augmentation.flip
+
+
+@pytest.mark.parametrize("size", [8, 32, 33, 64, 65, 96, 128, 512])
+def test_the_network_fits_the_size_of_pictures(size: int) -> None:
+    name = fitted(["cat", "dog"], size, {}, from_run=False)["model"]
+    recipe = pictures().with_settings({"model": name})
+    assert (recipe.norm.momentum, recipe.model.logit_scale) == (0.6, 1 / 3)
+    if size >= 32:
+        model = MODELS[name](num_classes=2, image_size=size)
+        for side in (size, size // 2):  # the first steps are at half the size
+            assert model(torch.zeros(2, 3, side, side)).shape == (2, 2)
+    assert "model" not in fitted(["cat", "dog"], size, {}, from_run=True)
+
+
+@pytest.mark.parametrize("name", list(AUGMENTS))
+def test_an_augmentation_by_name_stands_for_its_settings(name: str) -> None:
+    recipe = get("notebook").override(augment=name)
+    assert {k: v for k, v in recipe.settings().items() if k in AUGMENTS[name]} == AUGMENTS[name]
+    assert "augment" not in recipe.settings()
+    assert get("notebook").override(augment=name, crop=0.9).augmentation.crop == 0.9
+    assert recipe.augmentation.told()
+
+
+def test_without_validation_there_is_no_patience() -> None:
+    assert pictures().override(validation=0.0).patience is None
 
 
 def test_every_family_has_its_code() -> None:

@@ -12,10 +12,11 @@ import normlab
 from normlab.data.augment import crop, recolour
 from normlab.data.batches import Split, split_images
 from normlab.evaluation.recalibration import renew_stale
-from normlab.evaluation.scores import score
+from normlab.evaluation.scores import clearly_better, score
 from normlab.recipes import get
+from normlab.recipes.schedules import Constant, ToZero, Triangle
 from normlab.study.outcomes import train_one
-from normlab.training.hooks import Patience
+from normlab.training.hooks import Patience, first_low, make_hooks
 from normlab.training.preparation import check_network, make_plan, new_state
 from normlab.training.state import StepResult
 
@@ -45,7 +46,9 @@ def test_with_an_average_everything_scores_the_average(tmp_path: Path) -> None:
     assert averaged != plain
 
 
-def test_patience_cools_down_and_the_best_weights_are_kept(tmp_path: Path) -> None:
+def test_patience_cools_down_and_keeps_the_best_weights_if_clearly_better(
+    tmp_path: Path,
+) -> None:
     rates: list[float] = []
 
     class Rates:
@@ -66,11 +69,69 @@ def test_patience_cools_down_and_the_best_weights_are_kept(tmp_path: Path) -> No
     assert rates[0] == 0.01
     assert rates[-1] < 0.2 * rates[0]
     assert rates == sorted(rates, reverse=True)
-    assert run.result["weights"] in ("best", "recalibrated")
     _, held_out = split_images(normlab.load("sample"), 0.1)
     found = score(run.model("best"), held_out.images, held_out.labels)
     assert found.loss == pytest.approx(losses[best], rel=1e-6)
     assert run.evaluate().weights == run.kept
+    if run.kept != "recalibrated":
+        better = clearly_better(run.model("best"), run.model("last"), held_out)
+        assert run.kept == ("best" if better else "last")
+
+
+class Answers(torch.nn.Module):
+    """Answers with given logits (N, 2), whatever the N images are."""
+
+    def __init__(self, margins: np.ndarray) -> None:
+        super().__init__()
+        self.logits = torch.from_numpy(np.stack([margins, -margins], 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.logits[: len(x)]
+
+
+@pytest.mark.parametrize(
+    ("luck", "expected"),
+    [(lambda i: 0.3, True), (lambda i: 0.0, False), (lambda i: 4.0 * (i == 0) - 0.1, False)],
+    ids=["everywhere", "nowhere", "one image"],
+)
+def test_best_weights_are_kept_only_if_the_held_out_images_tell_them_apart(
+    luck: Any, expected: bool
+) -> None:
+    n = 24
+    other = np.linspace(-1, 1, n)
+    best = other + np.array([luck(i) for i in range(n)])
+    held_out = Split(np.zeros((n, 8, 8, 3), np.uint8), np.zeros(n, np.int64))
+    losses = [np.log1p(np.exp(-2 * margins)) for margins in (other, best)]
+    gain = losses[0] - losses[1]
+    assert (gain.mean() > gain.std(ddof=1) / np.sqrt(n)) == expected
+    assert clearly_better(Answers(best), Answers(other), held_out) == expected
+    assert not clearly_better(Answers(other), Answers(best), held_out)
+
+
+@pytest.mark.parametrize("kind", [Constant, ToZero, Triangle])
+@pytest.mark.parametrize("steps", [1, 7, 1500])
+def test_patience_counts_from_where_the_rate_is_half(kind: Any, steps: int) -> None:
+    schedule = kind()
+    first = first_low(schedule, steps)
+    if kind is Constant:
+        assert first == 0
+    else:
+        assert all(schedule.share(step / steps) <= 0.5 for step in range(first, steps + 1))
+        assert first == 0 or schedule.share((first - 1) / steps) > 0.5
+
+
+def test_few_held_out_images_end_no_training() -> None:
+    images = normlab.load("sample")
+
+    def hooks(validation: float) -> list[type]:
+        task = normlab.runs.Task(
+            recipe=get("notebook").override(patience=1, validation=validation), seed=0,
+            data="sample", data_sha256=images.sha256, class_names=images.class_names, image_size=32,
+        )  # fmt: skip
+        return [type(hook) for hook in make_hooks(make_plan(task, images, 1))]
+
+    assert Patience in hooks(0.025)  # 10 of 400
+    assert Patience not in hooks(0.0225)
 
 
 def test_a_resumed_cool_down_ends_with_the_same_bits(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,22 @@ from normlab.core.tensors import digest, is_finite, write_tensors
 from normlab.data import ImageData, load
 from normlab.data.changes import read_changes
 from normlab.data.loading import PUBLIC
+from normlab.data.pictures.sizes import SIZES
 from normlab.errors import Interrupted, NonFiniteError, UserError
 from normlab.evaluation.baselines import score_baselines
 from normlab.evaluation.recalibration import Repair, renew_stale
+from normlab.evaluation.scores import clearly_better
 from normlab.inspection.activations import observed
 from normlab.inspection.recording import RECORDING, Recorder
 from normlab.recipes import DEFAULT_OWN, Recipe
+from normlab.recipes.pictures import fitted
 from normlab.reports.run_report import write_run_report
 from normlab.runs import Task, create_folder
 from normlab.text import printable, shell
 from normlab.training import checkpoint, starting_points
 from normlab.training.hooks import ThreeWayScores, make_hooks
 from normlab.training.loop import fit
+from normlab.training.pace import largest_in, measure, steps_in
 from normlab.training.preparation import make_plan, new_state, refuse_impossible
 from normlab.training.state import Hook, Observer, Plan, State
 
@@ -52,6 +56,7 @@ def train(
     statistics: str | None = None,
     record: bool | Sequence[str] = False,
     three_way: bool = False,
+    minutes: float | None = None,
     observers: tuple[Observer, ...] = (),
     settings: Mapping[str, Any] | None = None,
     **changes: Any,
@@ -84,6 +89,8 @@ def train(
             `normlab.training.starting_points`. None for `keep` when frozen, else `adapt`.
         record: keep what each layer sees, or those of these names, for `normlab inspect`.
         three_way: score the validation images of each epoch with three kinds of statistics.
+        minutes: what all of it may take, data and scores included. A few steps are measured, then
+            the size of pictures, the network and the number of steps are planned to fill the time.
         observers: told after each step.
         settings: of the recipe, to replace; here None is a value.
         **changes: settings of the recipe to replace: `epochs`, `batch_size`, `norm`, …; None
@@ -106,30 +113,45 @@ def train(
             f"--three-way scores validation images and {chosen.name} holds out none: "
             "add --validation 0.1"
         )
+    began = time.perf_counter()
     threads, where = resolve_threads(threads), resolve_device(device)
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise UserError(f"minutes={minutes}: choose a number above 0")
     if not 0 <= seed < 2**63:
         raise UserError(f"seed={seed}: choose a whole number from 0 to 2⁶³ − 1")
     started = time.perf_counter()
     size = starting_points.size_of(source) if image_size is None else image_size
     decided = read_changes(exclude, relabel)
-    images = load(data, image_size=size, skip_bad=skip_bad, group_by=group_by, changes=decided)
+
+    def read(side: int | None) -> ImageData:
+        return load(data, image_size=side, skip_bad=skip_bad, group_by=group_by, changes=decided)
+
+    images = read(size)
     data_seconds = time.perf_counter() - started
-    if recipe is None and images.name not in PUBLIC and starting_points.suits(source, DEFAULT_OWN):
-        chosen = starting_points.choose_recipe(source, DEFAULT_OWN, wanted)
-    task = Task(
-        recipe=chosen,
-        seed=seed,
-        data=images.name if data is None or not isinstance(data, (str, Path)) else str(data),
-        data_sha256=images.sha256,
-        class_names=images.class_names,
-        image_size=images.x_train.shape[1],
-        skip_bad=skip_bad,
-        start=starting_points.plan_start(
-            source, images.class_names, freeze=freeze, statistics=statistics
-        ),
-        group_by=group_by,
-        changes=decided,
-    )
+    own = images.name not in PUBLIC
+    if recipe is None and own and starting_points.suits(source, DEFAULT_OWN):
+        recipe = DEFAULT_OWN
+
+    def task_at(side: int, **more: Any) -> Task:
+        """What is to be done at this size of images; of `pictures`, what follows from it."""
+        fit = recipe == DEFAULT_OWN and own
+        follows = fitted(images.class_names, side, wanted, source is not None) if fit else {}
+        return Task(
+            recipe=starting_points.choose_recipe(source, recipe, {**follows, **wanted, **more}),
+            seed=seed,
+            data=images.name if data is None or not isinstance(data, (str, Path)) else str(data),
+            data_sha256=images.sha256,
+            class_names=images.class_names,
+            image_size=side,
+            skip_bad=skip_bad,
+            start=starting_points.plan_start(
+                source, images.class_names, freeze=freeze, statistics=statistics
+            ),
+            group_by=group_by,
+            changes=decided,
+        )
+
+    task = task_at(images.image_shape[0])
     if image_size is not None and image_size != task.image_size:
         raise UserError(
             f"image_size={image_size}: {images.name} has {task.image_size} × {task.image_size} "
@@ -138,6 +160,24 @@ def train(
     with machine_settings(threads, where):
         started = time.perf_counter()
         refuse_impossible(task, images)
+        expected = allowed = None
+        if minutes is not None:
+            fixed = recipe != DEFAULT_OWN or size is not None or images.files_train is None
+            sizes = [s for s in SIZES if s <= task.image_size and not fixed] or [task.image_size]
+            left = minutes * 60 - time.perf_counter() + began
+            side, pace = largest_in(left, sizes, task_at, images, where)
+            if side != task.image_size:
+                images = read(side)
+            left = minutes * 60 - time.perf_counter() + began
+            steps = steps_in(left, pace, task_at(side), images)
+            planned = {"patience": None, **wanted, "epochs": 1, "least_steps": steps}
+            task = task_at(side, **planned)
+            allowed = left - pace.ending(make_plan(task, images, threads), images)
+        elif own:
+            pace = measure(task, where)
+        if own or minutes is not None:
+            plan = make_plan(task, images, threads)
+            expected = pace.seconds(plan) + pace.ending(plan, images)
         observed(task.build(), layers)
         weights = starting_points.starting_weights(source, task, images)
         folder = create_folder(out, chosen.name)
@@ -147,7 +187,11 @@ def train(
             write_json(folder / "environment.json", describe_machine(threads, where))
             state = new_state(task, images, where, weights)
             state.seconds = time.perf_counter() - started
-            return _finish(Run(folder, task), images, data_seconds, state, where, observers, extra)
+            return _finish(
+                *(Run(folder, task), images, data_seconds, state, where, observers, extra),
+                expected=expected,
+                allowed=None if allowed is None else allowed + state.seconds,
+            )
 
 
 def _claim(folder: Path, task: Task) -> None:
@@ -250,10 +294,19 @@ def _finish(
     device: torch.device,
     observers: tuple[Observer, ...],
     extra: tuple[Hook, ...],
+    *,
+    expected: float | None = None,
+    allowed: float | None = None,
 ) -> Run:
-    """Train to the end, write weights, score the test images once, draw the report."""
+    """Train to the end, write weights, score the test images once, draw the report.
+
+    Args:
+        expected: seconds that it will take.
+        allowed: seconds that the training may take.
+    """
     recipe, folder = run.task.recipe, run.path
     plan = make_plan(run.task, images, run.environment["threads"], folder)
+    plan = replace(plan, expected=expected, seconds=allowed)
     hooks = [*make_hooks(plan, extra), checkpoint.Checkpoints(folder, saved_at=state.seconds)]
     try:
         fit(plan, state, device, observers, hooks=hooks)
@@ -286,10 +339,16 @@ def _finish(
         "val_accuracy": state.history[-1]["val_accuracy"],
         "val_loss": state.history[-1]["val_loss"],
         "train_seconds": state.seconds,
-        "images_per_second": len(plan.train) * len(state.history) / state.seconds,
+        "images_per_second": len(plan.train) * state.step / len(plan.bounds) / state.seconds,
         "weights_sha256": digest(state.model.state_dict()),
         "weights": kept,
         "repair": None if repair is None else asdict(repair),
+        "length": {
+            "epochs": len(state.history),
+            "planned": plan.epochs,
+            "held_out": len(plan.validation),
+            "best_epoch": state.best_epoch,
+        },
         "data_seconds": data_seconds,
         "evaluation_seconds": evaluation_seconds,
         "evaluation": evaluation.as_dict(),
@@ -303,14 +362,16 @@ def _finish(
 
 
 def _choose_weights(run: Run, plan: Plan, state: State) -> tuple[str, Repair | None]:
-    """Which weights the run keeps: the best where patience was asked for, statistics renewed where
-    they are stale; the last otherwise.
+    """Which weights the run keeps: where patience was asked for, the best if the held-out images
+    tell them from the last; statistics renewed where they are stale.
     """
-    best = plan.recipe.patience is not None and state.best_epoch is not None
-    kept = "best" if best else "last"
     if not len(plan.validation):
-        return kept, None
-    model = run.model(kept)
+        return "last", None
+    model, kept = run.model("last"), "last"
+    if plan.recipe.patience is not None and state.best_epoch is not None:
+        best = run.model("best")
+        if clearly_better(best, model, plan.validation):
+            model, kept = best, "best"
     repair = renew_stale(model, plan.train.images, plan.validation)
     if repair is not None:
         kept = "recalibrated"

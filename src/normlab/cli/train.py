@@ -52,6 +52,11 @@ if TYPE_CHECKING:
     metavar="RUN",
     help="Start from this finished run's network; builtin is one on CIFAR-10.",
 )
+@click.option(
+    "--minutes",
+    type=float,
+    help="What all of it may take: size, network and length are planned to fill it.",
+)
 @click.option("--freeze", is_flag=True, help="With --from: only the output layer learns.")
 @click.option("--statistics", help="With --from: keep, adapt or recalibrate the normalisers'.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder, new or empty.")
@@ -77,6 +82,7 @@ def train(
     group_by: str | None,
     exclude: str | None,
     relabel: str | None,
+    minutes: float | None,
     start: str | None,
     freeze: bool,
     statistics: str | None,
@@ -127,6 +133,7 @@ def train(
                 group_by=group_by,
                 exclude=exclude,
                 relabel=relabel,
+                minutes=minutes,
                 start=start,
                 freeze=freeze,
                 statistics=statistics,

@@ -110,12 +110,12 @@ def to_input(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> T
 
 @dataclass
 class Batches:
-    """The batches of a training: each epoch's in a new order, as its augmentation changes them.
+    """The batches of a training: each pass's in a new order, as its augmentation changes them.
 
     Any step can be asked for at any time; what it sees follows from the seed and its number.
 
     Attributes:
-        bounds: of an epoch's batches, in the order of its images.
+        bounds: of the batches of a pass, in the order of its images.
         augmentation: how images are changed; None for as they are.
         half_steps: the steps below this one see images of half the height and width.
     """

@@ -46,9 +46,8 @@ def load(
         a mapping: `x_train, y_train, x_test, y_test` and, if you like, `x_val, y_val` and
             `class_names`.
         `((x_train, y_train), (x_test, y_test))`, as Keras' `load_data()` returns it.
-    image_size: H = W to which pictures from a folder or parquet are brought; None for 32 or 64,
-        as most of them allow; other
-        data have the size they have.
+    image_size: H = W to which pictures from a folder or parquet are brought; None for 32
+        or 64, as most of them allow; other data have the size they have.
     skip_bad: leave out pictures that cannot be used, which are listed, instead of refusing all.
     group_by: a regular expression of the names of files; pictures in whose names it finds the same
         are one group and come into one part of every split.

@@ -4,6 +4,7 @@ A batch-normalised network answers differently with the statistics of the batch 
 running ones, and with those of a whole population of images (`normlab.evaluation.population`).
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normlab.data.batches import EVALUATION_BATCH
+from normlab.data.batches import EVALUATION_BATCH, Split
 from normlab.errors import UserError, nearest
 from normlab.evaluation.forward import Images, count, logits_of, untouched
 from normlab.evaluation.metrics import cross_entropy, right
@@ -96,6 +97,23 @@ def _check(logits: Tensor, labels: Tensor) -> None:
             f"labels from {low} to {high} for a network of {logits.shape[1]} classes: give class "
             f"numbers from 0 to {logits.shape[1] - 1}"
         )
+
+
+def clearly_better(model: nn.Module, other: nn.Module, held_out: Split) -> bool:
+    """Whether `model` has a lower loss than `other` by more than one standard error.
+
+    Of the paired differences, image by image: on few images the lowest of many losses is luck, and
+    weights that have cooled down are worth more than those that had it.
+    """
+    labels = torch.from_numpy(held_out.labels)
+    losses = [
+        nn.functional.cross_entropy(
+            logits_of(m, held_out.images).double(), labels, reduction="none"
+        )
+        for m in (model, other)
+    ]
+    gain = losses[1] - losses[0]
+    return len(gain) > 1 and bool(gain.mean() > gain.std() / math.sqrt(len(gain)))
 
 
 @dataclass(frozen=True)

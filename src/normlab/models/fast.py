@@ -20,7 +20,7 @@ from normlab.errors import UserError
 from normlab.layers import Conv2d, MaxPool2d, NoNorm, conv_pool, norm_relu, normalizer
 
 PATCH = 3  # pixels, high and wide
-STATISTICS_IMAGES = 1_000
+STATISTICS_IMAGES = 1_000  # of 32 × 32; of larger ones fewer, for as many patches
 
 
 class Whitening(nn.Module):
@@ -104,12 +104,13 @@ class FastNet(nn.Module):
     before; whatever follows in a stage leaves the size as it is.
 
     Every layer's initial values come from a stream named after the layer, so networks with
-    different `norm` start with the same kernels. Any image size from 16 pixels on will do, and a
+    different `norm` start with the same kernels. Any image size from 2ˢ⁺¹ pixels on will do, with S
+    stages (16 with three), and a
     trained network takes images of other sizes.
 
     Args:
         num_classes: K.
-        image_size: H = W, at least 16.
+        image_size: H = W, at least 2ˢ⁺¹.
         norm: a name in `normlab.layers.NORMS`.
         norm_position: of each block's, `before` the ReLU, as if None, or `after` it.
         norm_momentum, norm_epsilon: of the normalisers; see `normlab.layers.normalizer`.
@@ -134,8 +135,11 @@ class FastNet(nn.Module):
         stages: tuple[tuple[int, ...], ...] = ((16,), (64,), (128, 128)),
     ) -> None:
         super().__init__()
-        if image_size < 16:
-            raise UserError(f"image size {image_size}: this network needs at least 16 × 16 pixels")
+        least = 2 ** (len(stages) + 1)
+        if image_size < least:
+            raise UserError(
+                f"image size {image_size}: this network needs at least {least} × {least} pixels"
+            )
         self.logit_scale = logit_scale
         self.whitening = Whitening(components)
         c_in = 2 * components
@@ -163,7 +167,8 @@ class FastNet(nn.Module):
 
     def fit_to(self, images: NDArray[np.uint8]) -> None:
         """Compute the whitening from training images (N, H, W, 3), evenly chosen among them."""
-        chosen = images[:: -(-len(images) // STATISTICS_IMAGES)]
+        count = max(1, STATISTICS_IMAGES * 32 * 32 // (images.shape[1] * images.shape[2]))
+        chosen = images[:: -(-len(images) // count)]
         x = torch.from_numpy(np.array(chosen)).to(self.output.weight.device)
         self.whitening.fit(x.permute(0, 3, 1, 2).float() / 255)
 
@@ -175,5 +180,7 @@ class FastNet(nn.Module):
         return logits
 
 
+deep = partial(FastNet, stages=((16,), (64,), (128,), (128, 128)))  # for 64 × 64 pixels
+deeper = partial(FastNet, stages=((16,), (32,), (64,), (128,), (128, 128)))  # for 96 and more
 wide = partial(FastNet, components=16, stages=((32, 32), (128, 128), (128, 128)))
 wider = partial(FastNet, components=16, stages=((64, 64), (256, 256), (256, 256)))

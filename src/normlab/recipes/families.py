@@ -20,6 +20,8 @@ MODELS: Registry[Any] = Registry(
     {
         "notebook": "normlab.models.notebook:NotebookNet",
         "fast": "normlab.models.fast:FastNet",
+        "fast-deep": "normlab.models.fast:deep",
+        "fast-deeper": "normlab.models.fast:deeper",
         "fast-wide": "normlab.models.fast:wide",
         "fast-wider": "normlab.models.fast:wider",
         "sigmoid": "normlab.models.sigmoid:SigmoidNet",

@@ -97,6 +97,32 @@ class Augmentation:
         remedy="choose a share in [0, 0.9]",
     )
 
+    def told(self) -> str:
+        """What is done, in words.
+
+        >>> Augmentation(flip=True, crop=0.6).told()
+        'mirrored half of the time, in parts of 60 % of height and width or more'
+        """
+        done = [
+            "mirrored half of the time" if self.flip else "never mirrored",
+            f"moved by up to {self.shift} pixels" if self.shift else "",
+            f"in parts of {self.crop:.0%} of height and width or more" if self.crop < 1 else "",
+            f"colours ± {self.colour:.0%}" if self.colour else "",
+        ]
+        return ", ".join(filter(None, done)).replace("%", " %")
+
+
+# Augmentations by name; each says what it is for and does.
+AUGMENTS: dict[str, dict[str, Any]] = {
+    "none": {"flip": False, "shift": 0, "crop": 1.0, "colour": 0.0},
+    # What means something else in a mirror: digits, letters, hand signs.
+    "symbols": {"flip": False, "shift": 0, "crop": 0.8, "colour": 0.2},
+    # What a camera varies: mirror images, parts of 60 % and more, light and colour.
+    "photos": {"flip": True, "shift": 0, "crop": 0.6, "colour": 0.2},
+    # Very few pictures, or long trainings: smaller parts, more colour.
+    "strong": {"flip": True, "shift": 0, "crop": 0.4, "colour": 0.4},
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Averaging:
@@ -111,6 +137,7 @@ class Averaging:
     )
 
 
+MOST_EPOCHS = 30  # of a training whose length follows from `least_steps`
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")  # a part of a folder's name, too
 # The kinds that each part comes in. Of several kinds each has settings of its own.
 PARTS: dict[str, Mapping[str, type[Any]]] = {
@@ -125,7 +152,7 @@ PARTS: dict[str, Mapping[str, type[Any]]] = {
 ORDINARY: dict[str, Any] = {"logit_scale": 1.0, "norm_momentum": 0.99}
 USUAL: dict[str, dict[str, Any]] = {
     name: {"logit_scale": 1 / 3, "norm_momentum": 0.6}
-    for name in ("fast", "fast-wide", "fast-wider")
+    for name in ("fast", "fast-deep", "fast-deeper", "fast-wide", "fast-wider")
 }
 
 
@@ -136,13 +163,15 @@ class Recipe:
     Attributes:
         name: of the recipe function.
         epochs: passes over the training images.
-        least_steps: on small data more epochs follow, until there are so many steps; 0 for none.
-            Whoever sets `epochs` gets so many and no more.
+        least_steps: on small data more passes over the images follow, until there are so many
+            steps; 0 for none. Whoever sets `epochs` gets so many and no more.
         balance: `weights` weighs an image of class k by √(N/(K·N_k)), scaled to a mean of 1;
             `auto` does so where the largest class has three times the smallest's images, or more.
         half_size: share of the steps, the first ones, at half the images' height and width.
         validation: share of the training images, the last ones, held out; 0 for none.
         patience: stop after so many epochs without a lower validation loss; None for never.
+            Fewer than 10 validation images end no training, and no epoch counts before a falling
+            rate is down to half.
 
     Raises:
         UserError: a value out of its range, or an unknown name.
@@ -192,9 +221,23 @@ class Recipe:
         if self.patience is not None and self.validation == 0:
             raise UserError(f"patience={self.patience}: it needs --validation above 0")
 
-    def epochs_for(self, batches: int) -> int:
-        """Epochs of a training whose epochs have so many batches."""
-        return max(self.epochs, -(-self.least_steps // batches))
+    def length(self, batches: int) -> tuple[int, int]:
+        """Epochs of a training, and steps of an epoch.
+
+        An epoch is one pass over the training images. Where `least_steps` asks for more passes than
+        `epochs` has, it may be another number of steps: of a hundred images a pass is over in a
+        moment, and each epoch costs a validation and a write to the disk.
+
+        Args:
+            batches: of a pass.
+        """
+        least, passes = self.least_steps, -(-self.least_steps // batches)
+        if passes <= self.epochs:
+            return self.epochs, batches
+        if passes <= MOST_EPOCHS and passes * batches <= 1.05 * least:
+            return passes, batches
+        epochs = min(passes, MOST_EPOCHS)
+        return epochs, -(-least // epochs)
 
     def _parts(self) -> dict[str, Any]:
         return {part: getattr(self, part) for part in PARTS}
@@ -221,6 +264,7 @@ class Recipe:
 
         A part that becomes another kind keeps the settings that both kinds have. Another network
         brings the settings that hang together with its design, unless `changes` name them.
+        `augment` stands for the settings of that name in `AUGMENTS`.
 
         Raises:
             UserError: an unknown setting, one that the chosen kind of a part does not have, or a
@@ -229,8 +273,13 @@ class Recipe:
         for key in changes:
             if key not in SETTINGS:
                 raise UserError(f"unknown recipe setting {nearest(key, SETTINGS)}")
+        if (augment := changes.get("augment")) is not None:
+            SETTINGS["augment"].check(augment)
+            changes = {**AUGMENTS[augment], **changes}
         if "epochs" in changes:
             changes = {"least_steps": 0, **changes}
+        if changes.get("validation") == 0:
+            changes = {"patience": None, **changes}
         model = changes.get("model", self.model.name)
         if model != self.model.name:
             changes = {**USUAL.get(model, ORDINARY), **changes}
@@ -311,6 +360,15 @@ def _all_settings() -> Iterator[Setting]:
             )
         for kind in kinds.values():
             yield from settings_of(kind).values()
+    yield Setting(
+        name="augment",
+        kind=str,
+        optional=False,
+        help="Vary pictures for a purpose; none; symbols (no mirror); photos; strong.",
+        names=tuple(AUGMENTS),
+        allowed=lambda value: True,
+        remedy="",
+    )
     yield from settings_of(Recipe).values()
 
 

@@ -107,6 +107,7 @@ def closing_lines(run: Run, install_seconds: float | None = None) -> list[str]:
         f"Test accuracy: {scores['test_accuracy']:.4f}   95 % interval {low:.4f} to {high:.4f}, "
         f"over {scores['test_images']:,} test pictures. "
         "It covers the choice of test pictures, not the choice of seed.",
+        *_length_lines(run),
         f"Time: {', '.join(times)}",
         f"Weakest class: {weakest['name']} ({weakest['accuracy']:.1%} right), "
         f"most often taken for {weakest['taken_for']} ({weakest['share']:.1%})",
@@ -126,6 +127,21 @@ def closing_lines(run: Run, install_seconds: float | None = None) -> list[str]:
         "Next:",
         *(f"  {command}" for command in _next_commands(run)),
     ]
+
+
+def _length_lines(run: Run) -> list[str]:
+    """How long the training went on and which weights it keeps, where held-out images decided."""
+    result = run.finished()
+    length, patience = result.get("length"), run.task.recipe.patience
+    if patience is None or length is None or not length["held_out"]:
+        return []
+    epochs, planned, best = length["epochs"], length["planned"], length["best_epoch"]
+    held_out = counted(length["held_out"] or 0, "held-out picture")
+    ended = f"all {planned} epochs"
+    if epochs != planned:
+        ended = f"{epochs} of {planned} epochs, since {patience} brought no lower loss on them"
+    kept = f"those of the best epoch, {best}" if run.kept == "best" else "the last ones"
+    return [f"Watched: {held_out}; {ended}; the weights kept are {kept}"]
 
 
 def _own_data_lines(result: Result) -> list[str]:

@@ -57,6 +57,7 @@ class Result(TypedDict):
     evaluation: NotRequired[dict[str, Any]]
     weights: NotRequired[str]
     repair: NotRequired[dict[str, dict[str, float]] | None]
+    length: NotRequired[dict[str, int | None]]
     baselines: NotRequired[dict[str, dict[str, Any]] | None]
 
 

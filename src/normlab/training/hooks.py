@@ -8,9 +8,11 @@ from typing import Any
 from normlab.errors import NonFiniteError, UserError
 from normlab.evaluation.population import evenly
 from normlab.evaluation.scores import score, three_way
+from normlab.recipes.schedules import Schedule
 from normlab.training.averaging import averaged, update, use_average
 from normlab.training.state import Hook, Plan, State, StepResult, Totals
 
+FEW_HELD_OUT = 10  # validation images; fewer do not end a training
 FEW_EPOCHS, PARTS = 4, 20  # in a training of so few epochs, so many parts of each are noted
 
 
@@ -31,7 +33,9 @@ def make_hooks(plan: Plan, extra: Sequence[Hook] = ()) -> list[Hook]:
     if len(plan.validation):
         hooks.append(Validation())
     hooks += [*extra, Clock()]
-    if recipe.patience is not None:
+    if plan.seconds is not None:
+        hooks.append(Deadline(plan.seconds))
+    if recipe.patience is not None and len(plan.validation) >= FEW_HELD_OUT:
         hooks.append(Patience(recipe.patience))
     return hooks
 
@@ -163,7 +167,9 @@ class Patience(Hook):
     """Ends a training early: so many epochs without a lower validation loss begin a cool-down.
 
     A network that is stopped at a high learning rate is worth little. So the rate first falls to 0,
-    over a fifth of the steps done so far and one epoch at least, and the best weights are kept.
+    over a fifth of the steps done so far, less where the rate is low already, and one epoch at
+    least. Where the schedule lets the rate fall, no epoch counts before it is down to half: at a
+    high rate the loss may stand still for long and fall with the rate.
     """
 
     COOL_DOWN = 0.2
@@ -172,17 +178,52 @@ class Patience(Hook):
         self.epochs = epochs
 
     def before_training(self, plan: Plan, state: State) -> None:
-        self.steps, self.epoch = plan.steps, len(plan.bounds)
+        self.steps, self.epoch, self.schedule = plan.steps, plan.epoch_steps, plan.recipe.schedule
+        self.first = first_low(self.schedule, plan.steps) // plan.epoch_steps
 
     def after_step(self, state: State, done: StepResult) -> None:
         if state.ending is not None:
             state.stopped = state.step >= state.ending[1]
         elif done.ends_epoch and self._is_over(state):
-            epochs = max(1, round(self.COOL_DOWN * len(state.history)))
+            rate = self.schedule.share(state.step / self.steps)
+            epochs = max(1, round(self.COOL_DOWN * rate * len(state.history)))
             end = state.step + epochs * self.epoch
             if end < self.steps:  # else the schedule's own end is as near
                 state.ending = state.step, end
 
     def _is_over(self, state: State) -> bool:
-        waited = len(state.history) - (state.best_epoch or 0)
-        return state.best_epoch is not None and waited >= self.epochs
+        if state.best_epoch is None:
+            return False
+        waited = len(state.history) - max(state.best_epoch, self.first)
+        return waited >= self.epochs
+
+
+class Deadline(Hook):
+    """Ends a training in time where it turns out slower than it was planned to be.
+
+    When the time that is left is a fifth of that used and will not do, the rate falls to 0 over the
+    steps that it still allows.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def before_training(self, plan: Plan, state: State) -> None:
+        self.steps, self.pace, self.last = plan.steps, 0.0, state.seconds
+
+    def after_step(self, state: State, done: StepResult) -> None:
+        took, self.last = state.seconds - self.last, state.seconds
+        self.pace = took if not self.pace else 0.95 * self.pace + 0.05 * took
+        left = self.seconds - state.seconds
+        if state.ending is not None:
+            state.stopped = state.step >= state.ending[1]
+        elif left <= state.seconds / 5 and (self.steps - state.step) * self.pace > 1.05 * left:
+            state.ending = state.step, state.step + max(1, int(left / self.pace))
+
+
+def first_low(schedule: Schedule, steps: int) -> int:
+    """The step from which on the rate is half its highest or less; 0 if it does not fall so far."""
+    if schedule.share(1.0) > 0.5:
+        return 0
+    high = (step for step in range(steps, 0, -1) if schedule.share(step / steps) > 0.5)
+    return next(high, -1) + 1

@@ -34,7 +34,7 @@ def fit(
         Interrupted: SIGINT or SIGTERM came; hooks and observers have seen the last step.
     """
     hooks = make_hooks(plan) if hooks is None else hooks
-    recipe, steps, bounds = plan.recipe, plan.steps, plan.bounds
+    recipe, steps, of_epoch = plan.recipe, plan.steps, plan.epoch_steps
     batches, weights = plan.batches(device), plan.class_weights(device)
     for hook in hooks:
         hook.before_training(plan, state)
@@ -45,7 +45,7 @@ def fit(
         for step in range(state.step, steps):
             if state.stopped:
                 break
-            epoch, batch = divmod(step, len(bounds))
+            epoch, batch = divmod(step, of_epoch)
             x, labels = batches(step)
             set_rate(state.optimizer, state.share(recipe.schedule.share(step / steps)))
             rng = stream(plan.seed, "dropout", step)
@@ -59,11 +59,11 @@ def fit(
                     f"try a lower --learning-rate than {recipe.optimizer.learning_rate:g}"
                 ) from None
             state.step = step + 1
-            done = StepResult(epoch, batch + 1, len(bounds), loss, correct, len(labels))
+            done = StepResult(epoch, batch + 1, of_epoch, loss, correct, len(labels))
             for hook in hooks:
                 hook.after_step(state, done)
             for observer in observers:
-                observer.after_step(state, epoch, batch + 1, len(bounds))
+                observer.after_step(state, epoch, batch + 1, of_epoch)
             if interrupted:
                 raise Interrupted(interrupted[0])
     for hook in hooks:

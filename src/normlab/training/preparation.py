@@ -87,6 +87,10 @@ def new_state(
 def make_plan(task: Task, images: ImageData, threads: int, folder: Path | None = None) -> Plan:
     """Split the images and plan a training on them."""
     train, validation = split_images(images, task.recipe.validation)
+    classes = "" if images.name in PUBLIC else images.summary()
+    if classes and images.x_val is None and len(validation):
+        share = len(validation) / (len(train) + len(validation))
+        classes += f"; for validation {share:.0%} of the training images are held out"
     return Plan(
         recipe=task.recipe,
         folder=folder,
@@ -95,5 +99,5 @@ def make_plan(task: Task, images: ImageData, threads: int, folder: Path | None =
         train=train,
         validation=validation,
         start="" if task.start is None else str(task.start),
-        classes="" if images.name in PUBLIC else images.summary(),
+        classes=classes.replace("%", " %"),
     )

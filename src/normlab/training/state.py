@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from normlab.data.batches import Batches, Split, batch_bounds
 from normlab.recipes import Recipe
-from normlab.text import counted
+from normlab.text import counted, duration
 from normlab.training.optimisers import Optimizer
 
 
@@ -27,19 +27,26 @@ class Plan:
     validation: Split
     start: str = ""  # in words, where the training starts from another run
     classes: str = ""  # in words, their names and how many images each has
+    expected: float | None = None  # seconds, as a few steps told
+    seconds: float | None = None  # that the training may take
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
-        """Where each batch of an epoch begins and ends in the order of the images."""
+        """Where each batch of a pass begins and ends in the order of the images."""
         return batch_bounds(len(self.train), self.recipe.batch_size, join_single=True)
 
     @property
     def epochs(self) -> int:
-        return self.recipe.epochs_for(len(self.bounds))
+        return self.recipe.length(len(self.bounds))[0]
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of an epoch; on small data it may be many passes over the images."""
+        return self.recipe.length(len(self.bounds))[1]
 
     @property
     def steps(self) -> int:
-        return self.epochs * len(self.bounds)
+        return self.epochs * self.epoch_steps
 
     def batches(self, device: torch.device | str = "cpu") -> Batches:
         """The batches of every step, as the recipe cuts and augments them."""
@@ -67,15 +74,25 @@ class Plan:
         text = (
             f"{self.recipe.name}: norm {self.recipe.norm.name}, seed {self.seed}, "
             f"{len(self.train):,} training and {len(self.validation):,} validation images, "
-            f"{counted(self.epochs, 'epoch')} of {counted(len(self.bounds), 'step')}, "
+            f"{counted(self.epochs, 'epoch')} of {counted(self.epoch_steps, 'step')}, "
             f"{counted(self.threads, 'thread')}"
             + (f", into {self.folder}" if self.folder else "")
             + (f"\nData: {self.classes}" if self.classes else "")
+            + (f"\n{self._length()}" if self.classes else "")
             + (f"\nStart: {self.start}" if self.start else "")
         )
         if self.bounds[-1][1] - self.bounds[-1][0] > self.recipe.batch_size:
             text += "\nThe last batch, of one image, joins the one before it: one has no variance."
         return text
+
+    def _length(self) -> str:
+        """What people choose of it: size, network, how often and how varied a picture is seen."""
+        side, looks = self.train.images.shape[1], self.steps / len(self.bounds)
+        return (
+            f"Plan: {side} × {side} pixels, network {self.recipe.model.name}, each picture seen "
+            f"{looks:,.0f} times, {self.recipe.augmentation.told()}"
+            + ("" if self.expected is None else f"; about {duration(self.expected)}")
+        )
 
 
 @dataclass

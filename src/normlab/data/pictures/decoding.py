@@ -28,6 +28,7 @@ from normlab.core.cores import cores
 from normlab.core.sandbox import LimitError, Worker
 from normlab.data.cache import cache_folder, write_cache, writing
 from normlab.data.pictures.reading import fingerprint, read_measured, shorter_side, to_square
+from normlab.data.pictures.sizes import SIZES
 from normlab.errors import DataError
 from normlab.text import printable
 
@@ -40,8 +41,6 @@ MEMORY = 1 << 30
 SECONDS = 60.0
 
 # What was read of one picture; see `read_small` and `read_deep`.
-SIZES = (32, 64)  # that `natural_size` chooses from; 64 takes four times as long as 32
-
 T = TypeVar("T")
 Small = tuple[NDArray[np.uint8] | None, bytes, str]
 Deep = tuple[NDArray[np.uint8] | None, bytes, str, int]

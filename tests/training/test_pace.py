@@ -1,0 +1,123 @@
+"""How long a training takes: planned, told, and kept to."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import normlab
+from normlab import UserError
+from normlab.recipes import get
+from normlab.runs import Task
+from normlab.training import pace as pacing
+from normlab.training.hooks import Deadline, make_hooks
+from normlab.training.pace import Pace, largest_in, measure, steps_in
+from normlab.training.preparation import make_plan, new_state
+from normlab.training.state import State, StepResult
+
+PACE = Pace(step=0.1, half_step=0.03, image=0.001)
+
+
+@pytest.fixture(scope="module")
+def images() -> normlab.ImageData:
+    return normlab.load("sample")
+
+
+def task(images: normlab.ImageData, recipe: str = "pictures", **changes: Any) -> Task:
+    return Task(
+        recipe=get(recipe).override(**changes), seed=0, data="sample", image_size=32,
+        data_sha256=images.sha256, class_names=images.class_names,
+    )  # fmt: skip
+
+
+def test_seconds_are_those_of_steps_and_validations(images: normlab.ImageData) -> None:
+    plan = make_plan(task(images, batch_size=36, epochs=5), images, 1)  # 360 + 40 images
+    assert plan.steps == 50
+    assert PACE.seconds(plan) == pytest.approx(50 * (0.4 * 0.03 + 0.6 * 0.1) + 5 * 40 * 0.001)
+
+
+@pytest.mark.parametrize("seconds", [8.0, 30.0, 100.0, 1000.0])
+def test_steps_fill_the_time(images: normlab.ImageData, seconds: float) -> None:
+    asked = task(images)
+    steps = steps_in(seconds, PACE, asked, images)
+    recipe = asked.recipe.with_settings({"epochs": 1, "least_steps": steps})
+    plan = make_plan(replace(asked, recipe=recipe), images, 1)
+    taken = PACE.seconds(plan) + PACE.ending(plan, images)
+    assert 0.8 * seconds - 2 <= taken <= 1.02 * seconds
+
+
+def test_too_little_time_for_a_look_at_each_image_is_said(images: normlab.ImageData) -> None:
+    with pytest.raises(UserError, match=r"one look at each of 360 images.*longer.*--minutes"):
+        steps_in(1.0, PACE, task(images), images)
+
+
+@pytest.mark.parametrize(("seconds", "size"), [(10, 32), (300, 64), (10_000, 128)])
+def test_more_time_makes_larger_pictures(
+    images: normlab.ImageData, monkeypatch: pytest.MonkeyPatch, seconds: float, size: int
+) -> None:
+    def measured(asked: Task, device: torch.device) -> Pace:
+        step = 0.05 * (asked.image_size / 32) ** 2
+        return Pace(step, step / 4, step / 200)
+
+    monkeypatch.setattr(pacing, "measure", measured)
+
+    def at(side: int) -> Task:
+        return replace(task(images), image_size=side)
+
+    found, pace = largest_in(seconds, (32, 64, 128), at, images, torch.device("cpu"))
+    assert found == size
+    assert pace.step == 0.05 * (size / 32) ** 2
+
+
+def test_a_pace_is_measured_without_a_trace(images: normlab.ImageData) -> None:
+    before = torch.get_rng_state()
+    pace = measure(task(images, batch_size=16), torch.device("cpu"))
+    assert 0 < pace.half_step < pace.step
+    assert 0 < pace.image < pace.step
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def deadline(images: normlab.ImageData, seconds: float, pace: float) -> State:
+    """A training of 50 steps that takes `pace` seconds each, up to where it stops."""
+    asked = task(images, batch_size=36, epochs=5)
+    plan = replace(make_plan(asked, images, 1), seconds=seconds)
+    state = new_state(asked, images, torch.device("cpu"))
+    (hook,) = [hook for hook in make_hooks(plan) if isinstance(hook, Deadline)]
+    hook.before_training(plan, state)
+    while state.step < plan.steps and not state.stopped:
+        state.step += 1
+        state.seconds += pace
+        hook.after_step(state, StepResult(0, 1, 10, 0.0, 0, 1))
+    return state
+
+
+def test_a_training_that_is_slower_than_planned_cools_down_in_time(
+    images: normlab.ImageData,
+) -> None:
+    slow = deadline(images, seconds=10.0, pace=0.4)  # 25 of the 50 steps fit
+    assert slow.seconds == pytest.approx(10.0, abs=0.9)
+    assert slow.ending is not None
+    first, last = slow.ending
+    assert last - first >= 0.1 * last
+    assert slow.share(1.0) < 0.5
+    right = deadline(images, seconds=10.0, pace=0.2)
+    assert (right.step, right.ending) == (50, None)
+
+
+def test_minutes_are_kept_by_a_real_training(in_tmp: Path) -> None:
+    rng = np.random.default_rng(0)
+    data = {
+        "x_train": rng.integers(0, 256, (60, 32, 32, 3), np.uint8), "y_train": np.arange(60) % 3,
+        "x_test": rng.integers(0, 256, (9, 32, 32, 3), np.uint8), "y_test": np.arange(9) % 3,
+    }  # fmt: skip
+    run = normlab.train(data=data, threads=1, minutes=0.1)
+    assert run.result is not None
+    recipe = run.task.recipe
+    assert (recipe.name, recipe.patience) == ("pictures", None)
+    assert recipe.least_steps >= run.result["steps"] >= 1
+    assert run.result["train_seconds"] < 6.5
+    with pytest.raises(UserError, match="minutes=0"):
+        normlab.train(data=data, minutes=0)
