@@ -107,17 +107,18 @@ def test_a_training_that_is_slower_than_planned_cools_down_in_time(
     assert (right.step, right.ending) == (50, None)
 
 
+@pytest.mark.soak
 def test_minutes_are_kept_by_a_real_training(in_tmp: Path) -> None:
     rng = np.random.default_rng(0)
     data = {
         "x_train": rng.integers(0, 256, (60, 32, 32, 3), np.uint8), "y_train": np.arange(60) % 3,
         "x_test": rng.integers(0, 256, (9, 32, 32, 3), np.uint8), "y_test": np.arange(9) % 3,
     }  # fmt: skip
-    run = normlab.train(data=data, threads=1, minutes=0.1)
+    run = normlab.train(data=data, threads=1, minutes=0.25)
     assert run.result is not None
     recipe = run.task.recipe
     assert (recipe.name, recipe.patience) == ("pictures", None)
     assert recipe.least_steps >= run.result["steps"] >= 1
-    assert run.result["train_seconds"] < 6.5
+    assert run.result["train_seconds"] < 1.1 * 15
     with pytest.raises(UserError, match="minutes=0"):
         normlab.train(data=data, minutes=0)
