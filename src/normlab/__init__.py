@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normlab.api.compare import Study as Study
-    from normlab.api.compare import compare as compare
-    from normlab.api.compare import open_study as open_study
     from normlab.api.run import Evaluation as Evaluation
     from normlab.api.run import Run as Run
     from normlab.api.run import evaluate as evaluate
     from normlab.api.run import open_run as open_run
+    from normlab.api.studies import compare as compare
+    from normlab.api.studies import open_study as open_study
     from normlab.api.train import resume as resume
     from normlab.api.train import train as train
     from normlab.data import ImageData as ImageData
@@ -57,7 +57,7 @@ _HOMES = {
     "Study": "api.compare",
     "ThreeWay": "evaluation.scores",
     "UserError": "errors",
-    "compare": "api.compare",
+    "compare": "api.studies",
     "convert_batchnorm": "layers",
     "convert_sync_batchnorm": "layers",
     "doctor": "diagnosis",
@@ -65,7 +65,7 @@ _HOMES = {
     "inspect": "reports.inspection_report",
     "load": "data",
     "open_run": "api.run",
-    "open_study": "api.compare",
+    "open_study": "api.studies",
     "recalibrate": "evaluation.recalibration",
     "resume": "api.train",
     "three_way": "evaluation.scores",

@@ -231,6 +231,10 @@ class Notes:
         self.kept: list[Outcome] = []
         self.repeats: list[tuple[str, str]] = []
 
+    def keep(self, outcome: Outcome) -> Outcome:
+        self.kept.append(outcome)
+        return outcome
+
     def __enter__(self) -> "Notes":
         return self
 
@@ -252,7 +256,7 @@ def test_a_run_that_kills_its_worker_is_repeated_then_given_up_and_no_other(tiny
             thresholds=(), checks=1, test=True)
         for seed, arm in enumerate(["batch", Lethal("lethal"), "batch", "batch"])
     ]  # fmt: skip
-    given_up = run_all(jobs, Pool(jobs=2), notes.kept.append, notes)
+    given_up = run_all(jobs, Pool(jobs=2), notes.keep, notes)
     assert list(given_up) == ["lethal seed 1"]
     assert given_up["lethal seed 1"].startswith("its worker died")
     assert sorted(o.seed for o in notes.kept) == [0, 2, 3]
@@ -327,7 +331,7 @@ def test_a_signal_is_never_raised_in_the_midst_of_joblib(
               thresholds=(), checks=1, test=True)  # fmt: skip
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="SIGINT"):
-        run_all([job], pool, [].append, notes)  # type: ignore[arg-type]
+        run_all([job], pool, notes.keep, notes)  # type: ignore[arg-type]
     assert pool.log == log
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -338,7 +342,7 @@ def test_a_failure_in_a_worker_is_told_and_given_up(tiny: Path) -> None:
         arm="a", seed=0, task=task, data=str(tiny), threads=1, thresholds=(), checks=1, test=True
     )
     notes = Notes()
-    given_up = run_all([job], Pool(jobs=1), notes.kept.append, notes)
+    given_up = run_all([job], Pool(jobs=1), notes.keep, notes)
     assert "are others here than where the study was begun" in given_up["a seed 0"]
     assert len(notes.repeats) == 2
 

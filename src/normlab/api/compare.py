@@ -1,7 +1,6 @@
 """From arms and seeds to a `Study`: plan, trials, runs, report."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from normlab.data import load as load_data
 from normlab.data.batches import split_images
 from normlab.errors import Interrupted, UserError
 from normlab.recipes import Recipe
-from normlab.reports.study_figures import draw_all
-from normlab.reports.study_report import summary_html, write_report
+from normlab.reports.study_figures import draw_all, summary_html
+from normlab.reports.study_report import write_report
 from normlab.statistics.verdict import MARGIN
 from normlab.study import judged, result
 from normlab.study import outcomes as runs
@@ -224,7 +223,11 @@ def _do(folder: Path, jobs: list[Job], pool: Pool, reporter: Reporter) -> dict[s
     def is_done(job: Job) -> bool:
         return runs.load(folder, job.task, job.arm, job.seed) is not None
 
-    return do_missing(jobs, is_done, partial(runs.save, folder), pool, reporter)
+    def keep(outcome: runs.Outcome) -> runs.Outcome:
+        runs.save(folder, outcome)
+        return outcome
+
+    return do_missing(jobs, is_done, keep, pool, reporter)
 
 
 def _jobs(design: Design, data: str | ImageData) -> list[Job]:

@@ -17,7 +17,7 @@ from normlab.cli.options import (
     recipe_options,
 )
 from normlab.cli.output import say
-from normlab.recipes import SETTINGS
+from normlab.recipes import DEFAULT, SETTINGS
 
 if TYPE_CHECKING:
     from normlab.study.progress import Lines
@@ -40,6 +40,30 @@ if TYPE_CHECKING:
     metavar="FIRST,OTHER",
     help="Compare these two arms; repeat it. By default the first arm with each other one.",
 )
+@click.option(
+    "--command",
+    metavar="'… {norm} … {seed}'",
+    help="Compare runs of this command instead of a recipe; each --arm fills the placeholders.",
+)
+@click.option(
+    "--metric", metavar="NAME", help="The number that decides, in the run's last line of JSON."
+)
+@click.option(
+    "--result", metavar="FILE:KEY", help="The number is in this file; FILE may have {out}."
+)
+@click.option(
+    "--pattern", metavar="REGEX", help="The number is what this last found in the output."
+)
+@click.option("--lower-is-better", is_flag=True, help="As of a loss.")
+@click.option(
+    "--diverged",
+    type=float,
+    metavar="VALUE",
+    help="What a run counts as that fails, takes too long or gives NaN; else the study stops.",
+)
+@click.option("--time-limit", type=float, metavar="SECONDS", help="After which a run is ended.")
+@click.option("--check-repeat", is_flag=True, help="Make the first run twice: does the seed hold?")
+@click.option("--shell", is_flag=True, help="Let /bin/sh read the command; values are quoted.")
 @click.option("--seeds", type=int, help="Pairs; by default as many as can decide. More adds pairs.")
 @click.option("--first-seed", type=int, default=0, show_default=True, help="Of the first pair.")
 @click.option(
@@ -47,7 +71,11 @@ if TYPE_CHECKING:
     metavar="SETTING=F,F,…",
     help="First choose each arm's own value, such as learning_rate=0.3,1,3 (factors).",
 )
-@click.option("--margin", type=float, help="Points that count as no difference; 0.5 by default.")
+@click.option(
+    "--margin",
+    type=float,
+    help="Points that count as no difference (0.5); of a command in its metric's unit (none).",
+)
 @click.option(
     "--thresholds", metavar="A,A,…", help="Validation accuracies whose steps are counted."
 )
@@ -55,7 +83,9 @@ if TYPE_CHECKING:
 @DATA
 @IMAGE_SIZE
 @SKIP_BAD
-@click.option("--jobs", type=int, help="Runs side by side; cores ÷ threads by default.")
+@click.option(
+    "--jobs", type=int, help="Runs side by side; cores ÷ threads by default, one of a command."
+)
 @click.option("--threads", type=int, help="CPU threads of each run; 1 by default.")
 @click.option(
     "--scheduler", metavar="ADDRESS", help="Do the runs on this Dask scheduler's workers."
@@ -82,34 +112,72 @@ def compare(
 
     Every arm is trained from the same seeds. Stop it when you like: the same command goes on.
     More --seeds add pairs, which counts as a further look at the data.
-    """
-    from normlab import recipes
-    from normlab.api import compare as study
 
+    With --command each run is any program of yours, which gives a number:
+
+    normlab compare --command 'python train.py --norm {norm} --seed {seed}'
+    --arm 'batch: norm=batch' --arm 'none: norm=none' --metric test_accuracy
+    """
     if show is not None:
+        from normlab.api.studies import open_study
+
         _refuse_with_show(context)
-        _close(study.open_study(show), as_json)
+        _close(open_study(show), as_json)
         return
-    names = [] if arms is None else [name.strip() for name in arms.split(",")]
-    if not names and not described:
-        names = ["batch", "none"]
-    settings = given_settings(options)
     given = {k: v for k, v in options.items() if v is not None and k not in SETTINGS}
+    given["contrasts"] = [_pair(text) for text in contrasts] or None
+    given["progress"] = _progress()
     if margin is not None:
-        given["margin"] = margin / 100
-    if thresholds is not None:
-        given["thresholds"] = _numbers(thresholds)
-    result = study.compare(
-        recipe or recipes.DEFAULT,
-        arms=[*names, *described],
-        contrasts=[_pair(text) for text in contrasts] or None,
-        progress=_progress(),
-        settings=settings,
-        **given,
-    )
+        given["margin"] = margin
+    if options["command"] is not None:
+        from normlab.api.measured import compare_command
+
+        _refuse(context, "--command has no recipe", _OF_RECIPES | set(SETTINGS))
+        result: Any = compare_command(arms=described, **_without(given, _OF_RECIPES))
+    else:
+        from normlab.api.compare import compare as compare_recipe
+
+        _refuse(context, "only --command has that", _OF_COMMANDS)
+        names = [] if arms is None else [name.strip() for name in arms.split(",")]
+        if not names and not described:
+            names = ["batch", "none"]
+        if margin is not None:
+            given["margin"] = margin / 100
+        if thresholds is not None:
+            given["thresholds"] = _numbers(thresholds)
+        result = compare_recipe(
+            recipe or DEFAULT,
+            arms=[*names, *described],
+            settings=given_settings(options),
+            **_without(given, _OF_COMMANDS),
+        )
     _close(result, as_json)
-    if result.given_up:
+    if result.given_up or not result.decided:
         raise SystemExit(1)
+
+
+_OF_RECIPES = {
+    *("recipe", "arms", "tune", "thresholds", "checks", "data", "image_size", "skip_bad"),
+}
+_OF_COMMANDS = {
+    *("command", "metric", "result", "pattern", "lower_is_better", "diverged", "time_limit"),
+    *("check_repeat", "shell"),
+}
+
+
+def _refuse(context: click.Context, why: str, names: set[str]) -> None:
+    """Refuse those of the command's parameters that were given."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        given = source == click.core.ParameterSource.COMMANDLINE
+        if name in names and given and context.params.get(name) is not None:
+            shown = "RECIPE" if isinstance(parameter, click.Argument) else parameter.opts[0]
+            raise click.UsageError(f"{shown}: {why}: leave it out")
+
+
+def _without(given: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name not in names}
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -132,16 +200,18 @@ def _refuse_with_show(context: click.Context) -> None:
 
 
 def _progress() -> "Lines":
-    from rich.console import Console
-
     from normlab.study.progress import Lines
 
+    if not (sys.stderr.isatty() and sys.stdout.isatty()):
+        return Lines()
+    from rich.console import Console
+
     console = Console(stderr=True)
-    return Lines(console if console.is_terminal and sys.stdout.isatty() else None)
+    return Lines(console if console.is_terminal else None)
 
 
 def _close(result: Any, as_json: bool) -> None:
-    from normlab.reports.study_report import closing_lines
+    from normlab.api.studies import closing_lines
 
     for line in closing_lines(result):
         say(line)

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import matplotlib as mpl
 import numpy as np
@@ -18,8 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from normlab.evaluation.evaluation import Calibration, Evaluation
 from normlab.text import printable
+
+if TYPE_CHECKING:
+    from normlab.evaluation.evaluation import Calibration, Evaluation
 
 TRAIN, VALIDATION = "#7a8699", "#c8442c"
 # Letters of a name in a drawing, and beside an axis; more would leave no room for it.
@@ -132,7 +134,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     return fig
 
 
-def plot_confusion(ax: Axes, evaluation: Evaluation) -> Axes:
+def plot_confusion(ax: Axes, evaluation: "Evaluation") -> Axes:
     """Draw the confusion matrix; shades are shares of a label's images, figures are counts."""
     counts = evaluation.confusion
     k = len(counts)
@@ -149,7 +151,7 @@ def plot_confusion(ax: Axes, evaluation: Evaluation) -> Axes:
     return ax
 
 
-def plot_calibration(ax: Axes, calibration: Calibration) -> Axes:
+def plot_calibration(ax: Axes, calibration: "Calibration") -> Axes:
     """Draw accuracy against confidence; on the dashed line they agree."""
     bins = len(calibration.count)
     some = calibration.count > 0
@@ -176,13 +178,13 @@ def draw_pictures(images: NDArray[np.uint8], captions: list[str], *, columns: in
     return fig
 
 
-def draw_mistakes(evaluation: Evaluation, images: NDArray[np.uint8]) -> Figure:
+def draw_mistakes(evaluation: "Evaluation", images: NDArray[np.uint8]) -> Figure:
     """The 24 surest mistakes: label → answer, and its probability."""
     indices = evaluation.surest_mistakes()
     return draw_pictures(images[indices], [_caption(evaluation, i) for i in indices])
 
 
-def _caption(evaluation: Evaluation, index: int) -> str:
+def _caption(evaluation: "Evaluation", index: int) -> str:
     answer = evaluation.predictions[index]
     label, answered = names(evaluation.class_names[i] for i in (evaluation.labels[index], answer))
     return f"{label}\n→ {answered} {evaluation.probabilities[index, answer]:.1%}\n#{index}"

@@ -17,7 +17,7 @@ from normlab.study.arms import Arm
 from normlab.study.design import OUTCOMES, Design
 from normlab.study.plan import default_contrasts
 from normlab.study.result import Study
-from normlab.text import counted, html, shell, utf8
+from normlab.text import counted, shell, utf8
 
 CAPTIONS = {
     "differences": "Difference in test accuracy. Dots are pairs, the diamond is their mean, the "
@@ -193,20 +193,6 @@ def methods(study: Study) -> str:
         f"Software: normlab {env['normlab']}, PyTorch {env['torch']}, Python {env['python']}, on "
         f"{env['cpu']}, {counted(d.threads, 'thread')} a run."
     )
-
-
-def summary_html(study: Study) -> str:
-    """A study in a notebook cell: its verdicts and the differences drawn."""
-    where = f"<code>{html(str(study.path))}</code>"
-    if not study.complete:
-        done = f"{len(study.outcomes)} of {study.total} runs"
-        return f"<p>unfinished study {where}: {done}, no verdict yet</p>"
-    sentences = "".join(
-        f"<p><b>{html(c.verdict)}</b>: {html(c.sentence)}</p>" for c in study.comparisons
-    )
-    drawn = safely("the study", lambda: figures.render(figures.draw_all(study)["differences"]))
-    svg = "" if drawn is None else figures.inline(drawn[1], CAPTIONS["differences"])
-    return f'{sentences}<div style="max-width: 34rem">{svg}</div><p>{where}</p>'
 
 
 def points(fraction: float | None) -> str:

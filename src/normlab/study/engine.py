@@ -59,11 +59,11 @@ def claim(folder: Path, wanted: Plan, seeds: int | None, parts: Sequence[str]) -
 def do_missing(
     jobs: Sequence[Job],
     is_done: Callable[[Any], bool],
-    keep: Callable[[Any], None],
+    keep: Callable[[Any], Any],
     pool: Pool | Threads,
     reporter: Reporter,
 ) -> dict[str, str]:
-    """Do those jobs that are not done yet; `keep` is given each outcome as it comes.
+    """Do those jobs that are not done yet; `keep` is as `run_all` takes it.
 
     Returns, raises: as `run_all`.
     """

@@ -41,6 +41,11 @@ class Judged:
     def complete(self) -> bool:
         return len(self.outcomes) == self.total
 
+    @property
+    def decided(self) -> bool:
+        """Whether there are verdicts."""
+        return self.complete
+
     def arm(self, name: str) -> dict[int, Any]:
         """Finished runs of one arm by seed."""
         return {o.seed: o for o in self.outcomes if o.arm == name}
@@ -121,7 +126,7 @@ class Judged:
             "complete": self.complete,
             "runs": len(self.outcomes),
             "look": self.design.look,
-            "comparisons": [asdict(c) for c in self.comparisons] if self.complete else [],
+            "comparisons": [_plain(c) for c in self.comparisons] if self.decided else [],
         }
 
     def _differences(self, first: str, other: str) -> list[float]:
@@ -151,6 +156,13 @@ def open_study(path: str | Path, given_up: dict[str, str] | None = None) -> Any:
     ]
     kind = import_module(STUDIES[plan.kind]).Study
     return kind(folder, plan, tuple(o for o in found if o is not None), given_up or {})
+
+
+def _plain(comparison: Comparison) -> dict[str, Any]:
+    """A comparison as JSON, which has no infinity: a limit that there is not is null."""
+    values = asdict(comparison)
+    values["interval"] = [x if math.isfinite(x) else None for x in comparison.interval]
+    return values
 
 
 def _diverged(arm: dict[int, Any]) -> int:

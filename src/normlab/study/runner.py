@@ -138,10 +138,10 @@ class Threads:
 def run_all(
     jobs: Sequence[Job],
     pool: Pool | Threads,
-    keep: Callable[[Any], None],
+    keep: Callable[[Any], Any],
     reporter: Reporter,
 ) -> dict[str, str]:
-    """Do all jobs; `keep` is given each outcome as it comes.
+    """Do all jobs; `keep` is given what each gives, and returns the outcome that is told.
 
     Returns:
         The reason for each run that was given up, by the job's name.
@@ -168,8 +168,7 @@ def run_all(
                         signals.stopped = signals.stopped or result
                         continue
                     if not isinstance(result, str):
-                        keep(result)
-                        reporter.finished(job, result, in_flight)
+                        reporter.finished(job, keep(result), in_flight)
                         continue
                     signals.check()
                     failures[job.name] += 1
