@@ -22,8 +22,8 @@ setup(
     ext_modules=[
         Extension(
             f"normlab.kernels._{name}",
-            [f"src/normlab/kernels/{source}.c" for source in ("kernels", "winograd", "pixels")],
-            depends=["src/normlab/kernels/vectors.h"],
+            [f"src/normlab/kernels/{source}.c" for source in ("kernels", "winograd2", "winograd4", "pixels")],
+            depends=[f"src/normlab/kernels/{header}.h" for header in ("vectors", "winograd")],
             extra_compile_args=[*FLAGS, *flags],
             optional=True,
         )

@@ -1,6 +1,6 @@
 """Optional compiled passes over memory; without them everything runs on PyTorch alone.
 
-`kernels.c` holds the passes, `winograd.c` and `pixels.c` the convolutions; `setup.py` compiles them
+`kernels.c` holds the passes, `winograd2.c`, `winograd4.c` and `pixels.c` the convolutions; `setup.py` compiles them
 when the package is installed, once for each instruction set. The variant is the one PyTorch chose
 for itself (`ATEN_CPU_CAPABILITY` changes both). The threads are PyTorch's own: the library has no
 OpenMP runtime and binds to the one that PyTorch has loaded, so there is one pool, and
@@ -314,24 +314,36 @@ def convolves(x: Tensor, weight: Tensor) -> bool:
     return x.ndim == 4 and x.shape[1] == c_in and whole
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """3 × 3 convolution of `x` (N, I, H, W), zero-padded by 1, stride 1: (N, O, H, W)."""
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, tile: int = 2) -> Tensor:
+    """3 × 3 convolution of `x` (N, I, H, W), zero-padded by 1, stride 1: (N, O, H, W).
+
+    Args:
+        tile: side of the tiles of y that are computed together, 2 or 4: 4/9 or 1/4 of the
+            multiplications; with 4 rounding is larger (winograd4.c).
+    """
     (n, c_in, h, w), c_out = x.shape, weight.shape[0]
     y = torch.empty((n, c_out, h, w), memory_format=torch.channels_last)
-    call("conv3x3", x, weight.contiguous(), bias, n, h, w, c_in, c_out, 0, y, None)
+    call(f"conv3x3_by{_side(tile, h, w)}", x, weight.contiguous(), bias, n, h, w, c_in, c_out, 0, y, None)
     return y
 
 
-def conv3x3_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _side(tile: int, height: int, width: int) -> int:
+    """Tiles of 4 on maps of two pixels would compute more than tiles of 2."""
+    return tile if min(height, width) > 2 else 2
+
+
+def conv3x3_max_pool(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tile: int = 2
+) -> tuple[Tensor, Tensor]:
     """`max_pool` of `conv3x3`, which itself is never written."""
     (n, c_in, h, w), c_out = x.shape, weight.shape[0]
     y, which = _windows(n, c_out, h, w)
-    call("conv3x3", x, weight.contiguous(), bias, n, h, w, c_in, c_out, 0, y, which)
+    call(f"conv3x3_by{_side(tile, h, w)}", x, weight.contiguous(), bias, n, h, w, c_in, c_out, 0, y, which)
     return y, which
 
 
 def conv3x3_gradients(
-    x: Tensor, weight: Tensor, g: Tensor, which: Tensor | None = None, *, x_grad: bool
+    x: Tensor, weight: Tensor, g: Tensor, which: Tensor | None = None, *, tile: int = 2, x_grad: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients with respect to x (None without `x_grad`), kernel and bias, from `g` = dL/dy.
 
@@ -342,11 +354,12 @@ def conv3x3_gradients(
     g = g.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous()
     weight_grad, bias_grad = torch.empty_like(weight), g.new_empty(c_out)
-    call("conv3x3_gradient", x, g, which, n, h, w, c_in, c_out, weight_grad, bias_grad)
+    name = f"conv3x3_by{_side(tile, h, w)}"
+    call(f"{name}_gradient", x, g, which, n, h, w, c_in, c_out, weight_grad, bias_grad)
     if not x_grad:
         return None, weight_grad, bias_grad
     dx = torch.empty(x.shape, memory_format=torch.channels_last)
-    call("conv3x3", g, weight, None, n, h, w, c_in, c_out, 1, dx, which)
+    call(name, g, weight, None, n, h, w, c_in, c_out, 1, dx, which)
     return dx, weight_grad, bias_grad
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-INTERFACE = 4  # as in kernels.c: raised there and here whenever a signature changes
+INTERFACE = 5  # as in kernels.c: raised there and here whenever a signature changes
 
 
 class _Off(threading.local):
@@ -29,6 +29,8 @@ _POINTER, _INT, _LONG, _FLOAT, _DOUBLE = (
     ctypes.c_double,
 )
 _SHAPE = [_LONG, _LONG, _LONG]
+_CONV = [*[_POINTER] * 3, *[_LONG] * 5, _INT, *[_POINTER] * 2, _INT]
+_CONV_GRADIENT = [*[_POINTER] * 3, *[_LONG] * 5, *[_POINTER] * 2, _INT]
 _STRUCTS = {  # the arguments of those that get them as one struct, as `struct` writes it
     "forward": "PPPif PPf qqqi PPddP PPP i",
     "gradient": "PPPPPPf if qqq PPP i",
@@ -43,8 +45,10 @@ _SIGNATURES = {
         *[*[_POINTER] * 6, _FLOAT, _INT, _FLOAT, *_SHAPE],
         *[_POINTER, _DOUBLE, _POINTER, _INT],
     ],
-    "conv3x3": [*[_POINTER] * 3, *[_LONG] * 5, _INT, *[_POINTER] * 2, _INT],
-    "conv3x3_gradient": [*[_POINTER] * 3, *[_LONG] * 5, *[_POINTER] * 2, _INT],
+    "conv3x3_by2": _CONV,
+    "conv3x3_by4": _CONV,
+    "conv3x3_by2_gradient": _CONV_GRADIENT,
+    "conv3x3_by4_gradient": _CONV_GRADIENT,
     "conv_pixels": [*[_POINTER] * 3, *[_LONG] * 4, _POINTER, _INT],
     "conv_pixels_gradient": [*[_POINTER] * 2, *[_LONG] * 4, *[_POINTER] * 2, _INT],
     "pool": [_POINTER, *[_LONG] * 4, *[_POINTER] * 2, _INT],

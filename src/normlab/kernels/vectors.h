@@ -25,6 +25,9 @@ typedef uint16_t hvec __attribute__((vector_size(2 * VEC), aligned(2), may_alias
 typedef uint8_t bvec __attribute__((vector_size(VEC), aligned(1), may_alias));
 typedef int64_t i64;
 
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 36")
+
 #define PARALLEL_FOR _Pragma("omp parallel for schedule(static) num_threads(threads)")
 
 static inline vec load(const float *p) { return *(const vec *)p; }

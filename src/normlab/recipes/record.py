@@ -36,6 +36,12 @@ class Model:
         allowed=in_range(0, float("inf"), low_open=True),
         remedy="choose a finite factor above 0",
     )
+    winograd: int = setting(
+        2,
+        "Side of the tiles of compiled convolutions: 2, or 4, with fewer products, more rounding.",
+        allowed=lambda side: side in (2, 4),
+        remedy="choose 2 or 4",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,42 +1,40 @@
-/* 3 x 3 convolutions with padding 1 in 4/9 of the multiplications.
+/* 3 x 3 convolutions with padding 1 in few multiplications; winograd2.c and winograd4.c include this.
  *
- * F(2x2, 3x3) of Lavin and Gray (2016), arXiv 1509.09308, section 4.1: each 2 x 2 tile of the output
- * comes from a 4 x 4 tile of the input,
+ * F(m x m, 3 x 3) of Lavin and Gray (2016), arXiv 1509.09308, section 4.1: each m x m tile of the
+ * output, m = SIDE, comes from an (m + 2) x (m + 2) tile of the input,
  *
  *     y = A'[(G w G') * (B' x B)]A        * value by value, summed over input channels
  *
- *     B' = 1  0 -1  0     G = 1    0    0      A' = 1  1  1  0
- *          0  1  1  0         1/2  1/2  1/2         0  1 -1 -1
- *          0 -1  1  0         1/2 -1/2  1/2
- *          0  1  0 -1         0    0    1
- *
- * The sums over channels are 16 matrix products. This is the same polynomial identity read backwards
- * for the gradients: the gradient of x is a convolution of g with the turned kernel, and
+ * The sums over channels are (m + 2)^2 matrix products. This is the same polynomial identity read
+ * backwards for the gradients: the gradient of x is a convolution of g with the turned kernel, and
  *
  *     dw = G'[sum over tiles of (A g A') * (B' x B)]G
  *
- * All matrices hold 0, 1, -1 and 1/2, so rounding stays that of the direct sum, times a small factor.
+ * Whoever includes this defines SIDE and the five matrices, each as a function of one column:
+ * input_side (B'), output_side (A'), gradient_side (A), kernel_side (G) and back_side (G').
+ *
  * Images are N x H x W x C; O is a multiple of 16, I of 8, and of 16 where its gradient is wanted.
  *
- * A tile of the output is a window of 2 x 2 pooling, too. Where the maxima are all that is wanted, the
- * output itself is never written, nor is its gradient: `which` says where in each window g belongs.
+ * A tile of the output is one or more windows of 2 x 2 pooling, too. Where the maxima are all that is
+ * wanted, the output itself is never written, nor is its gradient: `which` says where in each window g
+ * belongs.
  *
  * Transformed tiles lie in strips of 16 channels, POINTS x C/16 x room x 16, transformed kernels too,
  * POINTS x O/16 x I x 16: what a product reads is contiguous and small, whatever C is.
  */
-#include "vectors.h"
 
 #define TILES 42 /* tiles transformed together: what they need stays in cache, in sets of its own */
-#define POINTS 16
+#define SPAN (SIDE + 2) /* height and width of a tile of the input */
+#define POINTS (SPAN * SPAN)
+#define PIXELS (SIDE * SIDE)
+#define ACROSS (SIDE / 2) /* windows of pooling across a tile, and down */
+#define NEAR (ACROSS + 2) /* and those that its input touches */
 #define STRIP 16
 #define PAIR (2 * VEC) /* columns of a register block of the matrix products */
 #define WIDTH (PAIR > STRIP ? PAIR : STRIP) /* the strips that hold them */
 #define ROWS 6         /* its rows; divides TILES, as do those of a block of one vector */
 #define ROWS_ALONE 14
 #define OVER (VEC == 16 ? 8 : 4) /* rows of a block of the products over tiles */
-#define INLINE static inline __attribute__((always_inline))
-
-#define UNROLL _Pragma("GCC unroll 16")
 
 typedef struct {
     i64 N, H, W, down, across; /* down x across tiles an image */
@@ -44,7 +42,8 @@ typedef struct {
 
 /* Whole windows only: an odd last row or column is pooled away. */
 static grid_t grid(i64 N, i64 H, i64 W, int whole) {
-    return (grid_t){N, H, W, (H + !whole) / 2, (W + !whole) / 2};
+    i64 h = whole ? H / 2 * 2 : H, w = whole ? W / 2 * 2 : W;
+    return (grid_t){N, H, W, (h + SIDE - 1) / SIDE, (w + SIDE - 1) / SIDE};
 }
 
 static i64 tiles_of(const grid_t *s) { return s->N * s->down * s->across; }
@@ -60,44 +59,54 @@ static inline vec load_within(const float *p, i64 c, i64 C) {
     return c + VEC <= C ? load(p + c) : load8(p + c);
 }
 
-/* Addresses of the 4 x 4 pixels from which tile `t` is computed; `zeros` outside of the image. */
+/* The image of tile `t`, and the first row and column of the tile. */
+static inline i64 place_of(const grid_t *s, i64 t, i64 *top, i64 *left) {
+    i64 rest = t % (s->down * s->across);
+    *top = rest / s->across * SIDE, *left = rest % s->across * SIDE;
+    return t / (s->down * s->across);
+}
+
+/* Addresses of the pixels from which tile `t` is computed; `zeros` outside of the image. */
 static void input_pixels(const float *x, const grid_t *s, i64 C, i64 t, const float *zeros,
-                         const float *pixels[16]) {
-    i64 n = t / (s->down * s->across), rest = t % (s->down * s->across);
-    i64 top = rest / s->across * 2 - 1, left = rest % s->across * 2 - 1;
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 4; j++) {
-            i64 r = top + i, c = left + j;
+                         const float *pixels[POINTS]) {
+    i64 top, left, n = place_of(s, t, &top, &left);
+    for (int i = 0; i < SPAN; i++)
+        for (int j = 0; j < SPAN; j++) {
+            i64 r = top + i - 1, c = left + j - 1;
             int inside = r >= 0 && r < s->H && c >= 0 && c < s->W;
-            pixels[4 * i + j] = inside ? x + ((n * s->H + r) * s->W + c) * C : zeros;
+            pixels[SPAN * i + j] = inside ? x + ((n * s->H + r) * s->W + c) * C : zeros;
         }
 }
 
-/* Addresses of the 2 x 2 pixels of tile `t`; `outside` where an odd size ends. */
+/* Addresses of the pixels of tile `t` of the output; `outside` where the image ends. */
 static void output_pixels(float *y, const grid_t *s, i64 C, i64 t, float *outside,
-                          float *pixels[4]) {
-    i64 n = t / (s->down * s->across), rest = t % (s->down * s->across);
-    i64 top = rest / s->across * 2, left = rest % s->across * 2;
-    for (int i = 0; i < 2; i++)
-        for (int j = 0; j < 2; j++) {
-            int inside = top + i < s->H && left + j < s->W;
-            pixels[2 * i + j] =
-                inside ? y + ((n * s->H + top + i) * s->W + left + j) * C : outside;
+                          float *pixels[PIXELS]) {
+    i64 top, left, n = place_of(s, t, &top, &left);
+    for (int i = 0; i < SIDE; i++)
+        for (int j = 0; j < SIDE; j++) {
+            i64 r = top + i, c = left + j;
+            int inside = r < s->H && c < s->W;
+            pixels[SIDE * i + j] = inside ? y + ((n * s->H + r) * s->W + c) * C : outside;
         }
 }
 
-/* B' d B of the 4 x 4 pixels `d`, to `out` and every `step` from there. */
-static inline void store_input(const vec d[16], float *out, i64 step) {
-    UNROLL for (int i = 0; i < 4; i++) {
-        vec r[4];
-        UNROLL for (int j = 0; j < 4; j++) {
-            vec a = d[j], b = d[4 + j], e = d[8 + j], f = d[12 + j];
-            r[j] = i == 0 ? a - e : i == 1 ? b + e : i == 2 ? e - b : b - f;
+/* Which windows of the maxima tile `t` has, `nearby` more on each side: -1 outside of the image. */
+static void windows_of(const grid_t *s, i64 t, int nearby, i64 *windows) {
+    i64 top, left, n = place_of(s, t, &top, &left), down = s->H / 2, across = s->W / 2;
+    for (int i = -nearby; i < ACROSS + nearby; i++)
+        for (int j = -nearby; j < ACROSS + nearby; j++) {
+            i64 r = top / 2 + i, c = left / 2 + j;
+            int inside = r >= 0 && r < down && c >= 0 && c < across;
+            *windows++ = inside ? (n * down + r) * across + c : -1;
         }
-        store(out + (4 * i + 0) * step, r[0] - r[2]);
-        store(out + (4 * i + 1) * step, r[1] + r[2]);
-        store(out + (4 * i + 2) * step, r[2] - r[1]);
-        store(out + (4 * i + 3) * step, r[1] - r[3]);
+}
+
+/* The second half of B' d B: along the rows, to `out` and every `step` from there. */
+INLINE void store_input(vec rows[SPAN][SPAN], float *out, i64 step) {
+    UNROLL for (int i = 0; i < SPAN; i++) {
+        vec r[SPAN];
+        input_side(rows[i], r);
+        UNROLL for (int j = 0; j < SPAN; j++) store(out + (SPAN * i + j) * step, r[j]);
     }
 }
 
@@ -105,109 +114,132 @@ static inline void store_input(const vec d[16], float *out, i64 step) {
 static void transform_input(const float *x, const grid_t *s, i64 C, i64 first, int count, i64 room,
                             const float *zeros, float *V) {
     for (int t = 0; t < count; t++) {
-        const float *p[16];
+        const float *p[POINTS];
         input_pixels(x, s, C, first + t, zeros, p);
         for (i64 c = 0; c < C; c += VEC) {
-            vec d[16];
-            UNROLL for (int k = 0; k < 16; k++) d[k] = load_within(p[k], c, C);
-            store_input(d, V + at(t, c, room), room * padded(C));
+            vec rows[SPAN][SPAN];
+            UNROLL for (int j = 0; j < SPAN; j++) {
+                vec d[SPAN], r[SPAN];
+                UNROLL for (int i = 0; i < SPAN; i++) d[i] = load_within(p[SPAN * i + j], c, C);
+                input_side(d, r);
+                UNROLL for (int i = 0; i < SPAN; i++) rows[i][j] = r[i];
+            }
+            store_input(rows, V + at(t, c, room), room * padded(C));
         }
     }
 }
 
-/* The same of the image whose windows hold the values g where `which` says, and zeros. Of the 3 x 3
- * windows around, the middle one gives all its four pixels, those beside it two, the corners one. */
+/* The same of the image whose windows hold the values g where `which` says, and zeros. */
 static void transform_windows(const float *g, const uint8_t *which, const grid_t *s, i64 C,
                               i64 first, int count, i64 room, const float *zeros, float *V) {
-    i64 down = s->H / 2, across = s->W / 2;
     for (int t = 0; t < count; t++) {
-        i64 n = (first + t) / (s->down * s->across), rest = (first + t) % (s->down * s->across);
-        i64 top = rest / s->across - 1, left = rest % s->across - 1;
-        const float *values[9];
-        const uint8_t *places[9];
-        for (int k = 0; k < 9; k++) {
-            i64 r = top + k / 3, c = left + k % 3;
-            int inside = r >= 0 && r < down && c >= 0 && c < across;
-            i64 window = inside ? ((n * down + r) * across + c) * C : 0;
-            values[k] = inside ? g + window : zeros;
-            places[k] = which + window;
+        i64 windows[NEAR * NEAR];
+        const float *values[NEAR * NEAR];
+        const uint8_t *places[NEAR * NEAR];
+        windows_of(s, first + t, 1, windows);
+        for (int k = 0; k < NEAR * NEAR; k++) {
+            values[k] = windows[k] < 0 ? zeros : g + windows[k] * C;
+            places[k] = which + max64(windows[k], 0) * C;
         }
         for (i64 c = 0; c < C; c += VEC) {
-            ivec value[9], place[9];
-            UNROLL for (int k = 0; k < 9; k++) {
-                value[k] = (ivec)load(values[k] + c);
-                place[k] = load_places(places[k] + c);
-            }
-            vec d[16];
-            UNROLL for (int i = 0; i < 4; i++)
-                UNROLL for (int j = 0; j < 4; j++) {
-                    int k = (i + 1) / 2 * 3 + (j + 1) / 2, corner = (i + 1) % 2 * 2 + (j + 1) % 2;
-                    d[4 * i + j] = (vec)(value[k] & (place[k] == corner));
+            vec rows[SPAN][SPAN];
+            UNROLL for (int j = 0; j < SPAN; j++) {
+                vec d[SPAN], r[SPAN];
+                UNROLL for (int i = 0; i < SPAN; i++) {
+                    int k = (i + 1) / 2 * NEAR + (j + 1) / 2, corner = (i + 1) % 2 * 2 + (j + 1) % 2;
+                    d[i] = (vec)((ivec)load(values[k] + c) & (load_places(places[k] + c) == corner));
                 }
-            store_input(d, V + at(t, c, room), room * C);
+                input_side(d, r);
+                UNROLL for (int i = 0; i < SPAN; i++) rows[i][j] = r[i];
+            }
+            store_input(rows, V + at(t, c, room), room * C);
         }
     }
 }
 
-/* A' M A + bias, the 2 x 2 pixels of the tile whose points are `in` and every `step` from there. */
-static inline void load_output(const float *in, i64 step, vec bias, vec y[4]) {
-    vec top[4], bottom[4];
-    UNROLL for (int j = 0; j < 4; j++) {
-        vec m1 = load(in + (4 + j) * step), m2 = load(in + (8 + j) * step);
-        top[j] = load(in + j * step) + m1 + m2;
-        bottom[j] = m1 - m2 - load(in + (12 + j) * step);
+/* A' M A + bias, the pixels y of the tile whose points are `in` and every `step` from there. */
+INLINE void load_output(const float *in, i64 step, vec bias, vec y[PIXELS]) {
+    vec rows[SIDE][SPAN];
+    UNROLL for (int j = 0; j < SPAN; j++) {
+        vec m[SPAN], r[SIDE];
+        UNROLL for (int i = 0; i < SPAN; i++) m[i] = load(in + (SPAN * i + j) * step);
+        output_side(m, r);
+        UNROLL for (int i = 0; i < SIDE; i++) rows[i][j] = r[i];
     }
-    y[0] = top[0] + top[1] + top[2] + bias;
-    y[1] = top[1] - top[2] - top[3] + bias;
-    y[2] = bottom[0] + bottom[1] + bottom[2] + bias;
-    y[3] = bottom[1] - bottom[2] - bottom[3] + bias;
+    UNROLL for (int i = 0; i < SIDE; i++) {
+        output_side(rows[i], y + SIDE * i);
+        UNROLL for (int j = 0; j < SIDE; j++) y[SIDE * i + j] += bias;
+    }
 }
 
 /* y = A' M A + bias of `count` tiles from `first`, `width` channels from `o` on; with `which`, the
  * maxima and where they are. */
-static void transform_output(const float *M, i64 C, i64 o, i64 width, i64 first, int count,
-                             const float *bias, float *const pixels[][4], float *y,
+static void transform_output(const float *M, const grid_t *s, i64 C, i64 o, i64 width, i64 first,
+                             int count, const float *bias, float *const pixels[][PIXELS], float *y,
                              uint8_t *which) {
-    for (int t = 0; t < count; t++)
+    for (int t = 0; t < count; t++) {
+        i64 windows[ACROSS * ACROSS];
+        if (which) windows_of(s, first + t, 0, windows);
         for (i64 c = 0; c < width; c += VEC) {
-            vec out[4], add = bias ? load(bias + o + c) : (vec){0};
+            vec out[PIXELS], add = bias ? load(bias + o + c) : (vec){0};
             load_output(M + at(t, c, TILES), TILES * WIDTH, add, out);
             if (which) {
-                ivec place;
-                i64 to = (first + t) * C + o + c;
-                store(y + to, maximum(out, &place));
-                store_places(which + to, place);
+                UNROLL for (int k = 0; k < ACROSS * ACROSS; k++) {
+                    if (windows[k] < 0) continue;
+                    const vec *corner = out + k / ACROSS * 2 * SIDE + k % ACROSS * 2;
+                    vec four[4] = {corner[0], corner[1], corner[SIDE], corner[SIDE + 1]};
+                    ivec place;
+                    i64 to = windows[k] * C + o + c;
+                    store(y + to, maximum(four, &place));
+                    store_places(which + to, place);
+                }
             } else
-                UNROLL for (int k = 0; k < 4; k++) store(pixels[t][k] + o + c, out[k]);
+                UNROLL for (int k = 0; k < PIXELS; k++) store(pixels[t][k] + o + c, out[k]);
         }
+    }
 }
 
 /* U = A g A' of `count` tiles from `first`, in strips; sums (C) grows by the tiles' sums. With
- * `which`, g holds one value a tile. */
+ * `which`, g holds one value a window. */
 static void transform_gradient(const float *g, const uint8_t *which, const grid_t *s, i64 C,
                                i64 first, int count, i64 room, float *zeros, float *U,
                                float *sums) {
     for (int t = 0; t < count; t++) {
-        float *p[4];
-        i64 window = (first + t) * C;
-        if (!which) output_pixels((float *)g, s, C, first + t, zeros, p);
+        float *p[PIXELS];
+        i64 windows[ACROSS * ACROSS];
+        const float *values[ACROSS * ACROSS];
+        const uint8_t *places[ACROSS * ACROSS];
+        if (which) {
+            windows_of(s, first + t, 0, windows);
+            for (int k = 0; k < ACROSS * ACROSS; k++) {
+                values[k] = windows[k] < 0 ? zeros : g + windows[k] * C;
+                places[k] = which + max64(windows[k], 0) * C;
+            }
+        } else output_pixels((float *)g, s, C, first + t, zeros, p);
         for (i64 c = 0; c < C; c += VEC) {
-            vec a, b, d, e;
-            if (which) {
-                ivec value = (ivec)load(g + window + c);
-                ivec place = load_places(which + window + c);
-                a = (vec)(value & (place == 0)), b = (vec)(value & (place == 1));
-                d = (vec)(value & (place == 2)), e = (vec)(value & (place == 3));
-            } else
-                a = load(p[0] + c), b = load(p[1] + c), d = load(p[2] + c), e = load(p[3] + c);
-            vec left[4] = {a, a + d, a - d, -d}, right[4] = {b, b + e, b - e, -e};
-            store(sums + c, load(sums + c) + (left[1] + right[1]));
+            vec rows[SPAN][SIDE], sum;
+            UNROLL for (int j = 0; j < SIDE; j++) {
+                vec d[SIDE], r[SPAN], total;
+                UNROLL for (int i = 0; i < SIDE; i++) {
+                    int k = i / 2 * ACROSS + j / 2, corner = i % 2 * 2 + j % 2;
+                    if (which) {
+                        ivec place = load_places(places[k] + c);
+                        d[i] = (vec)((ivec)load(values[k] + c) & (place == corner));
+                    } else d[i] = load(p[SIDE * i + j] + c);
+                    if (i) total += d[i];
+                    else total = d[i];
+                }
+                if (j) sum += total;
+                else sum = total;
+                gradient_side(d, r);
+                UNROLL for (int i = 0; i < SPAN; i++) rows[i][j] = r[i];
+            }
+            store(sums + c, load(sums + c) + sum);
             float *out = U + at(t, c, room);
-            UNROLL for (int i = 0; i < 4; i++) {
-                store(out + (4 * i + 0) * room * C, left[i]);
-                store(out + (4 * i + 1) * room * C, left[i] + right[i]);
-                store(out + (4 * i + 2) * room * C, left[i] - right[i]);
-                store(out + (4 * i + 3) * room * C, -right[i]);
+            UNROLL for (int i = 0; i < SPAN; i++) {
+                vec r[SPAN];
+                gradient_side(rows[i], r);
+                UNROLL for (int j = 0; j < SPAN; j++) store(out + (SPAN * i + j) * room * C, r[j]);
             }
         }
     }
@@ -224,20 +256,16 @@ static void transform_kernel(const float *w, i64 O, i64 I, int turned, i64 first
             UNROLL for (int j = 0; j < 9; j++) k[j][c] = from[turned ? 8 - j : j];
         }
         for (int c = 0; c < STRIP; c += VEC) {
-            vec at_rows[4][3];
+            vec at_rows[SPAN][3];
             UNROLL for (int j = 0; j < 3; j++) {
-                vec a = load(k[j] + c), b = load(k[3 + j] + c), d = load(k[6 + j] + c);
-                at_rows[0][j] = a;
-                at_rows[1][j] = 0.5f * (a + b + d);
-                at_rows[2][j] = 0.5f * (a - b + d);
-                at_rows[3][j] = d;
+                vec column[3] = {load(k[j] + c), load(k[3 + j] + c), load(k[6 + j] + c)}, r[SPAN];
+                kernel_side(column, r);
+                UNROLL for (int i = 0; i < SPAN; i++) at_rows[i][j] = r[i];
             }
-            UNROLL for (int r = 0; r < 4; r++) {
-                vec a = at_rows[r][0], b = at_rows[r][1], d = at_rows[r][2];
-                store(out + (4 * r + 0) * I * O + c, a);
-                store(out + (4 * r + 1) * I * O + c, 0.5f * (a + b + d));
-                store(out + (4 * r + 2) * I * O + c, 0.5f * (a - b + d));
-                store(out + (4 * r + 3) * I * O + c, d);
+            UNROLL for (int i = 0; i < SPAN; i++) {
+                vec r[SPAN];
+                kernel_side(at_rows[i], r);
+                UNROLL for (int j = 0; j < SPAN; j++) store(out + (SPAN * i + j) * I * O + c, r[j]);
             }
         }
     }
@@ -245,24 +273,26 @@ static void transform_kernel(const float *w, i64 O, i64 I, int turned, i64 first
 
 /* dw = G' D G for the 16 output channels from `first`. */
 static void transform_back(const float *D, i64 O, i64 I, i64 first, float *dw) {
-    for (i64 i = 0; i < I; i++)
-        for (i64 o = first; o < first + STRIP; o++) {
-            const float *d = D + at(i, o, I);
-            float rows[3][4];
-            for (int c = 0; c < 4; c++) {
-                float a = d[c * I * O], b = d[(4 + c) * I * O], e = d[(8 + c) * I * O],
-                      f = d[(12 + c) * I * O];
-                rows[0][c] = a + 0.5f * (b + e);
-                rows[1][c] = 0.5f * (b - e);
-                rows[2][c] = 0.5f * (b + e) + f;
+    for (i64 i = 0; i < I; i++) {
+        float k[9][STRIP];
+        for (int c = 0; c < STRIP; c += VEC) {
+            const float *d = D + at(i, first + c, I);
+            vec rows[3][SPAN];
+            UNROLL for (int j = 0; j < SPAN; j++) {
+                vec column[SPAN], r[3];
+                UNROLL for (int p = 0; p < SPAN; p++) column[p] = load(d + (SPAN * p + j) * I * O);
+                back_side(column, r);
+                UNROLL for (int p = 0; p < 3; p++) rows[p][j] = r[p];
             }
-            for (int r = 0; r < 3; r++) {
-                float *out = dw + (o * I + i) * 9 + 3 * r, *q = rows[r];
-                out[0] = q[0] + 0.5f * (q[1] + q[2]);
-                out[1] = 0.5f * (q[1] - q[2]);
-                out[2] = 0.5f * (q[1] + q[2]) + q[3];
+            UNROLL for (int p = 0; p < 3; p++) {
+                vec r[3];
+                back_side(rows[p], r);
+                UNROLL for (int j = 0; j < 3; j++) store(k[3 * p + j] + c, r[j]);
             }
         }
+        for (int c = 0; c < STRIP; c++)
+            UNROLL for (int j = 0; j < 9; j++) dw[((first + c) * I + i) * 9 + j] = k[j][c];
+    }
 }
 
 /* M (rows x one vector of columns, or `two`) = V (rows x I) U (I x columns), `height` rows at a time,
@@ -338,7 +368,7 @@ static void product_over_tiles(const float *V, const float *U, int rows, i64 roo
  * With `which` (may be NULL), the 2 x 2 maxima N x H/2 x W/2 x O stand in place of the convolution
  * itself; `which`, of their shape, is written, or read where turned.
  * Returns 0, or -1 when memory is short. */
-int normlab_conv3x3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64 W, i64 I,
+int CONV3X3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64 W, i64 I,
                     i64 O, int turned, float *y, uint8_t *which, int threads) {
     grid_t s = grid(N, H, W, which && !turned);
     i64 tiles = tiles_of(&s), blocks = (tiles + TILES - 1) / TILES;
@@ -353,7 +383,7 @@ int normlab_conv3x3(const float *x, const float *w, const float *bias, i64 N, i6
             transform_kernel(w, O, I, turned, first, U);
         i64 space = POINTS * TILES * (padded(from) + WIDTH);
         float *V = aligned_alloc(64, (space + padded(from) + padded(to)) * sizeof(float));
-        float *pixels[TILES][4];
+        float *pixels[TILES][PIXELS];
         float *M = V + POINTS * TILES * padded(from), *zeros = V + space, *outside = zeros + padded(from);
         if (V) memset(V, 0, (space + padded(from)) * sizeof(float));
         else {
@@ -374,7 +404,7 @@ int normlab_conv3x3(const float *x, const float *w, const float *bias, i64 N, i6
                 for (int p = 0; p < POINTS; p++)
                     product(V + p * TILES * padded(from), U + p * from * to, count, from, to, o,
                             M + p * TILES * WIDTH);
-                transform_output(M, to, o, min64(PAIR, to - o), b * TILES, count, bias, pixels, y,
+                transform_output(M, &s, to, o, min64(PAIR, to - o), b * TILES, count, bias, pixels, y,
                                  pooled ? which : NULL);
             }
         }
@@ -394,7 +424,7 @@ static i64 room_for(i64 channels) {
 /* Gradients of the kernel, dw (O x I x 3 x 3), and of the bias, db (O), from x and g = dL/dy, of the
  * maxima with `which` (may be NULL).
  * Partial sums, as many as the shape wants whatever the threads are, so that these change no bit. */
-int normlab_conv3x3_gradient(const float *x, const float *g, const uint8_t *which, i64 N, i64 H,
+int CONV3X3_GRADIENT(const float *x, const float *g, const uint8_t *which, i64 N, i64 H,
                              i64 W, i64 I, i64 O, float *dw, float *db, int threads) {
     grid_t s = grid(N, H, W, which != NULL);
     i64 tiles = tiles_of(&s), room = room_for(padded(I) + O);
