@@ -14,6 +14,8 @@ X86 = {
     "avx2": ["-mavx2", "-mfma"],
     "default": [],
 }
+SOURCES = ("kernels", "winograd2", "winograd4", "pixels")
+HEADERS = ("vectors", "winograd")
 VARIANTS = X86 if platform.machine().lower() in ("x86_64", "amd64") else {"default": []}
 # Compiled for OpenMP but not linked with a runtime: the symbols come from the one PyTorch loaded.
 FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
@@ -22,8 +24,11 @@ setup(
     ext_modules=[
         Extension(
             f"normlab.kernels._{name}",
-            [f"src/normlab/kernels/{source}.c" for source in ("kernels", "winograd2", "winograd4", "pixels")],
-            depends=[f"src/normlab/kernels/{header}.h" for header in ("vectors", "winograd")],
+            [
+                f"src/normlab/kernels/{source}.c"
+                for source in ("kernels", "winograd2", "winograd4", "pixels")
+            ],
+            depends=[f"src/normlab/kernels/{header}.h" for header in HEADERS],
             extra_compile_args=[*FLAGS, *flags],
             optional=True,
         )

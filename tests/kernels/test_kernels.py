@@ -213,11 +213,16 @@ CONVOLVED = [
 ]
 
 
+ROUNDING = {2: 2e-6, 4: 6e-6}  # of the largest value
+
+
+@pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize(("shape", "c_out"), CONVOLVED)
-def test_convolution_matches_float64(shape: tuple[int, ...], c_out: int) -> None:
+def test_convolution_matches_float64(shape: tuple[int, ...], c_out: int, tile: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
     convolution = Conv2d(shape[1], c_out, padding=1, rng=stream(0, "conv"))
+    convolution.tile = tile
     nn.init.normal_(convolution.bias, generator=generator)
     x.requires_grad_()
     y = convolution(x)
@@ -228,7 +233,25 @@ def test_convolution_matches_float64(shape: tuple[int, ...], c_out: int) -> None
     expected = conv2d(*wide, padding=1)
     theirs = torch.autograd.grad(expected, wide, g.double())
     for a, b in zip((y, *ours), (expected, *theirs), strict=True):
-        assert (a - b).abs().max() <= 2e-6 * b.abs().max()
+        assert (a - b).abs().max() <= ROUNDING[tile] * b.abs().max()
+
+
+def test_tiles_of_four_round_three_times_as_much_as_tiles_of_two() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 256, 16, 16, generator=generator)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(32, 256, 3, 3, generator=generator)
+    expected = conv2d(x.double(), weight.double(), padding=1)
+    errors = [(kernels.conv3x3(x, weight, None, tile) - expected).norm() for tile in (2, 4)]
+    assert 2 < errors[1] / errors[0] < 4
+    assert errors[1] < 2e-6 * expected.norm()
+
+
+def test_maps_of_two_pixels_are_one_tile_of_two() -> None:
+    x = torch.randn(3, 32, 2, 5).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(16, 32, 3, 3)
+    by = [kernels.conv3x3(x, weight, None, tile) for tile in (2, 4)]
+    assert torch.equal(*by)
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -270,14 +293,16 @@ WINDOWED = [
 ]
 
 
+@pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("shape", "c_out"), WINDOWED)
 def test_convolution_with_pooling_is_one_after_the_other(
-    shape: tuple[int, ...], c_out: int, bias: bool
+    shape: tuple[int, ...], c_out: int, bias: bool, tile: int
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
     conv = Conv2d(shape[1], c_out, padding=1, bias=bias, rng=stream(0, "conv"))
+    conv.tile = tile
     conv.weight.data[1] = 0  # ties in every window, where the first value counts
     if conv.bias is not None:
         nn.init.normal_(conv.bias, generator=generator)
@@ -314,13 +339,16 @@ def test_hooks_see_the_map_between_convolution_and_pooling() -> None:
     torch.testing.assert_close(y, expected)
 
 
-@pytest.mark.parametrize("c_in", [3, 32])
-def test_the_bits_of_convolutions_do_not_depend_on_the_number_of_threads(c_in: int) -> None:
+@pytest.mark.parametrize(("c_in", "tile"), [(3, 2), (32, 2), (32, 4)])
+def test_the_bits_of_convolutions_do_not_depend_on_the_number_of_threads(
+    c_in: int, tile: int
+) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, c_in, 16, 15, generator=generator)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_(c_in > 3)
     norm, pool = BatchNorm(3), MaxPool2d(2)
     conv = Conv2d(c_in, 32, padding=int(c_in > 3), rng=stream(0, "conv"))
+    conv.tile = tile
     results: list[tuple[Tensor, ...]] = []
     threads = torch.get_num_threads()
     for count in (1, 2, 3):

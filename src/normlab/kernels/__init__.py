@@ -1,10 +1,10 @@
 """Optional compiled passes over memory; without them everything runs on PyTorch alone.
 
-`kernels.c` holds the passes, `winograd2.c`, `winograd4.c` and `pixels.c` the convolutions; `setup.py` compiles them
-when the package is installed, once for each instruction set. The variant is the one PyTorch chose
-for itself (`ATEN_CPU_CAPABILITY` changes both). The threads are PyTorch's own: the library has no
-OpenMP runtime and binds to the one that PyTorch has loaded, so there is one pool, and
-`torch.set_num_threads` holds.
+`kernels.c` holds the passes, `winograd2.c`, `winograd4.c` and `pixels.c` the convolutions;
+`setup.py` compiles them when the package is installed, once for each instruction set. The variant
+is the one PyTorch chose for itself (`ATEN_CPU_CAPABILITY` changes both). The threads are PyTorch's
+own: the library has no OpenMP runtime and binds to the one that PyTorch has loaded, so there is one
+pool, and `torch.set_num_threads` holds.
 
 A function here takes tensors for which `layout` is not None; callers ask that first and keep their
 formula in PyTorch beside it.
@@ -323,7 +323,20 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, tile: int = 2) -> Te
     """
     (n, c_in, h, w), c_out = x.shape, weight.shape[0]
     y = torch.empty((n, c_out, h, w), memory_format=torch.channels_last)
-    call(f"conv3x3_by{_side(tile, h, w)}", x, weight.contiguous(), bias, n, h, w, c_in, c_out, 0, y, None)
+    call(
+        f"conv3x3_by{_side(tile, h, w)}",
+        x,
+        weight.contiguous(),
+        bias,
+        n,
+        h,
+        w,
+        c_in,
+        c_out,
+        0,
+        y,
+        None,
+    )
     return y
 
 
@@ -338,12 +351,31 @@ def conv3x3_max_pool(
     """`max_pool` of `conv3x3`, which itself is never written."""
     (n, c_in, h, w), c_out = x.shape, weight.shape[0]
     y, which = _windows(n, c_out, h, w)
-    call(f"conv3x3_by{_side(tile, h, w)}", x, weight.contiguous(), bias, n, h, w, c_in, c_out, 0, y, which)
+    call(
+        f"conv3x3_by{_side(tile, h, w)}",
+        x,
+        weight.contiguous(),
+        bias,
+        n,
+        h,
+        w,
+        c_in,
+        c_out,
+        0,
+        y,
+        which,
+    )
     return y, which
 
 
 def conv3x3_gradients(
-    x: Tensor, weight: Tensor, g: Tensor, which: Tensor | None = None, *, tile: int = 2, x_grad: bool
+    x: Tensor,
+    weight: Tensor,
+    g: Tensor,
+    which: Tensor | None = None,
+    *,
+    tile: int = 2,
+    x_grad: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients with respect to x (None without `x_grad`), kernel and bias, from `g` = dL/dy.
 
