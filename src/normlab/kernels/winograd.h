@@ -31,7 +31,6 @@
 #define NEAR (ACROSS + 2) /* and those that its input touches */
 #define STRIP 16
 #define PAIR (2 * VEC) /* columns of a register block of the matrix products */
-#define WIDTH (PAIR > STRIP ? PAIR : STRIP) /* the strips that hold them */
 #define ROWS 6         /* its rows; divides TILES, as do those of a block of one vector */
 #define ROWS_ALONE 14
 #define OVER (VEC == 16 ? 8 : 4) /* rows of a block of the products over tiles */
@@ -172,29 +171,28 @@ INLINE void load_output(const float *in, i64 step, vec bias, vec y[PIXELS]) {
     }
 }
 
-/* y = A' M A + bias of `count` tiles from `first`, `width` channels from `o` on; with `which`, the
- * maxima and where they are. */
-static void transform_output(const float *M, const grid_t *s, i64 C, i64 o, i64 width, i64 first,
-                             int count, const float *bias, float *const pixels[][PIXELS], float *y,
+/* y = A' M A + bias of `count` tiles from `first`; with `which`, the maxima and where they are. */
+static void transform_output(const float *M, const grid_t *s, i64 C, i64 first, int count,
+                             const float *bias, float *const pixels[][PIXELS], float *y,
                              uint8_t *which) {
     for (int t = 0; t < count; t++) {
         i64 windows[ACROSS * ACROSS];
         if (which) windows_of(s, first + t, 0, windows);
-        for (i64 c = 0; c < width; c += VEC) {
-            vec out[PIXELS], add = bias ? load(bias + o + c) : (vec){0};
-            load_output(M + at(t, c, TILES), TILES * WIDTH, add, out);
+        for (i64 c = 0; c < C; c += VEC) {
+            vec out[PIXELS], add = bias ? load(bias + c) : (vec){0};
+            load_output(M + at(t, c, TILES), TILES * padded(C), add, out);
             if (which) {
                 UNROLL for (int k = 0; k < ACROSS * ACROSS; k++) {
                     if (windows[k] < 0) continue;
                     const vec *corner = out + k / ACROSS * 2 * SIDE + k % ACROSS * 2;
                     vec four[4] = {corner[0], corner[1], corner[SIDE], corner[SIDE + 1]};
                     ivec place;
-                    i64 to = windows[k] * C + o + c;
+                    i64 to = windows[k] * C + c;
                     store(y + to, maximum(four, &place));
                     store_places(which + to, place);
                 }
             } else
-                UNROLL for (int k = 0; k < PIXELS; k++) store(pixels[t][k] + o + c, out[k]);
+                UNROLL for (int k = 0; k < PIXELS; k++) store(pixels[t][k] + c, out[k]);
         }
     }
 }
@@ -381,7 +379,7 @@ int CONV3X3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64
 #pragma omp for schedule(static)
         for (i64 first = 0; first < to; first += STRIP)
             transform_kernel(w, O, I, turned, first, U);
-        i64 space = POINTS * TILES * (padded(from) + WIDTH);
+        i64 space = POINTS * TILES * (padded(from) + padded(to));
         float *V = aligned_alloc(64, (space + padded(from) + padded(to)) * sizeof(float));
         float *pixels[TILES][PIXELS];
         float *M = V + POINTS * TILES * padded(from), *zeros = V + space, *outside = zeros + padded(from);
@@ -400,13 +398,11 @@ int CONV3X3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64
             int pooled = which && !turned;
             for (int t = 0; t < count && !pooled; t++)
                 output_pixels(y, &s, to, b * TILES + t, outside, pixels[t]);
-            for (i64 o = 0; o < to; o += PAIR) {
-                for (int p = 0; p < POINTS; p++)
+            for (int p = 0; p < POINTS; p++)
+                for (i64 o = 0; o < to; o += PAIR)
                     product(V + p * TILES * padded(from), U + p * from * to, count, from, to, o,
-                            M + p * TILES * WIDTH);
-                transform_output(M, &s, to, o, min64(PAIR, to - o), b * TILES, count, bias, pixels, y,
-                                 pooled ? which : NULL);
-            }
+                            M + p * TILES * padded(to) + at(0, o, TILES));
+            transform_output(M, &s, to, b * TILES, count, bias, pixels, y, pooled ? which : NULL);
         }
         free(V);
     }
