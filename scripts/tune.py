@@ -74,12 +74,18 @@ def main() -> None:
         fit(plan, state, device)
         seconds, processor = time.perf_counter() - started, time.process_time() - processor
         found = score(model, validation.images, validation.labels)
-        seen = logits_of(model, validation.images, views="shift").argmax(1).numpy()
+        seen = {
+            views: logits_of(model, validation.images, views=views).argmax(1).numpy()
+            for views in ("shift", "unsure")
+        }
     line = {
         "recipe": recipe.as_dict() | network,
         "seed": arguments.seed,
         "val_accuracy": found.accuracy,
-        "val_accuracy_shift": float((seen == validation.labels).mean()),
+        **{
+            f"val_accuracy_{views}": float((answers == validation.labels).mean())
+            for views, answers in seen.items()
+        },
         "val_loss": found.loss,
         "seconds": round(seconds, 1),
         "processor_seconds": round(processor, 1),

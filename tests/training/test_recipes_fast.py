@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 import normlab
 from normlab import recipes
 from normlab.core.streams import stream
 from normlab.data.augment import Augmentation, halve, mirror, shift, views_of
 from normlab.errors import Interrupted
+from normlab.evaluation.forward import logits_of
 from normlab.models import FastNet
 from normlab.models.fast import Whitening, patches_of
 from normlab.recipes import fast79, notebook
@@ -167,6 +169,31 @@ def test_views() -> None:
     assert [len(views_of(x, v)) for v in ("single", "flip", "shift")] == [1, 2, 6]
     with pytest.raises(normlab.UserError, match="choose one of single, flip, shift"):
         views_of(x, "many")
+
+
+def test_the_unmoved_pair_weighs_as_much_as_the_moved_four() -> None:
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), torch.rand(4, 3, 8, 8)
+    unmoved, mirrored, *moved = (logits_of(network, view) for view in views_of(x, "shift"))
+    expected = (unmoved + mirrored) / 4 + sum(moved) / 8
+    torch.testing.assert_close(logits_of(network, x, views="shift"), expected)
+    torch.testing.assert_close(logits_of(network, x, views="flip"), (unmoved + mirrored) / 2)
+
+
+def test_only_the_least_sure_quarter_is_seen_again() -> None:
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), torch.rand(40, 3, 8, 8)
+    single, shifted, unsure = (
+        logits_of(network, x, views=v) for v in ("single", "shift", "unsure")
+    )
+    again = single.softmax(1).amax(1).argsort()[:10]
+    torch.testing.assert_close(unsure[again], shifted[again])
+    others = torch.ones(40, dtype=torch.bool)
+    others[again] = False
+    assert torch.equal(unsure[others], single[others])
+    pictures = (x.permute(0, 2, 3, 1) * 255).byte().numpy()
+    assert logits_of(network, pictures, views="unsure").shape == (40, 5)
+    assert logits_of(network, x[:1], views="unsure").shape == (1, 5)  # a quarter of one is none
 
 
 def test_set_rate_follows_the_triangle() -> None:

@@ -53,8 +53,8 @@ def evaluate(
 ) -> Evaluation:
     """Score `run` on the test images of `data`, or of the data it was trained on.
 
-    With `views` other than `single` (see `normlab.data.augment.views_of`) a picture is answered
-    from several versions of it, which is more work and not comparable with a single view.
+    With `views` other than `single` (see `normlab.evaluation.forward.logits_of`) a picture is
+    answered from several versions of it, which is more work and not comparable with a single view.
 
     Raises:
         DataError: the data cannot be had, or has other classes or another image size.

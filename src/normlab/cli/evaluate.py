@@ -21,7 +21,8 @@ from normlab.cli.output import say
     "--views",
     default="single",
     show_default=True,
-    help="Versions of each picture to answer from: single, flip (2) or shift (6).",
+    help="Versions of each picture to answer from: single, flip (2), shift (6), or unsure: "
+    "6 for the quarter of pictures with the least sure answers.",
 )
 @JSON
 def evaluate(run: str | None, data: str | None, weights: str, views: str, as_json: bool) -> None:

@@ -17,7 +17,8 @@ from normlab import recipes
 from normlab.core.streams import stream
 from normlab.errors import UserError
 
-VIEWS = ("single", "flip", "shift")
+# What each version of an image weighs in the answer, in the order in which `views_of` has them.
+VIEWS = {"single": (1.0,), "flip": (0.5, 0.5), "shift": (0.25, 0.25, *(0.125,) * 4)}
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def views_of(x: Tensor, views: str) -> list[Tensor]:
     """The versions of images `x` (N, C, H, W) that `views` says a classifier is to see.
 
     `single`: the images as they are; `flip`: and mirrored; `shift`: both, each also moved by a
-    pixel up and left and by one down and right, six in all (Jordan 2024, arXiv 2404.00498, 3.5).
+    pixel up and left and by one down and right, six in all. The two that are not moved weigh as
+    much as the four that are (Jordan 2024, arXiv 2404.00498, section 3.5 and its program).
 
     Raises:
         UserError: other views.

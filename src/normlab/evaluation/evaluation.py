@@ -49,7 +49,7 @@ class Evaluation:
 
     Attributes:
         run: the run's folder, or the name of what was evaluated.
-        views: how many versions of a picture were seen: `single`, `flip` or `shift`.
+        views: how many versions of a picture were seen: `single`, `flip`, `shift` or `unsure`.
         probabilities: (N, K).
         labels: (N,).
         loss: mean cross-entropy in nats.
@@ -236,7 +236,7 @@ def evaluate(
 ) -> Evaluation:
     """Score `run` on the test images of `data`, or of the data it was trained on.
 
-    With `views` other than `single` (see `normlab.data.augment.views_of`) a picture is answered
+    With `views` other than `single` (see `logits_of`) a picture is answered
     from several versions of it, which is more work and not comparable with a single view.
 
     Raises:

@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
-from normlab.data.augment import views_of
+from normlab.data.augment import VIEWS, views_of
 from normlab.data.batches import EVALUATION_BATCH, batch_bounds, to_input
 from normlab.errors import NormlabError, UserError
 
 # (N, H, W, 3) pixels, (N, C, *) as the network takes them, or its keyword arguments, each (N, *)
 Images = NDArray[np.uint8] | Tensor | Mapping[str, Tensor]
+
+
+UNSURE = 0.25  # the share of images that `unsure` views look at again
 
 
 def normalizers(model: nn.Module) -> dict[str, TorchBatchNorm]:
@@ -53,18 +56,33 @@ def logits_of(
     """Logits (N, K) without dropout, on the CPU; the model is left as it was.
 
     Args:
-        views: with more than one view of an image (see `views_of`), the mean of their logits.
+        views: with more than one view of an image (see `views_of`), the weighted mean of their
+            logits. `unsure`: those of `shift` for the quarter of the images whose best class has
+            the lowest probability from a single view, and the single view for all others.
         own_statistics: normalise each batch by its own statistics instead of the running ones.
 
     Raises:
         UserError: own statistics of a batch with fewer than two images, images that the network
             fails on, or an answer without a tensor.
     """
+    if views == "unsure" and not isinstance(images, Mapping):
+        answers = logits_of(model, images, batch_size, own_statistics=own_statistics)
+        sure = answers.double().softmax(1).amax(1)
+        chosen = sure.argsort(stable=True)[: round(len(sure) * UNSURE)]
+        if len(chosen):
+            seen = images[chosen.numpy()] if isinstance(images, np.ndarray) else images[chosen]
+            answers[chosen] = logits_of(
+                model, seen, batch_size, views="shift", own_statistics=own_statistics
+            )
+        return answers
     parts: list[Tensor] = []
 
     def take(answers: list[Any]) -> None:
         seen = [logits(answer) for answer in answers]
-        parts.append((seen[0] if len(seen) == 1 else torch.stack(seen).mean(0)).cpu())
+        if len(seen) > 1:
+            weights = zip(VIEWS[views], seen, strict=True)
+            seen = [torch.stack([weight * view for weight, view in weights]).sum(0)]
+        parts.append(seen[0].cpu())
 
     run_batches(model, images, batch_size, views=views, own_statistics=own_statistics, take=take)
     return torch.cat(parts)
