@@ -58,6 +58,11 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(_explain(e), 2)
     except MemoryError:
         return _fail(OUT_OF_MEMORY, 2)
+    except ModuleNotFoundError as e:  # installed without its dependencies: docs/export.md
+        package = (e.name or "normlab").partition(".")[0]
+        if package == "normlab":
+            raise
+        return _fail(f"this needs the package {package}, which is not installed: add it", 2)
     except (RuntimeError, ImportError) as e:
         if not any(words in str(e) for words in ALLOCATION_FAILED):
             raise

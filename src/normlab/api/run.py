@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from normlab import evaluation, runs
+from normlab import runs
 from normlab.data import ImageData
-from normlab.evaluation.evaluation import evaluate as compute
+from normlab.evaluation import evaluation
 from normlab.reports import run_report
 
 
@@ -59,4 +59,4 @@ def evaluate(
     Raises:
         DataError: the data cannot be had, or has other classes or another image size.
     """
-    return Evaluation(**vars(compute(run, data, weights=weights, views=views)))
+    return Evaluation(**vars(evaluation.evaluate(run, data, weights=weights, views=views)))

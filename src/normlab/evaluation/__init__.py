@@ -1,5 +1,1 @@
-"""Scores of a classifier, and what they are worth."""
-
-from normlab.evaluation.evaluation import Evaluation, evaluate
-
-__all__ = ["Evaluation", "evaluate"]
+"""Scores of a classifier, and what they are worth. Importing this room loads no PyTorch."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from normlab.core.places import check_regular
 from normlab.errors import UserError
 from normlab.evaluation.evaluation import Evaluation
+from normlab.interchange import companions
 from normlab.interchange.certificate import Certificate
 from normlab.runs import Run
 from normlab.text import html, markdown, printable
@@ -20,22 +21,27 @@ def _mark(model: Path) -> str:
 
 
 def check_place(model: Path) -> None:
-    """Refuse to write over somebody's README, or over the card of another model.
+    """Refuse to write over somebody's README, or over the files beside another model.
 
     Raises:
         UserError: such a file is beside `model`.
     """
-    path = model.with_name(NAME)
-    if not os.path.lexists(path):
-        return
-    check_regular(path)
-    with open(path, encoding="utf-8", errors="replace") as f:
-        mark = f.readline(500).rstrip("\n")
-    if mark != _mark(model):
-        raise UserError(
-            f"{str(path)!r} is there and not the card of {model.name}: "
-            "choose a folder of its own for --out"
-        )
+    ours = {NAME: _mark(model)}
+    if model.suffix == ".onnx":
+        ours |= dict.fromkeys(companions.NAMES, companions.mark(model))
+    for name, mark in ours.items():
+        path = model.with_name(name)
+        if not os.path.lexists(path):
+            continue
+        check_regular(path)
+        with open(path, encoding="utf-8", errors="replace") as f:
+            first = f.readline(500).rstrip("\n")
+        if first != mark:
+            what = "the card of" if name == NAME else "what normlab wrote for"
+            raise UserError(
+                f"{str(path)!r} is there and not {what} {model.name}: "
+                "choose a folder of its own for --out"
+            )
 
 
 def card(
@@ -126,7 +132,24 @@ _KERAS_TAKES = (
     "antialiasing. The scaling is inside"
 )
 
-_READ = """
+_ONNX_USE = """```console
+pip install -r requirements.txt
+python predict.py picture.jpg
+```
+
+```python
+from predict import answer  # in this folder
+
+answer("picture.jpg")  # [(class, probability), …], most probable first
+```
+
+The file predict.py is all that it takes: decoding as in training, and one call of ONNX Runtime.
+"""
+
+_KERAS_USE = """```python
+import keras
+import numpy as np
+from PIL import Image, ImageOps
 
 CLASSES = {names}
 
@@ -137,43 +160,12 @@ def read(path):
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
-    picture = picture.convert("RGB")
-"""
-_WHOLE = "    return np.asarray(picture)[None]\n"
-_SQUARE = """    square = ImageOps.fit(picture, ({size}, {size}), Image.Resampling.BICUBIC)
+    square = ImageOps.fit(picture.convert("RGB"), ({size}, {size}), Image.Resampling.BICUBIC)
     return np.asarray(square)[None]
-"""
 
-_ONNX_USE = (
-    """```python
-import numpy as np
-import onnxruntime
-from PIL import Image, ImageOps
-"""
-    + _READ
-    + _WHOLE
-    + """
-
-session = onnxruntime.InferenceSession({file})
-probabilities = session.run(None, {{"images": read("picture.png")}})[0][0]
-print(CLASSES[probabilities.argmax()], probabilities.max())
-```
-"""
-)
-
-_KERAS_USE = (
-    """```python
-import keras
-import numpy as np
-from PIL import Image, ImageOps
-"""
-    + _READ
-    + _SQUARE
-    + """
 
 model = keras.models.load_model({file})
 probabilities = model.predict(read("picture.png"))[0]
 print(CLASSES[probabilities.argmax()], probabilities.max())
 ```
 """
-)

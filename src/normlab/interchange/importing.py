@@ -14,7 +14,7 @@ from normlab.core.sandbox import LimitError, limited
 from normlab.core.tensors import digest, write_tensors
 from normlab.data import load
 from normlab.errors import DataError, UserError
-from normlab.evaluation import evaluate
+from normlab.evaluation.evaluation import evaluate
 from normlab.recipes.notebook import notebook
 from normlab.runs import Run, Task, create_folder
 

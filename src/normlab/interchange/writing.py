@@ -14,9 +14,10 @@ from normlab.core.files import write_atomic
 from normlab.core.tensors import digest
 from normlab.data import ImageData
 from normlab.errors import UserError
-from normlab.evaluation import Evaluation, evaluate
+from normlab.evaluation.evaluation import Evaluation, evaluate
 from normlab.interchange.card import NAME, card, check_place
 from normlab.interchange.certificate import Certificate, Check, certify
+from normlab.interchange.companions import companions
 from normlab.runs import Run
 from normlab.text import shell, utf8
 
@@ -142,6 +143,8 @@ def _write(
     text = card(path, run, evaluation, certificate, unfolded)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content)
+    for beside, text_of_it in (companions(path) if path.suffix == ".onnx" else {}).items():
+        write_atomic(beside, text_of_it)
     beside = path.with_name(NAME)
     write_atomic(beside, utf8(text))
     return Exported(path, beside, certificate, unfolded)
