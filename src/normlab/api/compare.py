@@ -1,6 +1,7 @@
 """From arms and seeds to a `Study`: plan, trials, runs, report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from normlab.core.environment import describe_machine, resolve_threads
 from normlab.core.files import locked
 from normlab.data import ImageData
 from normlab.data import load as load_data
-from normlab.data.batches import split_images
+from normlab.data.batches import hold_out, split_images
+from normlab.data.loading import PUBLIC
 from normlab.errors import Interrupted, UserError
 from normlab.recipes import Recipe
+from normlab.recipes.pictures import fitted
 from normlab.reports.study_figures import draw_all, summary_html
 from normlab.reports.study_report import write_report
+from normlab.runs import Run
 from normlab.statistics.verdict import MARGIN
 from normlab.study import judged, result
 from normlab.study import outcomes as runs
@@ -31,9 +35,11 @@ from normlab.study.progress import Lines, Progress
 from normlab.study.runner import Pool, Reporter
 from normlab.study.training import Job
 from normlab.study.tuning import TUNING, choose, parse_tuning, trials
+from normlab.training import starting_points
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8)
 CHECKS = 10
+HELD_OUT = 0.2  # of the training images of one's own data: what a study decides by
 
 
 class Study(result.Study):
@@ -60,7 +66,7 @@ def open_study(path: str | Path, given_up: dict[str, str] | None = None) -> Stud
 
 
 def compare(
-    recipe: str | Recipe = recipes.DEFAULT,
+    recipe: str | Recipe | None = None,
     *,
     arms: Sequence[str | Arm] = ("batch", "none"),
     contrasts: Sequence[tuple[str, str]] | None = None,
@@ -75,6 +81,7 @@ def compare(
     scheduler: str | None = None,
     tune: str | None = None,
     margin: float = MARGIN,
+    outcome: str = "accuracy",
     thresholds: Sequence[float] = THRESHOLDS,
     checks: int = CHECKS,
     progress: Progress | None = None,
@@ -90,8 +97,9 @@ def compare(
     pairs, which counts as a further look.
 
     Args:
-        recipe: what all arms have in common.
-        arms: each a normaliser's name, `NAME: key=value, …`, or an `Arm`.
+        recipe: what all arms have in common; None for the default one of these data.
+        arms: each a normaliser's name, `NAME: key=value, …`, or an `Arm`. Beside settings of the
+            recipe an arm may have an `image_size` and a run that it starts `from`.
         contrasts: (first, other) names to compare; None for the first arm with each other one.
         seeds: pairs; None for what the study was planned with, in a new one for as many as can
             decide: 6 for one contrast, 8 for four.
@@ -102,7 +110,10 @@ def compare(
         threads: of each run.
         scheduler: address of a Dask scheduler whose workers do the runs.
         tune: `learning_rate=0.3,1,3`: choose each arm's own value on validation images first.
-        margin: what counts as no difference, a fraction of accuracy.
+        margin: what counts as no difference, a fraction of accuracy; of `loss`, in nats.
+        outcome: what decides: `accuracy`, `balanced_accuracy`, `macro_f1` or `loss`. On data of
+            your own it is that on a fifth of the training images, held out from a fixed seed: your
+            test images have no say in what you choose.
         thresholds: validation accuracies whose steps are counted.
         checks: at least so many checks of validation accuracy a run.
         progress: told of each run; None for plain lines.
@@ -114,13 +125,23 @@ def compare(
         Interrupted: SIGINT or SIGTERM came; finished runs are kept.
     """
     images = load_data(data, image_size=image_size, skip_bad=skip_bad)
+    own = images.name not in PUBLIC
+    if recipe is None:
+        recipe = recipes.DEFAULT_OWN if own else recipes.DEFAULT
+    wanted_changes = {k: v for k, v in changes.items() if v is not None} | dict(settings or {})
+    if recipe == recipes.DEFAULT_OWN and own:
+        side = images.image_shape[0]
+        follows = fitted(images.class_names, side, wanted_changes, from_run=False)
+        wanted_changes = follows | wanted_changes
+    if own:
+        images = hold_out(images, HELD_OUT)
     if image_size not in (None, images.image_shape[0]):
         raise UserError(
             f"image_size={image_size}: {images.name} has {images.image_shape[0]} pixels a side; "
             "only pictures from a folder or parquet are resized"
         )
     wanted = _design(
-        recipes.get(recipe).override(**changes).with_settings(settings or {}),
+        recipes.get(recipe).with_settings(wanted_changes),
         make_arms(arms),
         _name(data, images),
         images,
@@ -133,6 +154,9 @@ def compare(
         thresholds=thresholds,
         checks=checks,
         skip_bad=skip_bad,
+        outcome=outcome,
+        held_out=HELD_OUT if own else 0.0,
+        resized=lambda side: load_data(data, image_size=side, skip_bad=skip_bad),
     )
     if jobs is not None and jobs < 1:
         raise UserError(f"jobs={jobs}: choose 1 or more")
@@ -155,13 +179,30 @@ def _design(
     seeds: int | None,
     tune: str | None,
     thresholds: Sequence[float],
+    resized: Callable[[int], ImageData],
     **plan: Any,
 ) -> Design:
     """Make the plan, and refuse here what could not be done later."""
     size = images.image_shape[0]
+    sources = {arm.name: starting_points.open_source(arm.start) for arm in arms}
+    arms = tuple(_fitting(arm, sources[arm.name]) for arm in arms)
+    sizes: dict[str, str] = {}
     for arm in arms:
-        check_arm(arm, recipe, images.class_names, size)
+        check_arm(arm, recipe, images.class_names, arm.image_size or size)
         split_images(images, arm.recipe(recipe).validation)
+        if arm.image_size not in (None, size):
+            other = resized(arm.image_size)
+            if other.image_shape[0] != arm.image_size:
+                raise UserError(
+                    f"arm {arm.name!r}: image_size={arm.image_size}: {images.name} has images of "
+                    f"{size} pixels; only pictures from a folder or parquet are resized"
+                )
+            other = hold_out(other, plan["held_out"]) if plan["held_out"] else other
+            sizes[str(arm.image_size)] = other.sha256
+    starts = {
+        name: starting_points.plan_start(run, images.class_names, freeze=False, statistics=None)
+        for name, run in sources.items()
+    }
     named = tuple(contrasts) if contrasts else default_contrasts(arms)
     return Design(
         recipe=recipe,
@@ -178,8 +219,19 @@ def _design(
         tuning=parse_tuning(tune),
         thresholds=tuple(thresholds),
         environment=describe_machine(plan["threads"], torch.device("cpu")),
+        sizes=sizes,
+        starts={name: start for name, start in starts.items() if start is not None},
         **plan,
     )
+
+
+def _fitting(arm: Arm, source: Run | None) -> Arm:
+    """An arm with the network and the normaliser of the run that it starts from."""
+    if source is None:
+        return arm
+    theirs = source.task.recipe.settings()
+    same = {key: theirs[key] for key in ("model", "norm", "norm_position", "logit_scale")}
+    return replace(arm, changes={**same, **arm.changes})
 
 
 def _name(data: object, images: ImageData) -> str:
@@ -242,6 +294,7 @@ def _jobs(design: Design, data: str | ImageData) -> list[Job]:
             thresholds=design.thresholds,
             checks=design.checks,
             test=True,
+            held_out=design.held_out,
         )
         for seed in design.pair_seeds
         for arm in design.arms

@@ -17,7 +17,7 @@ from normlab.cli.options import (
     recipe_options,
 )
 from normlab.cli.output import say
-from normlab.recipes import DEFAULT, SETTINGS
+from normlab.recipes import SETTINGS
 
 if TYPE_CHECKING:
     from normlab.study.progress import Lines
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     "described",
     multiple=True,
     metavar="'NAME: KEY=VALUE, …'",
-    help="An arm that changes any settings of the recipe; repeat it for more.",
+    help="An arm that changes settings of the recipe, image_size, or the run it starts from; "
+    "repeat it for more.",
 )
 @click.option(
     "--contrast",
@@ -70,6 +71,11 @@ if TYPE_CHECKING:
     "--tune",
     metavar="SETTING=F,F,…",
     help="First choose each arm's own value, such as learning_rate=0.3,1,3 (factors).",
+)
+@click.option(
+    "--outcome",
+    type=click.Choice(["accuracy", "balanced_accuracy", "macro_f1", "loss"]),
+    help="What decides; accuracy by default.",
 )
 @click.option(
     "--margin",
@@ -146,7 +152,7 @@ def compare(
         if thresholds is not None:
             given["thresholds"] = _numbers(thresholds)
         result = compare_recipe(
-            recipe or DEFAULT,
+            recipe,
             arms=[*names, *described],
             settings=given_settings(options),
             **_without(given, _OF_COMMANDS),
@@ -157,7 +163,8 @@ def compare(
 
 
 _OF_RECIPES = {
-    *("recipe", "arms", "tune", "thresholds", "checks", "data", "image_size", "skip_bad"),
+    *("recipe", "arms", "tune", "outcome", "thresholds", "checks"),
+    *("data", "image_size", "skip_bad"),
 }
 _OF_COMMANDS = {
     *("command", "metric", "result", "pattern", "lower_is_better", "diverged", "time_limit"),

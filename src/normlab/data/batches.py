@@ -55,6 +55,36 @@ def split_validation(
     return Split(images[:cut], classes[:cut]), Split(images[cut:], classes[cut:])
 
 
+def hold_out(images: ImageData, share: float) -> ImageData:
+    """The same data with a share of each class's training images in place of the test images.
+
+    Whoever chooses between ways to train by these still has test images that had no say. Drawn
+    from a fixed seed; at least one image of each class that has two.
+    """
+    last = np.sort(_last_of_each(images.y_train, share))
+    kept = np.delete(np.arange(len(images.y_train)), last)
+    files = images.files_train
+    return replace(
+        images,
+        x_train=images.x_train[kept],
+        y_train=images.y_train[kept],
+        files_train=None if files is None else tuple(files[i] for i in kept),
+        x_test=images.x_train[last],
+        y_test=images.y_train[last],
+        files_test=None if files is None else tuple(files[i] for i in last),
+    )
+
+
+def _last_of_each(labels: NDArray[np.integer], share: float) -> NDArray[np.int64]:
+    """Indices of a share of the images of each class."""
+    chosen = []
+    for label in np.unique(labels):
+        own = stream(0, "hold out", int(label)).permutation(np.flatnonzero(labels == label))
+        count = max(1, round(share * len(own))) if len(own) > 1 else 0
+        chosen.append(own[len(own) - count :])
+    return np.concatenate(chosen)
+
+
 def split_images(images: ImageData, fraction: float) -> tuple[Split, Split]:
     """What to train on and what to validate on, with the names of the files.
 

@@ -20,11 +20,11 @@ from normlab.study.result import Study
 from normlab.text import counted, shell, utf8
 
 CAPTIONS = {
-    "differences": "Difference in test accuracy. Dots are pairs, the diamond is their mean, the "
+    "differences": "Difference in what decides. Dots are pairs, the diamond is their mean, the "
     "bar its interval, grey the margin of no difference.",
     "curves": "Accuracy while training: mean over the seeds, and a band from the lowest to the "
     "highest run. A diverged run counts as chance from there on.",
-    "pairs": "Test accuracy of each run; a line joins the runs of one seed. Crosses diverged.",
+    "pairs": "What decides, of each run; a line joins the runs of one seed. Crosses diverged.",
     "step-seconds": "Median time of a training step, a dot a run. Runs went side by side, so read "
     "ratios, not times.",
 }
@@ -100,8 +100,12 @@ def closing_lines(study: Study) -> list[str]:
         milliseconds = (
             "" if s["step_seconds"] is None else f", {1000 * s['step_seconds']:.1f} ms a step"
         )
+        mean = percent(s["test_accuracy"])
+        if study.design.outcome != "accuracy":
+            measure = study.design.measure
+            mean, sd = measure.value(s["outcome"]), f" ± {measure.spread(s['outcome_sd'])}"
         lines.append(
-            f"  {s['name']:<{width}}  {percent(s['test_accuracy'])}{sd} (mean ± sd of {s['n']} "
+            f"  {s['name']:<{width}}  {mean}{sd} (mean ± sd of {s['n']} "
             f"{'run' if s['n'] == 1 else 'runs'}){milliseconds}, {s['diverged']} diverged"
         )
     lines += [f"Tuned: {line}" for line in tuned_lines(study.design)]
@@ -143,6 +147,8 @@ def command(study: Study) -> str:
     if design.tuning is not None:
         factors = ",".join(f"{f:g}" for f in design.tuning.factors)
         words += ["--tune", f"{design.tuning.setting}={factors}"]
+    if design.outcome != "accuracy":
+        words += ["--outcome", design.outcome]
     words += ["--margin", f"{100 * design.margin:g}", "--checks", str(design.checks)]
     words += ["--thresholds", ",".join(f"{t:g}" for t in design.thresholds)]
     words += ["--threads", str(design.threads), "--out", str(study.path)]
@@ -152,6 +158,10 @@ def command(study: Study) -> str:
 def changes(arm: Arm) -> str:
     """What an arm changes, as `--arm` takes it."""
     items = dict(arm.changes)
+    if arm.image_size is not None:
+        items["image_size"] = arm.image_size
+    if arm.start is not None:
+        items["from"] = arm.start
     if arm.seed_offset:
         items["seed_offset"] = arm.seed_offset
     return ", ".join(f"{key}={written(value)}" for key, value in items.items())
@@ -181,11 +191,12 @@ def methods(study: Study) -> str:
     return (
         f"We trained {d.recipe.model.name} (recipe {d.recipe.name}, "
         f"{counted(d.recipe.epochs, 'epoch')}) on "
-        f"{d.data} ({d.train_images:,} training and {d.test_images:,} test images, SHA-256 "
+        f"{d.data} ({d.train_images:,} training and {d.test_images:,} "
+        f"{'held-out' if d.held_out else 'test'} images, SHA-256 "
         f"{d.data_sha256[:12]}) from {d.seeds} seeds, {d.first_seed} to "
         f"{d.first_seed + d.seeds - 1}, in {len(d.arms)} arms: {arms}. {shared}{tuned} "
-        f"The outcome, fixed beforehand, was test accuracy after the last epoch; diverged runs "
-        f"counted as accuracy 1/{len(d.class_names)}. Contrasts ({contrasts}) were judged {looks} "
+        f"The outcome, fixed beforehand, was {d.measure.name} after the last epoch; diverged runs "
+        f"counted {d.measure.diverged_as}. Contrasts ({contrasts}) were judged {looks} "
         f"by the exact sign-flip permutation test on paired differences (100,000 random flips "
         f"beyond 20 pairs) at level {level_of_look(d.look):.3g}, shared between the contrasts by "
         f"Holm's correction, with 0.04 spent on the first look and 0.01/2^(k-1) on look k; "

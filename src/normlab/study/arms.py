@@ -12,6 +12,7 @@ from normlab.recipes.settings import Setting
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+×-]*")  # a part of a file's name, too
 SEED_OFFSET = "seed_offset"
+IMAGE_SIZE, START = "image_size", "from"  # of an arm, though no settings of a recipe
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,15 @@ class Arm:
         changes: settings of a recipe and their values.
         seed_offset: added to the seed of every pair. Other than 0 it takes away all that the arm
             would share with the others, as when a recipe is compared with itself.
+        image_size: of its pictures; None for the study's.
+        start: the run it starts from; None for the seed.
     """
 
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
     seed_offset: int = 0
+    image_size: int | None = None
+    start: str | None = None
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):  # it is a part of files' names: ../ would lead elsewhere
@@ -47,7 +52,13 @@ class Arm:
             raise UserError(f"arm {self.name!r}: {e}") from None
 
     def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "changes": self.changes, SEED_OFFSET: self.seed_offset}
+        more = {IMAGE_SIZE: self.image_size, "start": self.start}
+        return {
+            "name": self.name,
+            "changes": self.changes,
+            SEED_OFFSET: self.seed_offset,
+            **{key: value for key, value in more.items() if value is not None},
+        }
 
 
 def make_arms(arms: Sequence[str | Arm]) -> tuple[Arm, ...]:
@@ -88,7 +99,13 @@ def parse_arm(text: str) -> Arm:
         if not equals:
             raise UserError(f"arm {name!r}: {item!r} is not key=value")
         changes[key] = parse_value(key, value, f"arm {name!r}")
-    return Arm(name, changes, seed_offset=changes.pop(SEED_OFFSET, 0))
+    return Arm(
+        name,
+        changes,
+        seed_offset=changes.pop(SEED_OFFSET, 0),
+        image_size=changes.pop(IMAGE_SIZE, None),
+        start=changes.pop(START, None),
+    )
 
 
 def parse_value(key: str, text: str, where: str) -> Any:
@@ -97,7 +114,7 @@ def parse_value(key: str, text: str, where: str) -> Any:
     Raises:
         UserError: an unknown setting, or a text that is no such value; `where` begins the message.
     """
-    known = {**SETTINGS, SEED_OFFSET: _OFFSET}
+    known = {**SETTINGS, **_OTHERS}
     if key not in known:
         raise UserError(f"{where}: unknown setting {nearest(key, known)}")
     try:
@@ -106,12 +123,21 @@ def parse_value(key: str, text: str, where: str) -> Any:
         raise UserError(f"{where}: {e}") from None
 
 
-_OFFSET = Setting(
-    name=SEED_OFFSET,
-    kind=int,
-    optional=False,
-    help="",
-    names=(),
-    allowed=lambda value: True,
-    remedy="",
-)
+def _other(
+    name: str, kind: type, low: float = float("-inf"), high: float = float("inf")
+) -> Setting:
+    return Setting(
+        name=name,
+        kind=kind,
+        optional=False,
+        help="",
+        names=(),
+        allowed=lambda value: kind is str or low <= value <= high,
+        remedy=f"choose {low:g} to {high:g}",
+    )
+
+
+_OTHERS = {
+    s.name: s
+    for s in (_other(SEED_OFFSET, int), _other(IMAGE_SIZE, int, 8, 512), _other(START, str))
+}

@@ -1,13 +1,13 @@
 """The plan of a study whose runs are trainings of a recipe."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from normlab.core.records import typed
 from normlab.errors import UserError
 from normlab.recipes import Recipe
-from normlab.runs import Task
+from normlab.runs import Start, Task
 from normlab.statistics import ACCURACY, Measure
 from normlab.study import outcomes
 from normlab.study.arms import Arm
@@ -15,10 +15,16 @@ from normlab.study.plan import Plan, check, tell_arms
 from normlab.training.preparation import check_network
 
 MOST_CHECKS = 10_000  # as `plan.MOST_PAIRS`
+# What a study may decide by, as its runs' outcomes have it.
+MEASURES = {
+    "accuracy": ACCURACY,
+    "balanced_accuracy": Measure("balanced test accuracy", fraction=True),
+    "macro_f1": Measure("test macro-F1", fraction=True),
+    "loss": Measure("test loss", lower_is_better=True, diverged_as="as log K"),
+}
 OUTCOMES = {
-    "primary": "test accuracy after the last epoch; this alone decides",
     "secondary": [
-        "test loss after the last epoch",
+        "test accuracy, balanced accuracy, macro-F1 and loss after the last epoch",
         "area under the validation accuracy over the steps, as a mean",
         "steps until given validation accuracies",
         "steps until the mean validation accuracy that each contrast's other arm has at its end",
@@ -60,6 +66,11 @@ class Design(Plan):
         thresholds: validation accuracies whose steps are counted.
         checks: at least so many checks of validation accuracy a run, evenly spread.
         data_name: what the data are called, wherever they lie; empty in studies before 0.2.
+        outcome: what decides, one of `MEASURES`.
+        held_out: share of the training images that the runs are tested on, so that one's own test
+            images have no say in what is chosen; 0 for the test images.
+        sizes: SHA-256 of the data at each other size of pictures that an arm has.
+        starts: how the arms begin that start from a run, by their names.
     """
 
     kind: ClassVar[str] = "recipe"
@@ -76,10 +87,19 @@ class Design(Plan):
     data_name: str = ""
     skip_bad: bool = False
     tuning: Tuning | None = None
+    outcome: str = "accuracy"
+    held_out: float = 0.0
+    sizes: dict[str, str] = field(default_factory=dict)
+    starts: dict[str, Start] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(
+            (
+                self.outcome in MEASURES,
+                f"outcome={self.outcome}: choose one of {', '.join(MEASURES)}",
+            ),
+            (0 <= self.held_out < 1, f"held_out={self.held_out}: choose a share in [0, 1)"),
             (self.checks <= MOST_CHECKS, f"checks={self.checks}: choose at most {MOST_CHECKS:,}"),
             (0 < self.margin < 1, f"margin={self.margin}: choose a fraction such as 0.005"),
             (self.checks >= 1, f"checks={self.checks}: choose 1 or more"),
@@ -95,10 +115,25 @@ class Design(Plan):
 
     @property
     def measure(self) -> Measure:
-        return ACCURACY
+        found = MEASURES[self.outcome]
+        if not self.held_out:
+            return found
+        name = found.name.replace("test", "held-out")
+        return replace(found, name=name, scope="this training set and these held-out pictures")
 
     def value(self, outcome: outcomes.Outcome) -> float:
-        return outcome.accuracy
+        values = {
+            "accuracy": outcome.accuracy,
+            "balanced_accuracy": outcome.balanced_accuracy,
+            "macro_f1": outcome.macro_f1,
+            "loss": outcome.test_loss,
+        }
+        found = values[self.outcome]
+        if found is None:
+            raise UserError(
+                f"the runs of this study were made before there was {self.outcome}: begin another"
+            )
+        return found
 
     def load_outcome(self, folder: Path, arm: Arm, seed: int) -> outcomes.Outcome | None:
         return outcomes.load(folder, self.task(arm, seed), arm.name, seed)
@@ -108,14 +143,16 @@ class Design(Plan):
         recipe = arm.recipe(self.recipe)
         if self.tuning is not None and arm.name in self.tuning.chosen:
             recipe = scaled(recipe, self.tuning.setting, self.tuning.chosen[arm.name])
+        size = arm.image_size or self.image_size
         return Task(
             recipe=recipe,
             seed=seed + arm.seed_offset,
             data=self.data,
-            data_sha256=self.data_sha256,
+            data_sha256=self.sizes.get(str(size), self.data_sha256),
             class_names=self.class_names,
-            image_size=self.image_size,
+            image_size=size,
             skip_bad=self.skip_bad,
+            start=self.starts.get(arm.name),
         )
 
     def differences(self, asked: "Design") -> list[str]:
@@ -146,7 +183,9 @@ class Design(Plan):
             **super().as_dict(),
             "recipe": self.recipe.as_dict(),
             "tuning": tuning,
-            "outcomes": OUTCOMES,
+            "starts": {name: asdict(start) for name, start in self.starts.items()},
+            "outcomes": {"primary": f"{self.measure.name} after the last epoch; this alone decides"}
+            | OUTCOMES,
         }
 
 

@@ -19,9 +19,16 @@ from normlab.core.tensors import digest
 from normlab.data import ImageData
 from normlab.errors import DataError, NonFiniteError, UserError
 from normlab.evaluation.forward import logits_of
-from normlab.evaluation.metrics import cross_entropy, right
+from normlab.evaluation.metrics import (
+    balanced_accuracy,
+    confusion_matrix,
+    cross_entropy,
+    macro_f1,
+    right,
+)
 from normlab.evaluation.scores import score
 from normlab.runs import Task
+from normlab.training import starting_points
 from normlab.training.averaging import averaged
 from normlab.training.loop import fit
 from normlab.training.preparation import make_plan, new_state
@@ -46,6 +53,7 @@ class Outcome:
         steps_to: step of the first check at or above each threshold; None for never.
         step_seconds: median of a training step; None if too few were made.
         test_correct: which test images were right, one bit each, base64.
+        balanced_accuracy, macro_f1: on the test images; None in studies of before there were any.
         weights_sha256: after the last step.
     """
 
@@ -66,6 +74,8 @@ class Outcome:
     test_correct: str | None
     weights_sha256: str
     environment: dict[str, Any]
+    balanced_accuracy: float | None = None
+    macro_f1: float | None = None
 
     @property
     def accuracy(self) -> float:
@@ -146,7 +156,9 @@ def train_one(
     device, k = torch.device("cpu"), len(task.class_names)
     watch = _Checks(checks)
     with settings(threads, device):
-        state = new_state(task, images, device)
+        source = None if task.start is None else starting_points.open_source(task.start.run)
+        weights = starting_points.starting_weights(source, task, images)
+        state = new_state(task, images, device, weights)
         plan = make_plan(task, images, threads)
         diverged = None
         try:
@@ -190,10 +202,14 @@ def _test_scores(
     if logits is None:
         return {"test_accuracy": None, "test_loss": None, "test_correct": None}
     if diverged:
-        return {"test_accuracy": 1 / k, "test_loss": math.log(k), "test_correct": None}
+        chance = dict.fromkeys(("test_accuracy", "balanced_accuracy", "macro_f1"), 1 / k)
+        return {**chance, "test_loss": math.log(k), "test_correct": None}
     labels = torch.from_numpy(images.y_test.astype(np.int64))
     answered = right(logits, labels).numpy()
+    confusion = confusion_matrix(labels.numpy(), logits.argmax(1).numpy(), k)
     return {
+        "balanced_accuracy": balanced_accuracy(confusion),
+        "macro_f1": macro_f1(confusion),
         "test_accuracy": float(answered.mean()),
         "test_loss": cross_entropy(logits, labels),
         "test_correct": pack(answered),

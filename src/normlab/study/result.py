@@ -43,6 +43,7 @@ class Study(Judged):
     def _summary(self, arm: Arm) -> dict[str, Any]:
         found = list(self.arm(arm.name).values())
         accuracies = [o.accuracy for o in found]
+        decisive = [self.design.value(o) for o in found]
         areas = [o.area for o in found if o.area is not None]
         seconds = [o.step_seconds for o in found if o.step_seconds is not None]
         return {
@@ -50,6 +51,8 @@ class Study(Judged):
             "n": len(found),
             "test_accuracy": _mean(accuracies),
             "test_accuracy_sd": float(np.std(accuracies, ddof=1)) if len(found) > 1 else None,
+            "outcome": _mean(decisive),
+            "outcome_sd": float(np.std(decisive, ddof=1)) if len(found) > 1 else None,
             "test_loss": _mean([o.test_loss for o in found]),
             "validation_area": _mean(areas),
             "step_seconds": float(np.median(seconds)) if seconds else None,

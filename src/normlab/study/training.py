@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from normlab.data import ImageData
 from normlab.data import load as load_data
+from normlab.data.batches import hold_out
 from normlab.errors import DataError
 from normlab.runs import Task
 from normlab.study.outcomes import Outcome, train_one
@@ -19,6 +20,7 @@ class Job:
 
     Attributes:
         data: what `normlab.data.load` is given, or the images themselves.
+        held_out: share of the training images that are tested on in place of the test images.
     """
 
     arm: str
@@ -29,6 +31,7 @@ class Job:
     thresholds: tuple[float, ...]
     checks: int
     test: bool
+    held_out: float = 0.0
 
     @property
     def name(self) -> str:
@@ -55,9 +58,10 @@ class Job:
     def _images(self) -> ImageData:
         if isinstance(self.data, ImageData):
             return self.data
-        return _load(self.data, self.task.image_size, self.task.skip_bad)
+        return _load(self.data, self.task.image_size, self.task.skip_bad, self.held_out)
 
 
-@lru_cache(maxsize=1)
-def _load(data: str, image_size: int, skip_bad: bool) -> ImageData:
-    return load_data(data, image_size=image_size, skip_bad=skip_bad)
+@lru_cache(maxsize=2)  # arms may have two sizes of pictures
+def _load(data: str, image_size: int, skip_bad: bool, held_out: float) -> ImageData:
+    images = load_data(data, image_size=image_size, skip_bad=skip_bad)
+    return hold_out(images, held_out) if held_out else images

@@ -65,6 +65,7 @@ def trials(design: Design, data: str | ImageData) -> list[Job]:
                     thresholds=(),
                     checks=1,
                     test=False,
+                    held_out=design.held_out,
                 )
                 jobs.append(job)
     return jobs
