@@ -12,7 +12,7 @@ from normlab import UserError
 from normlab.data.batches import hold_out
 from normlab.study.arms import Arm, parse_arm
 from normlab.study.design import MEASURES
-from tests.studies import make_design, make_outcome
+from studies import make_design, make_outcome
 
 
 @pytest.fixture(scope="module")
