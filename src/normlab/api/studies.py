@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from normlab.errors import UserError
-from normlab.recipes import DEFAULT, Recipe
+from normlab.recipes import Recipe
 from normlab.study import plan as plans
 
 
-def compare(what: str | Recipe | Callable[..., Any] = DEFAULT, **options: Any) -> Any:
+def compare(what: str | Recipe | Callable[..., Any] | None = None, **options: Any) -> Any:
     """Compare arms from the same seeds and say which is better, and how sure that is.
 
         study = normlab.compare("fast79", arms=["batch", "none"], seeds=6)
@@ -21,7 +21,7 @@ def compare(what: str | Recipe | Callable[..., Any] = DEFAULT, **options: Any) -
     pairs, which counts as a further look.
 
     Args:
-        what: a recipe, whose options are those of `normlab.api.compare.compare`; or a function,
+        what: a recipe (None for the default one of the data), whose options are those of `normlab.api.compare.compare`; or a function,
             called as function(seed, **settings) in processes, whose options are those of
             `normlab.api.measured.compare_function`. A function needs no PyTorch.
 
