@@ -21,8 +21,9 @@ def compare(what: str | Recipe | Callable[..., Any] | None = None, **options: An
     pairs, which counts as a further look.
 
     Args:
-        what: a recipe (None for the default one of the data), whose options are those of `normlab.api.compare.compare`; or a function,
-            called as function(seed, **settings) in processes, whose options are those of
+        what: a recipe (None for the default one of the data), whose options are those of
+            `normlab.api.compare.compare`; or a function, called as function(seed, **settings) in
+            processes, whose options are those of
             `normlab.api.measured.compare_function`. A function needs no PyTorch.
 
     Raises:
