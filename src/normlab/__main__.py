@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     try:
-        return int(cli.main(arguments, prog_name="normlab", standalone_mode=False) or 0)
+        words = sys.argv[1:] if arguments is None else arguments
+        return int(cli.main(words, prog_name="normlab", standalone_mode=False, obj=words) or 0)
     except click.UsageError as e:
         path = e.ctx.command_path if e.ctx else "normlab"
         return _fail(f"{e.format_message().rstrip('.')} (`{path} --help` lists what there is)", 2)

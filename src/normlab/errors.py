@@ -53,6 +53,10 @@ class Interrupted(NormlabError):
         self.exit_code = 128 + signum
 
 
+class RankError(NormlabError):
+    """Another process of the same training ended, or did not answer in time."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: what it may have meant, and what there is.
 

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from normlab.api.run import Run, open_run
 from normlab.core.environment import describe_machine, resolve_device, resolve_threads
 from normlab.core.environment import settings as machine_settings
 from normlab.core.files import locked, write_json
+from normlab.core.ranks import WAIT, Ranks, joined
 from normlab.core.tensors import digest, is_finite, write_tensors
 from normlab.data import ImageData, load
 from normlab.data.changes import read_changes
@@ -58,6 +60,7 @@ def train(
     three_way: bool = False,
     minutes: float | None = None,
     observers: tuple[Observer, ...] = (),
+    wait: float = WAIT,
     settings: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Run:
@@ -65,6 +68,9 @@ def train(
 
         run = normlab.train("notebook", epochs=1, data="sample")
         run.result["test_accuracy"]
+
+    In processes that torchrun started, all train this one run together (`docs/scale.md`): each has
+    a part of every batch, and rank 0 scores the end and writes the folder.
 
     Args:
         recipe: a name that `normlab recipes` lists, or a `Recipe`; None for the recipe of the run
@@ -91,7 +97,8 @@ def train(
         three_way: score the validation images of each epoch with three kinds of statistics.
         minutes: what all of it may take, data and scores included. A few steps are measured, then
             the size of pictures, the network and the number of steps are planned to fill the time.
-        observers: told after each step.
+        observers: told after each step, in rank 0.
+        wait: seconds that one process waits for another.
         settings: of the recipe, to replace; here None is a value.
         **changes: settings of the recipe to replace: `epochs`, `batch_size`, `norm`, …; None
             leaves one as it is.
@@ -100,98 +107,144 @@ def train(
         UserError: something asked for is not possible; raised before any work is done.
         NonFiniteError: the loss became NaN or infinite. The best weights so far are kept.
         Interrupted: SIGINT or SIGTERM came; `resume` goes on from there.
+        RankError: another process of this training ended, or does not answer.
     """
-    layers = None if isinstance(record, bool) else list(record)
-    extra = (ThreeWayScores(),) if three_way else ()
-    if record:
-        observers = (*observers, Recorder(layers))
-    source = starting_points.open_source(start, freeze=freeze, statistics=statistics)
-    wanted = {k: v for k, v in changes.items() if v is not None} | dict(settings or {})
-    chosen = starting_points.choose_recipe(source, recipe, wanted)
-    if three_way and chosen.validation == 0:
-        raise UserError(
-            f"--three-way scores validation images and {chosen.name} holds out none: "
-            "add --validation 0.1"
-        )
-    began = time.perf_counter()
-    threads, where = resolve_threads(threads), resolve_device(device)
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise UserError(f"minutes={minutes}: choose a number above 0")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed={seed}: choose a whole number from 0 to 2⁶³ − 1")
-    started = time.perf_counter()
-    size = starting_points.size_of(source) if image_size is None else image_size
-    decided = read_changes(exclude, relabel)
+    with joined(wait) as ranks:
+        if ranks.remembered is not None:  # these processes take the place of some that failed
+            return _resume(ranks, ranks.remembered, data, three_way=three_way, observers=observers)
+        with ranks.agreeing("ready"):
+            ranks.refuse(record=record, minutes=minutes is not None)
+            layers = None if isinstance(record, bool) else list(record)
+            extra = (ThreeWayScores(),) if three_way else ()
+            if record:
+                observers = (*observers, Recorder(layers))
+            source = starting_points.open_source(start, freeze=freeze, statistics=statistics)
+            wanted = {k: v for k, v in changes.items() if v is not None} | dict(settings or {})
+            chosen = starting_points.choose_recipe(source, recipe, wanted)
+            if three_way and chosen.validation == 0:
+                raise UserError(
+                    f"--three-way scores validation images and {chosen.name} holds out none: "
+                    "add --validation 0.1"
+                )
+            began = time.perf_counter()
+            threads = resolve_threads(threads, ranks.local[1])
+            where = resolve_device(device, ranks.local[0] if ranks.size > 1 else None)
+            if minutes is not None and not 0 < minutes < math.inf:
+                raise UserError(f"minutes={minutes}: choose a number above 0")
+            if not 0 <= seed < 2**63:
+                raise UserError(f"seed={seed}: choose a whole number from 0 to 2⁶³ − 1")
+            started = time.perf_counter()
+            size = starting_points.size_of(source) if image_size is None else image_size
+            decided = read_changes(exclude, relabel)
 
-    def read(side: int | None) -> ImageData:
-        return load(data, image_size=side, skip_bad=skip_bad, group_by=group_by, changes=decided)
+            def read(side: int | None) -> ImageData:
+                return load(
+                    data, image_size=side, skip_bad=skip_bad, group_by=group_by, changes=decided
+                )
 
-    images = read(size)
-    data_seconds = time.perf_counter() - started
-    own = images.name not in PUBLIC
-    if recipe is None and own and starting_points.suits(source, DEFAULT_OWN):
-        recipe = DEFAULT_OWN
+            images = read(size)
+            data_seconds = time.perf_counter() - started
+            own = images.name not in PUBLIC
+            if recipe is None and own and starting_points.suits(source, DEFAULT_OWN):
+                recipe = DEFAULT_OWN
 
-    def task_at(side: int, **more: Any) -> Task:
-        """What is to be done at this size of images; of `pictures`, what follows from it."""
-        fit = recipe == DEFAULT_OWN and own
-        follows = fitted(images.class_names, side, wanted, source is not None) if fit else {}
-        return Task(
-            recipe=starting_points.choose_recipe(source, recipe, {**follows, **wanted, **more}),
-            seed=seed,
-            data=images.name if data is None or not isinstance(data, (str, Path)) else str(data),
-            data_sha256=images.sha256,
-            class_names=images.class_names,
-            image_size=side,
-            skip_bad=skip_bad,
-            start=starting_points.plan_start(
-                source, images.class_names, freeze=freeze, statistics=statistics
-            ),
-            group_by=group_by,
-            changes=decided,
-        )
+            def task_at(side: int, **more: Any) -> Task:
+                """What is to be done at this size of images; of `pictures`, what follows of it."""
+                fit = recipe == DEFAULT_OWN and own
+                follows = (
+                    fitted(images.class_names, side, wanted, source is not None) if fit else {}
+                )
+                return Task(
+                    recipe=starting_points.choose_recipe(
+                        source, recipe, {**follows, **wanted, **more}
+                    ),
+                    seed=seed,
+                    data=images.name
+                    if data is None or not isinstance(data, (str, Path))
+                    else str(data),
+                    data_sha256=images.sha256,
+                    class_names=images.class_names,
+                    image_size=side,
+                    skip_bad=skip_bad,
+                    start=starting_points.plan_start(
+                        source, images.class_names, freeze=freeze, statistics=statistics
+                    ),
+                    group_by=group_by,
+                    changes=decided,
+                )
 
-    task = task_at(images.image_shape[0])
-    if image_size is not None and image_size != task.image_size:
-        raise UserError(
-            f"image_size={image_size}: {images.name} has {task.image_size} × {task.image_size} "
-            "pixels; only pictures from a folder or parquet are resized"
-        )
-    with machine_settings(threads, where):
-        started = time.perf_counter()
-        refuse_impossible(task, images)
-        expected = allowed = None
-        if minutes is not None:
-            fixed = recipe != DEFAULT_OWN or size is not None or images.files_train is None
-            sizes = [s for s in SIZES if s <= task.image_size and not fixed] or [task.image_size]
-            left = minutes * 60 - time.perf_counter() + began
-            side, pace = largest_in(left, sizes, task_at, images, where)
-            if side != task.image_size:
-                images = read(side)
-            left = minutes * 60 - time.perf_counter() + began
-            steps = steps_in(left, pace, task_at(side), images)
-            planned = {"patience": None, **wanted, "epochs": 1, "least_steps": steps}
-            task = task_at(side, **planned)
-            allowed = left - pace.ending(make_plan(task, images, threads), images)
-        elif own:
-            pace = measure(task, where)
-        if own or minutes is not None:
-            plan = make_plan(task, images, threads)
-            expected = pace.seconds(plan) + pace.ending(plan, images)
-        observed(task.build(), layers)
-        weights = starting_points.starting_weights(source, task, images)
-        folder = create_folder(out, chosen.name)
-        with locked(folder):
-            _claim(folder, task)
-            starting_points.write_start(folder, task, weights)
-            write_json(folder / "environment.json", describe_machine(threads, where))
+            task = task_at(images.image_shape[0])
+            if image_size is not None and image_size != task.image_size:
+                raise UserError(
+                    f"image_size={image_size}: {images.name} has {task.image_size} × "
+                    f"{task.image_size} pixels; only pictures from a folder or parquet are resized"
+                )
+            with machine_settings(threads, where):
+                started = time.perf_counter()
+                refuse_impossible(task, images)
+                expected = allowed = None
+                if minutes is not None:
+                    fixed = recipe != DEFAULT_OWN or size is not None or images.files_train is None
+                    sizes = [s for s in SIZES if s <= task.image_size and not fixed] or [
+                        task.image_size
+                    ]
+                    left = minutes * 60 - time.perf_counter() + began
+                    side, pace = largest_in(left, sizes, task_at, images, where)
+                    if side != task.image_size:
+                        images = read(side)
+                    left = minutes * 60 - time.perf_counter() + began
+                    steps = steps_in(left, pace, task_at(side), images)
+                    planned = {"patience": None, **wanted, "epochs": 1, "least_steps": steps}
+                    task = task_at(side, **planned)
+                    allowed = left - pace.ending(make_plan(task, images, threads), images)
+                elif own and ranks.size == 1:
+                    pace = measure(task, where)
+                if (own and ranks.size == 1) or minutes is not None:
+                    plan = make_plan(task, images, threads)
+                    expected = pace.seconds(plan) + pace.ending(plan, images)
+                observed(task.build(), layers)
+                weights = starting_points.starting_weights(source, task, images)
+        machine = _describe(threads, where, ranks)
+        ranks.same("facts", _facts(task, machine))
+        with machine_settings(threads, where), ExitStack() as held:
+            folder = Path()
+            with ranks.agreeing("folder"):
+                if ranks.first:
+                    folder = create_folder(out, chosen.name)
+                    held.enter_context(locked(folder))
+                    _claim(folder, task)
+                    starting_points.write_start(folder, task, weights)
+                    write_json(folder / "environment.json", machine)
+            folder = Path(ranks.exchange("folder's name", str(folder))[0])
+            ranks.remember(str(folder.absolute()))
             state = new_state(task, images, where, weights)
+            checkpoint.share(ranks, state)
             state.seconds = time.perf_counter() - started
             return _finish(
-                *(Run(folder, task), images, data_seconds, state, where, observers, extra),
+                *(ranks, Run(folder, task), images, data_seconds, state, machine),
+                *(where, observers, extra),
                 expected=expected,
                 allowed=None if allowed is None else allowed + state.seconds,
             )
+
+
+def _describe(threads: int, device: torch.device, ranks: Ranks) -> dict[str, Any]:
+    machine = describe_machine(threads, device)
+    return machine | {"processes": ranks.size} if ranks.size > 1 else machine
+
+
+def _facts(task: Task, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for all processes of a training; the data's place need not be."""
+    keys = ("normlab", "torch", "numpy", "compiled_kernels", "cpu_capability")
+    values = task.as_dict()
+    return {
+        **{f"version of {key}": machine[key] for key in keys[:3]},
+        **{key.replace("_", " "): machine[key] for key in keys[3:]},
+        "kind of device": str(machine["device"]).split(":")[0],
+        "data (by SHA-256)": values.pop("data_sha256"),
+        **{k: v for k, v in values.items() if k not in ("data", "start")},
+        "weights to start from": values.get("start", {}).get("weights_sha256"),
+    }
 
 
 def _claim(folder: Path, task: Task) -> None:
@@ -212,6 +265,7 @@ def resume(
     record: bool = False,
     three_way: bool = False,
     observers: tuple[Observer, ...] = (),
+    wait: float = WAIT,
 ) -> Run:
     """Go on with an interrupted run; it ends with the bits it would have ended with.
 
@@ -221,58 +275,119 @@ def resume(
         allow_changes: go on although the data or the environment differ, where the end will not be
             bit-identical.
         record, three_way: as for `train`. A recording that was begun goes on in any case.
-        observers: told after each step.
+        observers: told after each step, in rank 0.
+        wait: seconds that one process waits for another.
 
     Raises:
         UserError: it is finished already, report and all, or something differs and
             `allow_changes` is off.
     """
-    opened, extra = open_run(run), (ThreeWayScores(),) if three_way else ()
-    if opened.result is not None:
-        with locked(opened.path):  # whose file, and more, one killed at its end leaves
-            checkpoint.remove(opened.path)
-            starting_points.remove_start(opened.path)
-            if not (opened.path / "report.html").exists():
-                images = opened.task.load(data)
-                write_run_report(opened, opened.evaluate(images), images)
-                return opened
-        raise UserError(f"run {str(opened.path)!r} is finished: nothing is left to resume")
-    if not (opened.path / "environment.json").exists():
-        raise UserError(
-            f"run {str(opened.path)!r} ended before its first step: train again, with a new --out"
+    with joined(wait) as ranks:
+        chosen = run if ranks.remembered is None else ranks.remembered
+        return _resume(
+            *(ranks, chosen, data),
+            allow_changes=allow_changes,
+            record=record,
+            three_way=three_way,
+            observers=observers,
         )
-    environment = opened.environment
-    threads = resolve_threads(min(environment["threads"], resolve_threads(None)))
-    where = resolve_device(str(environment["device"]))
-    started = time.perf_counter()
-    images = opened.task.load(data)
-    data_seconds = time.perf_counter() - started
-    differs = _differences(opened, images, describe_machine(threads, where))
-    if differs and not allow_changes:
-        raise UserError(
-            f"run {str(opened.path)!r} began with other {'; '.join(differs)}: "
-            "--allow-changes goes on all the same, but the end will differ"
-        )
-    if record or (opened.path / RECORDING).exists():
-        observers = (*observers, Recorder())
-    weights = starting_points.read_start(opened.path, opened.task)
-    with machine_settings(threads, where), locked(opened.path):
-        state = new_state(opened.task, images, where, weights)
-        problem = checkpoint.restore(opened.path, state)
-        if problem:
-            line = f"normlab: {problem}; going on from step {state.step:,}"
-            print(printable(line), file=sys.stderr)
-        return _finish(opened, images, data_seconds, state, where, observers, extra)
 
 
-def _differences(run: Run, images: ImageData, now: dict[str, Any]) -> list[str]:
-    then = run.environment
+def _resume(
+    ranks: Ranks,
+    run: str | Path | None,
+    data: str | Path | Mapping[str, Any] | ImageData | None,
+    *,
+    allow_changes: bool = False,
+    record: bool = False,
+    three_way: bool = False,
+    observers: tuple[Observer, ...] = (),
+) -> Run:
+    extra = (ThreeWayScores(),) if three_way else ()
+    told: Any = None
+    with ranks.agreeing("open"):
+        if ranks.first:  # the only one that needs the folder
+            found = open_run(run)
+            done = found.result is not None
+            if done and not _redraw(found, data) and ranks.remembered is None:
+                raise UserError(f"run {str(found.path)!r} is finished: nothing is left to resume")
+            if not (found.path / "environment.json").exists():
+                raise UserError(
+                    f"run {str(found.path)!r} ended before its first step: train again, with a "
+                    "new --out"
+                )
+            told = {
+                "path": str(found.path),
+                "task": found.task.as_dict(),
+                "environment": dict(found.environment),
+                "done": done,
+                "recording": (found.path / RECORDING).exists(),
+            }
+    told = ranks.exchange("run", told)[0]
+    opened = Run(Path(told["path"]), Task.from_dict(told["task"]))
+    environment: dict[str, Any] = told["environment"]
+    if told["done"]:
+        return opened
+    with ranks.agreeing("ready"):
+        ranks.refuse(record=record or told["recording"])
+        if record or told["recording"]:
+            observers = (*observers, Recorder())
+        most = resolve_threads(None, ranks.local[1])
+        threads = resolve_threads(min(environment["threads"], most))
+        where = resolve_device(
+            str(environment["device"]), ranks.local[0] if ranks.size > 1 else None
+        )
+        started = time.perf_counter()
+        images = opened.task.load(data)
+        data_seconds = time.perf_counter() - started
+    machine = _describe(threads, where, ranks)
+    ranks.same("facts", _facts(opened.task, machine) | {"data (by SHA-256)": images.sha256})
+    with ranks.agreeing("differences"):
+        differs = _differences(opened.task, environment, images, machine)
+        if differs and not allow_changes:
+            raise UserError(
+                f"run {str(opened.path)!r} began with other {'; '.join(differs)}: "
+                "--allow-changes goes on all the same, but the end will differ"
+            )
+    ranks.remember(str(opened.path.absolute()))
+    with machine_settings(threads, where), ExitStack() as held:
+        with ranks.agreeing("locked"):
+            if ranks.first:
+                held.enter_context(locked(opened.path))
+                weights = starting_points.read_start(opened.path, opened.task)
+        state = new_state(opened.task, images, where, weights if ranks.first else None)
+        if ranks.first:
+            problem = checkpoint.restore(opened.path, state)
+            if problem:
+                line = f"normlab: {problem}; going on from step {state.step:,}"
+                print(printable(line), file=sys.stderr)
+        checkpoint.share(ranks, state)
+        return _finish(ranks, opened, images, data_seconds, state, machine, where, observers, extra)
+
+
+def _redraw(run: Run, data: str | Path | Mapping[str, Any] | ImageData | None) -> bool:
+    """Do what a run that was killed at its very end has left undone; whether its page was."""
+    with locked(run.path):
+        checkpoint.remove(run.path)
+        starting_points.remove_start(run.path)
+        if (run.path / "report.html").exists():
+            return False
+        images = run.task.load(data)
+        write_run_report(run, run.evaluate(images), images)
+        return True
+
+
+def _differences(
+    task: Task, then: Mapping[str, Any], images: ImageData, now: Mapping[str, Any]
+) -> list[str]:
+    then, now = {"processes": 1, **then}, {"processes": 1, **now}
     found = [
         f"{key} ({then.get(key)} then, {now[key]} now)"
         for key in (
             "normlab",
             "torch",
             "numpy",
+            "processes",
             "threads",
             "device",
             "cpu",
@@ -281,16 +396,18 @@ def _differences(run: Run, images: ImageData, now: dict[str, Any]) -> list[str]:
         )
         if then.get(key) != now[key]
     ]
-    if images.sha256 != run.task.data_sha256:
-        found.append(f"data ({run.task.data_sha256[:12]}… then, {images.sha256[:12]}… now)")
+    if images.sha256 != task.data_sha256:
+        found.append(f"data ({task.data_sha256[:12]}… then, {images.sha256[:12]}… now)")
     return found
 
 
 def _finish(
+    ranks: Ranks,
     run: Run,
     images: ImageData,
     data_seconds: float,
     state: State,
+    machine: Mapping[str, Any],
     device: torch.device,
     observers: tuple[Observer, ...],
     extra: tuple[Hook, ...],
@@ -298,25 +415,30 @@ def _finish(
     expected: float | None = None,
     allowed: float | None = None,
 ) -> Run:
-    """Train to the end, write weights, score the test images once, draw the report.
+    """Train to the end; rank 0 writes weights, scores the test images once, draws the report.
 
     Args:
         expected: seconds that it will take.
         allowed: seconds that the training may take.
     """
     recipe, folder = run.task.recipe, run.path
-    plan = make_plan(run.task, images, run.environment["threads"], folder)
+    plan = make_plan(run.task, images, machine["threads"], folder, ranks)
     plan = replace(plan, expected=expected, seconds=allowed)
-    hooks = [*make_hooks(plan, extra), checkpoint.Checkpoints(folder, saved_at=state.seconds)]
+    hooks = make_hooks(plan, extra)
+    if ranks.first:
+        hooks.append(checkpoint.Checkpoints(folder, saved_at=state.seconds))
     try:
-        fit(plan, state, device, observers, hooks=hooks)
+        fit(plan, state, device, observers if ranks.first else (), hooks=hooks)
     except Interrupted as e:
-        checkpoint.save(folder, state)
+        if ranks.first:
+            checkpoint.save(folder, state)
         raise Interrupted(
             e.signum,
             f" after step {state.step:,} of {plan.steps:,}; nothing is lost, go on with: "
             f"{shell(['normlab', 'train', '--resume', str(folder)])}",
         ) from None
+    if not ranks.first:
+        return run
     remedy = f"try a lower --learning-rate than {recipe.optimizer.learning_rate:g}"
     if not is_finite(state.model.state_dict()):
         raise NonFiniteError(f"a weight is NaN or infinite after the last step: {remedy}")

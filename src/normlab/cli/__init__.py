@@ -12,6 +12,8 @@ from normlab.cli.predict import predict
 from normlab.cli.recipes import list_recipes, summary
 from normlab.cli.serve import serve
 from normlab.cli.train import train
+from normlab.core.launcher import world
+from normlab.errors import UserError
 
 
 class Verbs(click.Group):
@@ -28,11 +30,20 @@ class Verbs(click.Group):
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="normlab")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Train batch-normalised image classifiers, and know what the normalisation does for them.
 
     Start with `normlab train`: it gets CIFAR-10, trains the default recipe and scores it.
     """
+    rank, size = world()
+    if size > 1 and context.invoked_subcommand != "train":
+        if rank:
+            raise SystemExit(2)
+        raise UserError(
+            f"`normlab {context.invoked_subcommand}` is work for one process and was started in "
+            f"{size}: leave out torchrun, which is for `normlab train`"
+        )
 
 
 for verb in (

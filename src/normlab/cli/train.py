@@ -64,6 +64,23 @@ if TYPE_CHECKING:
 @click.option("--three-way", is_flag=True, help="Score each epoch with three kinds of statistics.")
 @click.option("--record", is_flag=True, help="Keep what each layer sees, for `normlab inspect`.")
 @click.option("--layers", metavar="NAME,…", help="With --record: only these layers.")
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    help="Train in so many processes of this machine, each with a share of its cores.",
+)
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(0),
+    help="With --processes: after a failure, go on from the last checkpoint so many times.",
+)
+@click.option(
+    "--wait",
+    type=click.FloatRange(0, min_open=True),
+    default=120.0,
+    show_default=True,
+    help="Seconds that one of several processes waits for another.",
+)
 @click.option("--resume", metavar="RUN", help="Go on with an interrupted run.")
 @click.option("--allow-changes", is_flag=True, help="With --resume: although something differs.")
 @JSON
@@ -91,6 +108,9 @@ def train(
     three_way: bool,
     record: bool,
     layers: str | None,
+    processes: int | None,
+    max_restarts: int | None,
+    wait: float,
     resume: str | None,
     allow_changes: bool,
     as_json: bool,
@@ -101,21 +121,30 @@ def train(
     Options override the recipe; `normlab recipes` lists recipes. With --from, RECIPE is by default
     the recipe of that run.
     """
+    if layers is not None and not record:
+        raise click.UsageError("--layers says which layers --record keeps: add --record")
+    if resume is not None:
+        _refuse_with_resume(context)
+    if max_restarts is not None and processes is None:
+        raise click.UsageError("--max-restarts is for --processes, or is an option of torchrun")
+    from normlab.core.launcher import launch, world
+
+    rank, _ = world()
+    if processes is not None and "RANK" not in os.environ:
+        words = context.find_root().obj
+        context.exit(launch(words, processes, restarts=max_restarts or 0))
     from normlab.api.train import resume as go_on
     from normlab.api.train import train as begin
 
-    if layers is not None and not record:
-        raise click.UsageError("--layers says which layers --record keeps: add --record")
-    observer = _progress()
-    observers: list[Observer] = [observer]
-    if tensorboard:
+    observer = _progress() if rank == 0 else None
+    observers: list[Observer] = [] if observer is None else [observer]
+    if tensorboard and rank == 0:
         from normlab.training.tensorboard import TensorBoard
 
         observers.append(TensorBoard())
     install_seconds = os.environ.get("NORMLAB_INSTALL_SECONDS")
     with observer if isinstance(observer, AbstractContextManager) else nullcontext():
         if resume is not None:
-            _refuse_with_resume(context)
             run = go_on(
                 resume,
                 data=data,
@@ -123,6 +152,7 @@ def train(
                 record=record,
                 three_way=three_way,
                 observers=tuple(observers),
+                wait=wait,
             )
         else:
             run = begin(
@@ -144,9 +174,11 @@ def train(
                 threads=threads,
                 device=device,
                 observers=tuple(observers),
+                wait=wait,
                 settings=given_settings(settings),
             )
-    _close(run, float(install_seconds) if install_seconds else None, as_json)
+    if rank == 0:
+        _close(run, float(install_seconds) if install_seconds else None, as_json)
 
 
 def _refuse_with_resume(context: click.Context) -> None:
@@ -159,6 +191,9 @@ def _refuse_with_resume(context: click.Context) -> None:
         "three_way",
         "record",
         "as_json",
+        "processes",
+        "max_restarts",
+        "wait",
     }
     for name in context.params:
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE

@@ -16,27 +16,31 @@ from normlab.errors import UserError
 from normlab.kernels.memory import keep_freed_memory
 
 
-def resolve_threads(threads: int | None) -> int:
-    """Return `threads`, or as many as there are cores.
+def resolve_threads(threads: int | None, processes: int = 1) -> int:
+    """Return `threads`, or this process's share of the cores, if it is one of so many alike here.
 
     Raises:
         UserError: fewer than one, or more than there are cores.
     """
     if threads is None:
-        return cores()
+        return max(1, cores() // processes)
     if not 1 <= threads <= cores():
         raise UserError(f"threads={threads}: choose from 1 to {cores()}, this machine's cores")
     return threads
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str, local_rank: int | None = None) -> torch.device:
     """Return the device called `device`; `auto` is CUDA where there is one, else the CPU.
+
+    Args:
+        local_rank: of one process of several on this machine, which takes the CUDA device of that
+            number (not measured here: no such device was at hand).
 
     Raises:
         UserError: an unknown device, or one that is not here.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
     except RuntimeError:
@@ -45,6 +49,13 @@ def resolve_device(device: str) -> torch.device:
         raise UserError(f"device {device!r} is not supported: choose auto, cpu or cuda")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device!r}: PyTorch finds no CUDA device here; choose cpu")
+    if found.type == "cuda" and local_rank is not None:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine has no CUDA device of its own: start at "
+                f"most {torch.cuda.device_count()} here, or choose --device cpu"
+            )
+        return torch.device("cuda", local_rank)
     return found
 
 

@@ -4,17 +4,14 @@ Every message is one that all members send: a call that one of them leaves out m
 wait, until the time is over that was given to `init_process_group`, or the connection breaks.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normlab.errors import NormlabError, UserError
-
-
-class RankError(NormlabError):
-    """A message to or from another process failed: it ended, or did not answer in time."""
+from normlab.errors import NormlabError, RankError, UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,21 +54,33 @@ class Group:
     def gather(self, values: Tensor) -> Tensor:
         """Every member's `values` (K,), in the order of their ranks: (size, K)."""
         everyone = values.new_empty((self.size, len(values)))
-        with _explained():
+        with self.explained():
             torch.distributed.all_gather(list(everyone), values, group=self.handle)
         return everyone
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the members, the same bits for each, in place of `values`."""
-        with _explained():
+        with self.explained():
             torch.distributed.all_reduce(values, group=self.handle)
         return values
 
+    def begin_sum(self, values: Tensor) -> Any:
+        """Begin `sum`, and give back what `finish` waits for; `values` are not to be touched."""
+        with self.explained():
+            return torch.distributed.all_reduce(values, group=self.handle, async_op=True)
 
-class _explained:
+    def finish(self, work: Any) -> None:
+        """Wait for what `begin_sum` began."""
+        with self.explained():
+            work.wait()
+
+    def explained(self) -> AbstractContextManager[None]:
+        """What a backend raises in the `with` block is a `RankError`."""
+        return _Explained()
+
+
+class _Explained(AbstractContextManager[None]):
     """Turns what a backend raises into a `RankError`."""
-
-    def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         if isinstance(error, RuntimeError) and not isinstance(error, NormlabError):

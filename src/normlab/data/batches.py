@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normlab import recipes
+from normlab.core.ranks import ALONE, Ranks
 from normlab.core.streams import stream
 from normlab.data.augment import Augmentation, halve
 from normlab.data.images import ImageData
@@ -148,6 +149,8 @@ class Batches:
         bounds: of the batches of a pass, in the order of its images.
         augmentation: how images are changed; None for as they are.
         half_steps: the steps below this one see images of half the height and width.
+        ranks: the processes that have a part each of every batch.
+        whole: labels of all ranks' images of the batch that was asked for last.
     """
 
     train: Split
@@ -157,18 +160,23 @@ class Batches:
     augmentation: recipes.Augmentation | None = None
     half_steps: float = 0
     device: torch.device | str = "cpu"
+    ranks: Ranks = ALONE
     epoch: int = -1
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Pixels (N, 3, H, W) in [0, 1] and labels (N,) of a step."""
+        """Pixels (N, 3, H, W) in [0, 1] and labels (N,) of this rank's part of a step's batch."""
         epoch, batch = divmod(step, len(self.bounds))
         if epoch != self.epoch:
             self._begin(epoch)
-        chosen = self.order[slice(*self.bounds[batch])]
+        together = self.order[slice(*self.bounds[batch])]
+        chosen = together[slice(*self.ranks.share(len(together)))]
         x = self.augment(to_input(self.train.images[chosen], self.device), chosen)
         if step < self.half_steps:
             x = halve(x)
-        return x, torch.from_numpy(self.train.labels[chosen]).to(self.device)
+        labels = torch.from_numpy(self.train.labels[chosen]).to(self.device)
+        alone = self.ranks.size == 1
+        self.whole = labels if alone else torch.from_numpy(self.train.labels[together]).to(labels)
+        return x, labels
 
     def _begin(self, epoch: int) -> None:
         n = len(self.train)

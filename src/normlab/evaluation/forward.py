@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
+from normlab.core.ranks import ALONE, Ranks
 from normlab.data.augment import VIEWS, views_of
 from normlab.data.batches import EVALUATION_BATCH, batch_bounds, to_input
 from normlab.errors import NormlabError, UserError
+from normlab.layers import BatchNorm
 
 # (N, H, W, 3) pixels, (N, C, *) as the network takes them, or its keyword arguments, each (N, *)
 Images = NDArray[np.uint8] | Tensor | Mapping[str, Tensor]
@@ -27,6 +29,20 @@ def normalizers(model: nn.Module) -> dict[str, TorchBatchNorm]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, TorchBatchNorm)
     }
+
+
+@contextmanager
+def apart(model: nn.Module) -> Iterator[None]:
+    """Layers that share a training batch's statistics with other processes do not do so inside."""
+    layers = [m for m in model.modules() if isinstance(m, BatchNorm) and m.group is not None]
+    groups = [layer.group for layer in layers]
+    for layer in layers:
+        layer.group = None
+    try:
+        yield
+    finally:
+        for layer, group in zip(layers, groups, strict=True):
+            layer.group = group
 
 
 @contextmanager
@@ -52,6 +68,7 @@ def logits_of(
     *,
     views: str = "single",
     own_statistics: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Logits (N, K) without dropout, on the CPU; the model is left as it was.
 
@@ -60,32 +77,44 @@ def logits_of(
             logits. `unsure`: those of `shift` for the quarter of the images whose best class has
             the lowest probability from a single view, and the single view for all others.
         own_statistics: normalise each batch by its own statistics instead of the running ones.
+        ranks: processes that have the same model and images: each answers every so-manieth batch,
+            and all get all the answers.
 
     Raises:
         UserError: own statistics of a batch with fewer than two images, images that the network
             fails on, or an answer without a tensor.
     """
     if views == "unsure" and not isinstance(images, Mapping):
-        answers = logits_of(model, images, batch_size, own_statistics=own_statistics)
+        answers = logits_of(model, images, batch_size, own_statistics=own_statistics, ranks=ranks)
         sure = answers.double().softmax(1).amax(1)
         chosen = sure.argsort(stable=True)[: round(len(sure) * UNSURE)]
         if len(chosen):
             seen = images[chosen.numpy()] if isinstance(images, np.ndarray) else images[chosen]
             answers[chosen] = logits_of(
-                model, seen, batch_size, views="shift", own_statistics=own_statistics
+                *(model, seen, batch_size),
+                views="shift",
+                own_statistics=own_statistics,
+                ranks=ranks,
             )
         return answers
-    parts: list[Tensor] = []
+    parts: dict[int, Tensor] = {}  # by the number of their first image
 
-    def take(answers: list[Any]) -> None:
+    def take(answers: list[Any], first: int) -> None:
         seen = [logits(answer) for answer in answers]
         if len(seen) > 1:
             weights = zip(VIEWS[views], seen, strict=True)
             seen = [torch.stack([weight * view for weight, view in weights]).sum(0)]
-        parts.append(seen[0].cpu())
+        parts[first] = seen[0].cpu()
 
-    run_batches(model, images, batch_size, views=views, own_statistics=own_statistics, take=take)
-    return torch.cat(parts)
+    kind: Any = {"views": views, "own_statistics": own_statistics, "ranks": ranks}
+    run_batches(model, images, batch_size, **kind, take=take)
+    if ranks.size == 1:
+        return torch.cat(list(parts.values()))
+    shape = ranks.numbers.gather(torch.tensor([p.shape[1] for p in parts.values()][:1] or [0]))
+    together = torch.zeros(count(images), int(shape.max()))
+    for first, part in parts.items():
+        together[first : first + len(part)] = part
+    return ranks.sum(together)  # to every row the others add zeros: the bits stay
 
 
 def logits(answer: Any) -> Tensor:
@@ -131,9 +160,11 @@ def run_batches(
     *,
     views: str = "single",
     own_statistics: bool = False,
-    take: Callable[[list[Any]], None],
+    ranks: Ranks = ALONE,
+    take: Callable[[list[Any], int], None],
 ) -> None:
-    """Run the images through the model in batches and hand the answers of each to `take`.
+    """Run the images through the model in batches and hand the answers of each to `take`, with the
+    number of the batch's first image.
 
     Args:
         views: `take` is given one answer for each view of the images (see `views_of`).
@@ -145,13 +176,13 @@ def run_batches(
         )
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    with untouched(model):
+    with untouched(model), apart(model):
         model.eval()
         if own_statistics:
             for layer in normalizers(model).values():
                 layer.train()
-        for a, b in batch_bounds(total, batch_size, join_single=own_statistics):
-            take(_answers(model, images, a, b, device, views))
+        for a, b in ranks.mine(batch_bounds(total, batch_size, join_single=own_statistics)):
+            take(_answers(model, images, a, b, device, views), a)
 
 
 def _answers(

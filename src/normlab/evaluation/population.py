@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from normlab.core.ranks import ALONE, Ranks
 from normlab.data.batches import EVALUATION_BATCH
-from normlab.evaluation.forward import Images, first_tensor, normalizers, run_batches
+from normlab.evaluation.forward import Images, count, first_tensor, normalizers, run_batches
 from normlab.layers import BatchNorm, moments
 
 SAMPLE = 4096  # images that stand for the training set where all of them would cost too much
@@ -34,9 +35,11 @@ class Moments:
 
 
 def population_moments(
-    model: nn.Module, images: Images, batch_size: int = EVALUATION_BATCH
+    model: nn.Module, images: Images, batch_size: int = EVALUATION_BATCH, ranks: Ranks = ALONE
 ) -> dict[str, Moments]:
     """Pooled moments of each normaliser's input on `images`, by the normaliser's name.
+
+    With several `ranks`, which have the same model and images, each takes a share of the batches.
 
     The model is left as it was. A frozen `BatchNorm` goes on normalising by its running statistics.
 
@@ -61,11 +64,44 @@ def population_moments(
         for name, layer in normalizers(model).items()
     ]
     try:
-        run_batches(model, images, batch_size, own_statistics=True, take=lambda _: None)
+        run_batches(
+            model, images, batch_size, own_statistics=True, ranks=ranks, take=lambda _, __: None
+        )
     finally:
         for hook in hooks:
             hook.remove()
+    if ranks.size > 1:
+        return _everyone(model, parts, ranks, -(-count(images) // batch_size))
     return {name: pool(found) for name, found in parts.items()}
+
+
+def _everyone(
+    model: nn.Module, own: Mapping[str, list[Moments]], ranks: Ranks, most: int
+) -> dict[str, Moments]:
+    """Pool the moments of all ranks' batches, in the batches' order, from one message.
+
+    Args:
+        most: batches that there may be.
+    """
+    layers = normalizers(model)
+    rows = {name: torch.zeros(most, 1 + 2 * m.num_features).double() for name, m in layers.items()}
+    for name, parts in own.items():
+        for i, p in enumerate(parts):
+            rows[name][ranks.rank + i * ranks.size] = torch.cat(
+                [torch.tensor([float(p.count)], dtype=torch.float64), p.mean.cpu(), p.var.cpu()]
+            )
+    flat = ranks.sum(torch.cat([r.flatten() for r in rows.values()]))  # zeros are added: bits stay
+    found = {}
+    places = torch.split(flat, [r.numel() for r in rows.values()])
+    for (name, mine), place in zip(rows.items(), places, strict=True):
+        everyone = [
+            Moments(row[1 : 1 + len(row) // 2], row[1 + len(row) // 2 :], int(row[0]))
+            for row in place.view_as(mine)
+            if row[0] > 0
+        ]
+        if everyone:
+            found[name] = pool(everyone)
+    return found
 
 
 def pool(parts: list[Moments]) -> Moments:

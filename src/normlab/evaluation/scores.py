@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from normlab.core.ranks import ALONE, Ranks
 from normlab.data.batches import EVALUATION_BATCH, Split
 from normlab.errors import UserError, nearest
 from normlab.evaluation.forward import Images, count, logits_of, untouched
@@ -38,6 +39,7 @@ def score(
     views: str = "single",
     population: Images | None = None,
     batch_size: int = EVALUATION_BATCH,
+    ranks: Ranks = ALONE,
 ) -> Score:
     """Score a network as it is; it stays as it was.
 
@@ -50,6 +52,7 @@ def score(
         views: see `normlab.data.augment.views_of`.
         population: images that population statistics are taken from, without their labels: those
             of the training set, as a rule. None: `images` themselves.
+        ranks: processes that score the same together, each image in one of them.
 
     Raises:
         UserError: unknown statistics, a batch with fewer than two images, labels of another
@@ -62,10 +65,10 @@ def score(
     with untouched(model):
         if statistics == "population":
             chosen = images if population is None else population
-            set_statistics(model, population_moments(model, chosen))
+            set_statistics(model, population_moments(model, chosen, ranks=ranks))
         own = statistics == "batch"
         size = batch_size if own else EVALUATION_BATCH
-        logits = logits_of(model, images, size, views=views, own_statistics=own)
+        logits = logits_of(model, images, size, views=views, own_statistics=own, ranks=ranks)
     _check(logits, truth)
     return Score(cross_entropy(logits, truth), right(logits, truth).double().mean().item())
 
@@ -141,6 +144,7 @@ def three_way(
     *,
     population: Images | None = None,
     batch_size: int = 32,
+    ranks: Ranks = ALONE,
 ) -> ThreeWay:
     """Score `images` with batch, running and population statistics; see `score`.
 
@@ -149,7 +153,11 @@ def three_way(
     """
     scores = {
         kind: score(
-            model, images, labels, statistics=kind, population=population, batch_size=batch_size
+            *(model, images, labels),
+            statistics=kind,
+            population=population,
+            batch_size=batch_size,
+            ranks=ranks,
         )
         for kind in STATISTICS
     }

@@ -16,8 +16,34 @@ from normlab.errors import UserError
 STEPS = 1 << 16
 
 
+class PartGenerator(np.random.Generator):
+    """The draws that images `first` to `last` (not included) of a batch of `images` get of `rng`.
+
+    So each image of a batch that lies in parts with several processes has the draws that it would
+    have if the batch were whole. Every part makes the draws of all: SFC64 cannot jump.
+    """
+
+    def __init__(self, rng: np.random.Generator, first: int, last: int, images: int) -> None:
+        super().__init__(rng.bit_generator)
+        self.first, self.last, self.images = first, last, images
+
+    def draws(self, size: int) -> NDArray[np.uint16]:
+        """As the function `draws`, for `size` values of this part."""
+        if not size:  # no image here: nothing more will be drawn
+            return np.empty(0, np.uint16)
+        each = size // (self.last - self.first)
+        begin, end, total = (n * each for n in (self.first, self.last, self.images))
+        before, after = begin // 4, -(-end // 4)
+        self.bit_generator.random_raw(before, output=False)
+        words = self.integers(0, 1 << 64, size=after - before, dtype=np.uint64, endpoint=False)
+        self.bit_generator.random_raw(-(-total // 4) - after, output=False)
+        return words.view(np.uint16)[begin - 4 * before :][:size]
+
+
 def draws(size: int, rng: np.random.Generator) -> NDArray[np.uint16]:
     """Cut `size` 16-bit draws from the generator's next 64-bit words."""
+    if isinstance(rng, PartGenerator):
+        return rng.draws(size)
     words = rng.integers(0, 1 << 64, size=-(-size // 4), dtype=np.uint64, endpoint=False)
     return words.view(np.uint16)[:size]
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from normlab.core.ranks import ALONE, Ranks
 from normlab.evaluation.forward import untouched
 from normlab.evaluation.population import evenly, population_moments, set_statistics
 
@@ -34,7 +35,12 @@ def update(average: dict[str, Tensor], model: nn.Module, ema: float, step: int) 
 
 
 @torch.no_grad()
-def use_average(model: nn.Module, average: dict[str, Tensor], images: NDArray[np.uint8]) -> None:
+def use_average(
+    model: nn.Module,
+    average: dict[str, Tensor],
+    images: NDArray[np.uint8],
+    ranks: Ranks = ALONE,
+) -> None:
     """Give the model its averaged weights, and the statistics that these have on `images`.
 
     Args:
@@ -45,12 +51,15 @@ def use_average(model: nn.Module, average: dict[str, Tensor], images: NDArray[np
         parameters[name].copy_(value)
     some = evenly(images)
     if len(some) > 1:
-        set_statistics(model, population_moments(model, some))
+        set_statistics(model, population_moments(model, some, ranks=ranks))
 
 
 @contextmanager
 def averaged(
-    model: nn.Module, average: dict[str, Tensor], images: NDArray[np.uint8]
+    model: nn.Module,
+    average: dict[str, Tensor],
+    images: NDArray[np.uint8],
+    ranks: Ranks = ALONE,
 ) -> Iterator[None]:
     """Load the averaged weights into the model for the duration of the `with` block.
 
@@ -63,7 +72,7 @@ def averaged(
     own = {name: parameters[name].detach().clone() for name in average}
     with untouched(model):
         try:
-            use_average(model, average, images)
+            use_average(model, average, images, ranks)
             yield
         finally:
             with torch.no_grad():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from normlab.core.files import sweep, write_atomic
+from normlab.core.ranks import Ranks
 from normlab.core.tensors import Tensors, is_finite, read_tensors, write_tensors
 from normlab.errors import DataError
 from normlab.training.optimisers import Optimizer
@@ -52,15 +53,38 @@ def save(folder: Path, state: State) -> None:
     """
     if not is_finite(state.model.state_dict()):
         return
+    tensors = _tensors(state)
+    target = folder / CHECKPOINT
+    if target.exists():
+        os.replace(target, folder / PREVIOUS)
+    write_tensors(target, tensors, state.loop_state())
+
+
+def _tensors(state: State) -> Tensors:
     tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
     tensors |= {f"best.{k}": v for k, v in state.best_weights.items()}
     tensors |= {f"average.{k}": v for k, v in state.average.items()}
     for index, values in enumerate(state.optimizer.state.values()):
         tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
-    target = folder / CHECKPOINT
-    if target.exists():
-        os.replace(target, folder / PREVIOUS)
-    write_tensors(target, tensors, state.loop_state())
+    return tensors
+
+
+def share(ranks: Ranks, state: State) -> None:
+    """Bring the `state` of every rank to where that of rank 0 is."""
+    if ranks.size == 1:
+        return
+    tensors = {k: v.detach().contiguous() for k, v in _tensors(state).items()}
+    form = {k: [str(v.dtype).removeprefix("torch."), list(v.shape)] for k, v in tensors.items()}
+    form, loop = ranks.exchange("state", [form, state.loop_state()] if ranks.first else None)[0]
+    device = next(state.model.parameters()).device
+    if not ranks.first:
+        tensors = {
+            name: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            for name, (dtype, shape) in form.items()
+        }
+    ranks.broadcast(tensors)
+    if not ranks.first:
+        _fill(state, tensors, loop)
 
 
 def restore(folder: Path, state: State) -> str | None:

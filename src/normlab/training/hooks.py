@@ -47,13 +47,13 @@ class Average(Hook):
         self.decay = decay
 
     def before_training(self, plan: Plan, state: State) -> None:
-        self.images = plan.train.images
+        self.images, self.ranks = plan.train.images, plan.ranks
 
     def after_step(self, state: State, done: StepResult) -> None:
         update(state.average, state.model, self.decay, state.step)
 
     def after_training(self, state: State) -> None:
-        use_average(state.model, state.average, self.images)
+        use_average(state.model, state.average, self.images, self.ranks)
 
 
 class EpochParts(Hook):
@@ -101,9 +101,10 @@ class Validation(Hook):
     def after_step(self, state: State, done: StepResult) -> None:
         if not done.ends_epoch:
             return
-        with averaged(state.model, state.average, self.plan.train.images):
+        ranks = self.plan.ranks
+        with averaged(state.model, state.average, self.plan.train.images, ranks):
             held_out = self.plan.validation
-            found = score(state.model, held_out.images, held_out.labels)
+            found = score(state.model, held_out.images, held_out.labels, ranks=ranks)
             if not math.isfinite(found.loss):
                 raise NonFiniteError(
                     f"the validation loss is {found.loss} after epoch {done.epoch + 1}: training "
@@ -135,13 +136,15 @@ class ThreeWayScores(Hook):
     def after_step(self, state: State, done: StepResult) -> None:
         if not done.ends_epoch:
             return
-        with averaged(state.model, state.average, self.plan.train.images):
+        ranks = self.plan.ranks
+        with averaged(state.model, state.average, self.plan.train.images, ranks):
             scores = three_way(
                 state.model,
                 self.plan.validation.images,
                 self.plan.validation.labels,
                 population=self.population,
                 batch_size=self.plan.recipe.batch_size,
+                ranks=ranks,
             )
         state.history[-1] |= {
             "val_loss_batch": scores.batch.loss,

@@ -11,6 +11,7 @@ from normlab.core.streams import stream
 from normlab.errors import Interrupted, NonFiniteError
 from normlab.training.hooks import make_hooks
 from normlab.training.optimisers import set_rate
+from normlab.training.parallel import ParallelStep
 from normlab.training.state import Hook, Observer, Plan, State, StepResult
 from normlab.training.step import train_step
 
@@ -36,12 +37,16 @@ def fit(
     hooks = make_hooks(plan) if hooks is None else hooks
     recipe, steps, of_epoch = plan.recipe, plan.steps, plan.epoch_steps
     batches, weights = plan.batches(device), plan.class_weights(device)
+    together: ParallelStep | None = None
     for hook in hooks:
         hook.before_training(plan, state)
     for observer in observers:
         observer.before_training(plan)
     state.model.train()
     with _signals() as interrupted:
+        if plan.ranks.size > 1:
+            together = ParallelStep(state.model, batches, interrupted)
+        take = together or train_step
         for step in range(state.step, steps):
             if state.stopped:
                 break
@@ -50,7 +55,7 @@ def fit(
             set_rate(state.optimizer, state.share(recipe.schedule.share(step / steps)))
             rng = stream(plan.seed, "dropout", step)
             try:
-                loss, correct = train_step(
+                loss, correct = take(
                     state.model, state.optimizer, x, labels, rng, recipe.label_smoothing, weights
                 )
             except NonFiniteError as e:
@@ -59,13 +64,16 @@ def fit(
                     f"try a lower --learning-rate than {recipe.optimizer.learning_rate:g}"
                 ) from None
             state.step = step + 1
-            done = StepResult(epoch, batch + 1, of_epoch, loss, correct, len(labels))
+            done = StepResult(epoch, batch + 1, of_epoch, loss, correct, len(batches.whole))
             for hook in hooks:
                 hook.after_step(state, done)
             for observer in observers:
                 observer.after_step(state, epoch, batch + 1, of_epoch)
-            if interrupted:
-                raise Interrupted(interrupted[0])
+            stop = together.stop if together else interrupted and interrupted[0]
+            if stop:
+                raise Interrupted(stop)
+        if together:
+            together.close()
     for hook in hooks:
         hook.after_training(state)
 

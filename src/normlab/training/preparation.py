@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from normlab.core.ranks import ALONE, Ranks
 from normlab.data import ImageData
 from normlab.data.augment import halve
 from normlab.data.batches import split_images
@@ -84,7 +85,13 @@ def new_state(
     return State(model=model, optimizer=make_optimizer(task.recipe.optimizer, model))
 
 
-def make_plan(task: Task, images: ImageData, threads: int, folder: Path | None = None) -> Plan:
+def make_plan(
+    task: Task,
+    images: ImageData,
+    threads: int,
+    folder: Path | None = None,
+    ranks: Ranks = ALONE,
+) -> Plan:
     """Split the images and plan a training on them."""
     train, validation = split_images(images, task.recipe.validation)
     classes = "" if images.name in PUBLIC else images.summary()
@@ -100,4 +107,5 @@ def make_plan(task: Task, images: ImageData, threads: int, folder: Path | None =
         validation=validation,
         start="" if task.start is None else str(task.start),
         classes=classes.replace("%", " %"),
+        ranks=ranks,
     )

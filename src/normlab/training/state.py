@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from normlab.core.ranks import ALONE, Ranks
 from normlab.data.batches import Batches, Split, batch_bounds
 from normlab.recipes import Recipe
 from normlab.text import counted, duration
@@ -29,6 +30,7 @@ class Plan:
     classes: str = ""  # in words, their names and how many images each has
     expected: float | None = None  # seconds, as a few steps told
     seconds: float | None = None  # that the training may take
+    ranks: Ranks = ALONE
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
@@ -57,6 +59,7 @@ class Plan:
             augmentation=self.recipe.augmentation,
             half_steps=self.recipe.half_size * self.steps,
             device=device,
+            ranks=self.ranks,
         )
 
     def class_weights(self, device: torch.device | str = "cpu") -> Tensor | None:
@@ -75,7 +78,8 @@ class Plan:
             f"{self.recipe.name}: norm {self.recipe.norm.name}, seed {self.seed}, "
             f"{len(self.train):,} training and {len(self.validation):,} validation images, "
             f"{counted(self.epochs, 'epoch')} of {counted(self.epoch_steps, 'step')}, "
-            f"{counted(self.threads, 'thread')}"
+            + (f"{self.ranks.size} processes, each " if self.ranks.size > 1 else "")
+            + f"{counted(self.threads, 'thread')}"
             + (f", into {self.folder}" if self.folder else "")
             + (f"\nData: {self.classes}" if self.classes else "")
             + (f"\n{self._length()}" if self.classes else "")
