@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from normlab.evaluation.recalibration import recalibrate as recalibrate
     from normlab.evaluation.scores import ThreeWay as ThreeWay
     from normlab.evaluation.scores import three_way as three_way
+    from normlab.inspection.watching import watch as watch
     from normlab.layers import BatchNorm as BatchNorm
     from normlab.layers import convert_batchnorm as convert_batchnorm
     from normlab.layers import convert_sync_batchnorm as convert_sync_batchnorm
@@ -70,6 +71,7 @@ _HOMES = {
     "resume": "api.train",
     "three_way": "evaluation.scores",
     "train": "api.train",
+    "watch": "inspection.watching",
 }
 
 __all__ = list(_HOMES)

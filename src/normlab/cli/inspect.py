@@ -36,22 +36,28 @@ def inspect(
 ) -> None:
     """Show what the layers of RUN (by default the latest) saw, and of OTHER beside it.
 
-    RUN was trained with --record. The pictures and a page with a slider go into RUN/inspect.
+    RUN was trained with --record, or is a folder of normlab.watch. The pictures and a page with a
+    slider go into RUN/inspect.
     """
-    from normlab.runs import open_run
+    from normlab.inspection.inspected import open_recorded
+    from normlab.reports.inspection_report import inspect as look
 
-    opened = open_run(run)
+    opened = open_recorded(run)
     if landscape:
         if other is not None:
             raise click.UsageError("--landscape takes one run: it makes the other arm itself")
+        if isinstance(opened, Path):
+            raise click.UsageError(
+                "--landscape replays a run of normlab's own; for your own training see "
+                "normlab.walk in docs/your-own-training.md"
+            )
         _landscape(opened, data, seeds, points, steps, images, threads)
         return
-    from normlab.reports.inspection_report import inspect as look
-
-    seen = look(opened) if other is None else look(opened, open_run(other))
-    seen.write(opened.path / "inspect")
+    seen = look(opened) if other is None else look(opened, open_recorded(other))
+    folder = (opened if isinstance(opened, Path) else opened.path) / "inspect"
+    seen.write(folder)
     say(seen)
-    say(f"Report: {opened.path / 'inspect' / 'report.html'}")
+    say(f"Report: {folder / 'report.html'}")
 
 
 def _landscape(

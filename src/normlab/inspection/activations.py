@@ -98,7 +98,7 @@ def channel_means(
     with untouched(model), torch.no_grad(), captured(observed(model, chosen)) as seen:
         model.train()(x, rng)
     return {
-        f"{name}/{side}/mean": _numpy(moments(t[:, _chosen(t.shape[1])])[0])
+        f"{name}/{side}/mean": to_numpy(moments(t[:, chosen_channels(t.shape[1])])[0])
         for name, pair in seen.items()
         for side, t in zip(("in", "out"), pair, strict=True)
     }
@@ -145,19 +145,24 @@ def probe(
         found = torch.autograd.grad(loss, wanted, allow_unused=True)
     grads = dict(zip(outputs, found, strict=False))
     weight_grads = dict(zip(weights, found[len(outputs) :], strict=True))
-    sample: Sample = {"loss": _numpy(loss)}
+    sample: Sample = {"loss": to_numpy(loss)}
     for name, module in layers.items():
         for side, tensor in zip(("in", "out"), seen[name], strict=True):
             for key, values in _describe(tensor.detach()).items():
                 sample[f"{name}/{side}/{key}"] = values
         sample |= _describe_gradient(name, grads.get(name))
-        sample |= _describe_parameters(name, module, weight_grads.get(f"{name}.weight"))
+        sample |= describe_parameters(name, module, weight_grads.get(f"{name}.weight"))
     return sample
 
 
 def _describe(t: Tensor) -> Sample:
-    mean, var = moments(t[:, _chosen(t.shape[1])])
-    values, unit = _some_values(t), _some_values(t[:, t.shape[1] // 2 :][:, :1])
+    mean, var = moments(t[:, chosen_channels(t.shape[1])])
+    values, unit = some_values(t), some_values(t[:, t.shape[1] // 2 :][:, :1])
+    return {**distribution(values, unit), "mean": to_numpy(mean), "var": to_numpy(var)}
+
+
+def distribution(values: NDArray[np.float32], unit: NDArray[np.float32]) -> Sample:
+    """Percentiles, range and histogram of values, and the percentiles of one unit's."""
     low, *percentiles, high = np.percentile(values, [0.1, *PERCENTILES, 99.9])
     if not low < high:
         low, high = low - 0.5, high + 0.5
@@ -168,15 +173,13 @@ def _describe(t: Tensor) -> Sample:
         "unit": np.percentile(unit, PERCENTILES).astype(np.float32),
         "range": np.array([low, high], np.float32),
         "histogram": histogram.astype(np.float32),
-        "mean": _numpy(mean),
-        "var": _numpy(var),
     }
 
 
-def _some_values(t: Tensor) -> NDArray[np.float32]:
+def some_values(t: Tensor) -> NDArray[np.float32]:
     """Up to 2¹⁴ of the tensor's finite values, from the same places every time."""
     flat = t.movedim(1, -1).reshape(-1)  # the order in memory of a channels-last tensor: no copy
-    values = _numpy(flat[_places(flat.numel())])
+    values = to_numpy(flat[_places(flat.numel())])
     values = values[np.isfinite(values)]
     return values if len(values) else np.full(1, np.nan, np.float32)
 
@@ -186,20 +189,21 @@ def _describe_gradient(name: str, grad: Tensor | None) -> Sample:
         return {f"{name}/grad": _NAN, f"{name}/dead": _NAN}
     largest = grad.abs().amax([0, *range(2, grad.ndim)])  # (C,)
     dead = largest <= DEAD * largest.max()
-    return {f"{name}/grad": _numpy(grad.norm()), f"{name}/dead": _numpy(dead.float().mean())}
+    return {f"{name}/grad": to_numpy(grad.norm()), f"{name}/dead": to_numpy(dead.float().mean())}
 
 
-def _describe_parameters(name: str, module: nn.Module, weight_grad: Tensor | None) -> Sample:
+def describe_parameters(name: str, module: nn.Module, weight_grad: Tensor | None) -> Sample:
+    """Norms of a weight and its gradient, or γ, β and the running statistics of a normaliser."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.ndim > 1:
-        grad = _NAN if weight_grad is None else _numpy(weight_grad.norm())
-        return {f"{name}/weight_norm": _numpy(weight.norm()), f"{name}/weight_grad": grad}
+        grad = _NAN if weight_grad is None else to_numpy(weight_grad.norm())
+        return {f"{name}/weight_norm": to_numpy(weight.norm()), f"{name}/weight_grad": grad}
     sample: Sample = {}
     keys = {"weight": "gamma", "bias": "beta", "running_mean": "", "running_var": ""}
     for attribute, key in keys.items():
         vector = getattr(module, attribute, None)
         if isinstance(vector, Tensor):
-            sample[f"{name}/{key or attribute}"] = _numpy(vector[_chosen(len(vector))])
+            sample[f"{name}/{key or attribute}"] = to_numpy(vector[chosen_channels(len(vector))])
     return sample
 
 
@@ -211,11 +215,13 @@ def _places(count: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(count, size=VALUES))
 
 
-def _chosen(channels: int) -> Tensor | slice:
+def chosen_channels(channels: int) -> Tensor | slice:
+    """Which of so many channels are written down one by one."""
     if channels <= CHANNELS:
         return slice(None)
     return torch.linspace(0, channels - 1, min(channels, CHANNELS)).round().long()
 
 
-def _numpy(t: Tensor) -> NDArray[np.float32]:
+def to_numpy(t: Tensor) -> NDArray[np.float32]:
+    """A copy."""
     return np.asarray(t.detach().float().cpu().numpy()).copy()

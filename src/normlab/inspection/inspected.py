@@ -2,13 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from normlab.inspection.recording import Recording, read_recording
-from normlab.runs import Run
+from normlab.core.records import checked, read_json
+from normlab.inspection.recording import WATCHED, Recording, read_recording
+from normlab.runs import Run, open_run
+from normlab.text import printable
+
+
+class _About(TypedDict):
+    """What `watch.json` has to have."""
+
+    label: str
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -38,13 +48,17 @@ class Inspected:
         return float(np.median(known)) if len(known) else None
 
 
-def inspected(run: Run) -> Inspected:
-    """Read what `normlab train --record` kept.
+def inspected(run: Run | Path) -> Inspected:
+    """Read what `normlab train --record`, or a `normlab.watch` into a folder, kept.
 
     Raises:
         UserError: the run was not recorded.
         DataError: its recording is damaged.
     """
+    if not isinstance(run, Run):
+        about = checked(read_json(run / WATCHED), _About, run / WATCHED)
+        seconds = float(about["seconds"])
+        return Inspected(printable(about["label"]), read_recording(run), [], seconds)
     recipe, result = run.task.recipe, run.result
     return Inspected(
         label=f"{recipe.name}, norm {recipe.norm.name}, seed {run.task.seed}",
@@ -52,6 +66,17 @@ def inspected(run: Run) -> Inspected:
         history=run.history,
         seconds=None if result is None else float(result["train_seconds"]),
     )
+
+
+def open_recorded(path: str | Path | None) -> Run | Path:
+    """The run in a folder, or the folder itself if it was watched.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if path is not None and (Path(path) / WATCHED).exists():
+        return Path(path)
+    return open_run(path)
 
 
 def shared_layers(runs: Sequence[Inspected], kind: str) -> list[str]:

@@ -29,6 +29,7 @@ from normlab.inspection.activations import BINS, CHANNELS
 from normlab.training.state import Plan, State
 
 RECORDING = "recording.npz"
+WATCHED = "watch.json"  # beside it, where the training was not ours
 MOST_IMAGES = 64  # on the probe, which otherwise has as many as a batch of the training
 MOST_SAMPLES = 100
 MOST_LAYERS = 1_000
@@ -88,7 +89,10 @@ def read_recording(run: Path) -> Recording:
     """
     path = run / RECORDING
     if not os.path.lexists(path):
-        raise UserError(f"run {str(run)!r} holds no {RECORDING}: train it with --record")
+        raise UserError(
+            f"run {str(run)!r} holds no {RECORDING}: train it with --record, or your own training "
+            "with normlab.watch"
+        )
     try:
         check_regular(path)
         recording = _checked(read_arrays(path, ratio=MAX_RATIO))
@@ -245,12 +249,7 @@ class Recorder:
         """NaN after the first step, and where a resumed run does not know the step before."""
         if self.before is None or self.before[0] != step - 1:
             return np.asarray(np.nan, np.float32)
-        moved = np.abs(sample[f"{name}/mean"] - self.before[1][f"{name}/mean"])
-        varies = sample[f"{name}/var"] > 0
-        if not varies.any():
-            return np.asarray(np.nan, np.float32)
-        deviation = np.sqrt(sample[f"{name}/var"][varies])
-        return np.asarray((moved[varies] / deviation).mean(), np.float32)
+        return drift_of(name, self.before[1], sample)
 
     def _batch(self, state: State) -> tuple[Tensor, Tensor]:
         device = next(state.model.parameters()).device
@@ -258,6 +257,18 @@ class Recorder:
 
     def _rng(self) -> np.random.Generator:
         return stream(self.plan.seed, "probe", "dropout")
+
+
+def drift_of(
+    name: str, before: activations.Sample, after: activations.Sample
+) -> NDArray[np.float32]:
+    """How far the mean of a channel of `name` moved, in its σ afterwards, over the channels."""
+    moved = np.abs(after[f"{name}/mean"] - before[f"{name}/mean"])
+    varies = after[f"{name}/var"] > 0
+    if not varies.any():
+        return np.asarray(np.nan, np.float32)
+    deviation = np.sqrt(after[f"{name}/var"][varies])
+    return np.asarray((moved[varies] / deviation).mean(), np.float32)
 
 
 def _learning_rate(state: State, name: str) -> float:

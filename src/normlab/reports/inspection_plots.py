@@ -6,6 +6,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
 from normlab.inspection.inspected import Inspected, shared_layers
@@ -14,6 +15,8 @@ from normlab.reports.plots import figure, named
 
 BLUE, RED = "#2f6fb2", "#c8442c"
 RIDGES = 14
+MOST_ROWS = 16  # of layers one below the other; of a deeper network an even choice
+MOST_NAMES = 10  # in a legend
 ARM_TITLES = {"batch": "with batch normalisation", "none": "without"}
 MEASURE_TITLES = {
     "range": "range of losses along the gradient",
@@ -55,7 +58,7 @@ def _draw_accuracy(ax: Axes, runs: Sequence[Inspected]) -> None:
 
 def draw_percentiles(runs: Sequence[Inspected]) -> Figure:
     """15th, 50th and 85th percentile of what each normaliser's place hands on."""
-    layers = shared_layers(runs, "place")
+    layers = _some(shared_layers(runs, "place"))
     fig = figure(5 * len(runs), 1.9 * len(layers) + 0.5)
     for row, layer in zip(_grid(fig, layers, runs), layers, strict=True):
         for ax, run in zip(row, runs, strict=True):
@@ -82,7 +85,7 @@ def plot_percentiles(ax: Axes, run: Inspected, layer: str, key: str) -> Axes:
 
 def draw_ridges(runs: Sequence[Inspected]) -> Figure:
     """Histograms over time, the first step at the back."""
-    layers = shared_layers(runs, "place")
+    layers = _some(shared_layers(runs, "place"))
     fig = figure(5 * len(runs), 2.5 * len(layers) + 0.5)
     for row, layer in zip(_grid(fig, layers, runs, "value"), layers, strict=True):
         for ax, run in zip(row, runs, strict=True):
@@ -151,8 +154,10 @@ def draw_gamma_beta(runs: Sequence[Inspected]) -> Figure | None:
                     run.recording.arrays[f"{layer}/{key}"], (15, 50, 85), axis=1
                 )
                 ax.fill_between(run.recording.steps, low, high, color=color, alpha=0.15, lw=0)
-                ax.plot(run.recording.steps, middle, color=color, lw=1.2, label=named(layer))
+                label = named(layer) if layer in _some(layers, MOST_NAMES) else None
+                ax.plot(run.recording.steps, middle, color=color, lw=1.2, label=label)
             ax.set_xscale("log")
+            ax.xaxis.set_minor_formatter(NullFormatter())
             ax.grid(alpha=0.2)
     for ax, run in zip(grid[0], runs, strict=True):
         ax.set_title(named(run.label), fontsize=10)
@@ -184,18 +189,19 @@ def draw_landscape(landscape: Landscape) -> Figure:
 def _draw_lines(runs: Sequence[Inspected], layers: Sequence[str], key: str, ylabel: str) -> Figure:
     fig = figure(5 * len(runs), 3.6)
     axes = list(fig.subplots(1, len(runs), squeeze=False)[0])
+    told = _some(layers, MOST_NAMES)
     for ax, run in zip(axes, runs, strict=True):
         for layer, color in zip(layers, _depth_colors(len(layers)), strict=True):
             values = run.recording.arrays[f"{layer}/{key}"]
             shown = values > 0  # the axis is logarithmic; also leaves out NaN
-            ax.plot(
-                run.recording.steps[shown], values[shown], color=color, lw=1.2, label=named(layer)
-            )
+            label = named(layer) if layer in told else None
+            ax.plot(run.recording.steps[shown], values[shown], color=color, lw=1.2, label=label)
         ax.set_xlabel("step")
         ax.set_title(named(run.label), fontsize=10)
         ax.grid(alpha=0.2)
         if any(len(line.get_xydata()) for line in ax.lines):  # logarithms of nothing fail
             ax.set(xscale="log", yscale="log")
+            ax.xaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel(ylabel)
     axes[-1].legend(frameon=False, fontsize=7)
     _share_y([ax for ax in axes if ax.get_yscale() == "log"])
@@ -212,6 +218,12 @@ def _grid(
     for ax in grid[-1]:
         ax.set_xlabel(xlabel)
     return grid
+
+
+def _some(layers: Sequence[str], most: int = MOST_ROWS) -> list[str]:
+    """At most so many of the layers, the first and the last among them."""
+    places = np.linspace(0, len(layers) - 1, min(len(layers), most)).round().astype(int)
+    return [layers[i] for i in places]
 
 
 def _share_y(axes: Sequence[Axes]) -> None:

@@ -15,12 +15,19 @@ from numpy.typing import NDArray
 from normlab.core.files import write_atomic
 from normlab.core.places import make_folder
 from normlab.errors import UserError
-from normlab.inspection.inspected import Inspected, describe, inspected, running_gap, shared_layers
+from normlab.inspection.inspected import (
+    Inspected,
+    describe,
+    inspected,
+    open_recorded,
+    running_gap,
+    shared_layers,
+)
 from normlab.inspection.recording import Recording
 from normlab.reports import inspection_plots as plots_inspect
 from normlab.reports.pages import render
 from normlab.reports.plots import png, safely, style, svg
-from normlab.runs import Run, open_run
+from normlab.runs import Run
 
 NUMBERS = ("dead", "grad", "weight_grad", "weight_norm", "effective_rate")
 
@@ -59,7 +66,7 @@ def inspect(*runs: Run | str | Path) -> Inspection:
     """Look at what the layers of one recorded run saw, or of two of one model side by side.
 
     Args:
-        runs: with `record=True` trained, opened or by their folders.
+        runs: with `record=True` trained, opened or by their folders; or folders of `normlab.watch`.
 
     Raises:
         UserError: no run or more than two, one that was not recorded, or two that have no layer in
@@ -70,13 +77,11 @@ def inspect(*runs: Run | str | Path) -> Inspection:
         raise UserError(
             f"{len(runs)} runs to inspect: give one that was trained with record=True, or two"
         )
-    opened = [run if isinstance(run, Run) else open_run(run) for run in runs]
+    opened = [run if isinstance(run, Run) else open_recorded(run) for run in runs]
     seen = tuple(inspected(run) for run in opened)
     if not shared_layers(seen, "weight"):
-        raise UserError(
-            f"runs {' and '.join(str(run.path) for run in opened)} have no layer in common: "
-            "compare two of one model"
-        )
+        names = " and ".join(str(getattr(run, "path", run)) for run in opened)
+        raise UserError(f"runs {names} have no layer in common: compare two of one model")
     return Inspection(seen)
 
 
