@@ -14,12 +14,13 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
-# What tests write into the cache goes with them; CIFAR-10, if it is there, is the user's.
+# What tests write into the cache goes with them; downloads, if they are there, are the user's.
 if "NORMLAB_CACHE" not in os.environ:
-    _theirs = Path(platformdirs.user_cache_dir("normlab")) / "cifar10"
+    _theirs = Path(platformdirs.user_cache_dir("normlab"))
     _cache = Path(tempfile.mkdtemp(prefix="normlab-tests-"))
-    if _theirs.exists():
-        (_cache / "cifar10").symlink_to(_theirs)
+    for _folder in (_theirs / "cifar10", *_theirs.glob("onnxruntime-web-*")):
+        if _folder.exists():
+            (_cache / _folder.name).symlink_to(_folder)
     os.environ["NORMLAB_CACHE"] = str(_cache)
     atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 

@@ -123,7 +123,7 @@ def test_the_model_the_health_and_the_samples(server: Server, exported: Path) ->
     with Image.open(io.BytesIO(sample.content)) as image:
         assert image.size == (32, 32)
     assert server.get("/samples/10.png").status_code == 422
-    for path in ("/samples/..%2f..%2fserve.html", "/serve.html", "/docs", "/redoc"):
+    for path in ("/samples/..%2f..%2fserve.html", "/page.html", "/docs", "/redoc"):
         assert server.get(path).status_code in (404, 422)
 
 

@@ -10,18 +10,32 @@ from normlab.cli.output import say
 
 @click.command("export")
 @click.argument("run", required=False)
-@click.option("--format", "file_format", default="onnx", show_default=True, help="onnx or keras.")
+@click.option(
+    "--format", "file_format", default="onnx", show_default=True, help="onnx, keras or web."
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     required=True,
     metavar="FILE",
-    help="The file to write; README.md, the model card, comes beside it.",
+    help="The file to write, with web a folder; README.md, the model card, comes beside it.",
 )
 @click.option(
     "--weights", default="kept", show_default=True, help="kept, last, best or recalibrated."
 )
 @click.option("--data", metavar="DATA", help="Where the run's data are now.")
+@click.option(
+    "--runtime",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="With web: the tarball of ONNX Runtime Web; by default npm gets it, 33 MB, once.",
+)
+@click.option(
+    "--browser",
+    type=click.Path(path_type=Path),
+    metavar="PROGRAM",
+    help="With web: the browser to check in; by default Chromium or Chrome.",
+)
 @click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
 def export_command(
     run: str | None,
@@ -29,22 +43,34 @@ def export_command(
     out: Path,
     weights: str,
     data: str | None,
+    runtime: Path | None,
+    browser: Path | None,
     as_json: bool,
 ) -> None:
-    """Write RUN (by default the latest) as a file that other programs run.
+    """Write RUN (by default the latest) as a file that other programs run, or as a page.
 
     The file takes pixels and gives probabilities. Its answers are compared with the run's on the
-    whole test set first; if they differ nothing is written, and the exit code is 1.
+    whole test set first, a page's on 1,000 test images; if they differ nothing is written, and the
+    exit code is 1.
     """
     from normlab.interchange import export_run
     from normlab.runs import open_run
 
-    exported = export_run(open_run(run), out, file_format=file_format, weights=weights, data=data)
+    exported = export_run(
+        open_run(run),
+        out,
+        file_format=file_format,
+        weights=weights,
+        data=data,
+        runtime=runtime,
+        browser=browser,
+    )
     certificate = exported.certificate
     say(f"Checked by {certificate.checked_with}: {certificate}.")
     for sentence in exported.unfolded:
         say(f"Note: {sentence}.")
-    say(f"Model: {exported.path}")
+    size, count = sum(exported.files.values()) / 1e6, len(exported.files)
+    say(f"Model: {exported.path} ({size:.1f} MB in {count} files)")
     say(f"Card: {exported.card}")
     if as_json:
         click.echo(json.dumps({"model": str(exported.path), "certificate": certificate.as_dict()}))

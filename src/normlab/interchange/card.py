@@ -27,8 +27,12 @@ def check_place(model: Path) -> None:
         UserError: such a file is beside `model`.
     """
     ours = {NAME: _mark(model)}
+    folder = model.parent
+    alone = model.suffix == ".html" and not os.path.lexists(model.with_name(NAME))
+    if alone and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{str(folder)!r} has files in it: choose a folder of its own for --out")
     if model.suffix == ".onnx":
-        ours |= dict.fromkeys(companions.NAMES, companions.mark(model))
+        ours |= dict.fromkeys(companions.NAMES, companions.mark(model.name))
     for name, mark in ours.items():
         path = model.with_name(name)
         if not os.path.lexists(path):
@@ -60,8 +64,7 @@ def card(
     settings = ", ".join(
         f"{k} {markdown(str(v))}" for k, v in recipe.settings().items() if v is not None
     )
-    onnx = model.suffix == ".onnx"
-    usage, taken = (_ONNX_USE, _ONNX_TAKES) if onnx else (_KERAS_USE, _KERAS_TAKES)
+    usage, taken = _FORMS[model.suffix]
     names = ", ".join(map(markdown, task.class_names))
     size = task.image_size
     rows = [
@@ -82,10 +85,7 @@ def card(
             "",
             "## Use",
             "",
-            f"It takes `images`, uint8 RGB, 0 to 255, {taken.format(size=size)}. It returns "
-            f"probabilities (N, {len(task.class_names)}) in the order of the classes above. "
-            "Pictures must be decoded as in training: turned upright, white under transparency.",
-            "",
+            *([taken.format(size=size, classes=len(task.class_names)), ""] if taken else []),
             usage.format(
                 file=json.dumps(printable(model.name)),
                 size=size,
@@ -113,7 +113,7 @@ def card(
             "",
             "## Certificate",
             "",
-            f"Compared with the run it came from, on all {certificate.test_images:,} test images, "
+            f"Compared with the run it came from, on {_of(certificate, evaluation)} test images, "
             f"by {certificate.checked_with}: {certificate}.",
             "",
             *(f"- {markdown(sentence)}." for sentence in unfolded),
@@ -123,13 +123,23 @@ def card(
     )
 
 
+def _of(certificate: Certificate, evaluation: Evaluation) -> str:
+    count, all_of_them = certificate.test_images, len(evaluation.labels)
+    return f"all {count:,}" if count == all_of_them else f"{count:,} of {all_of_them:,}"
+
+
+_TAKES = "It takes `images`, uint8 RGB, 0 to 255, "
+_GIVES = (
+    ". It returns probabilities (N, {classes}) in the order of the classes above. "
+    "Pictures must be decoded as in training: turned upright, white under transparency."
+)
 _ONNX_TAKES = (
-    "of shape (N, H, W, 3): one picture of any size, or N of one size. Taking the middle square, "
-    "resizing it to {size} × {size} and scaling are inside"
+    f"{_TAKES}of shape (N, H, W, 3): one picture of any size, or N of one size. Taking the middle "
+    f"square, resizing it to {{size}} × {{size}} and scaling are inside{_GIVES}"
 )
 _KERAS_TAKES = (
-    "of shape (N, {size}, {size}, 3): the middle square, resized to {size} × {size} with "
-    "antialiasing. The scaling is inside"
+    f"{_TAKES}of shape (N, {{size}}, {{size}}, 3): the middle square, resized to {{size}} × "
+    f"{{size}} with antialiasing. The scaling is inside{_GIVES}"
 )
 
 _ONNX_USE = """```console
@@ -169,3 +179,14 @@ probabilities = model.predict(read("picture.png"))[0]
 print(CLASSES[probabilities.argmax()], probabilities.max())
 ```
 """
+
+_WEB_USE = """Open `index.html`: by a double click, or from any server of files. It needs JavaScript
+and connects to nothing; the network runs in the browser. The folder holds all of it, with the
+licence of the runtime in `LICENSE-onnxruntime.txt`.
+"""
+
+_FORMS = {
+    ".onnx": (_ONNX_USE, _ONNX_TAKES),
+    ".keras": (_KERAS_USE, _KERAS_TAKES),
+    ".html": (_WEB_USE, ""),
+}

@@ -1,9 +1,8 @@
 """Does an exported model agree with the run it came from? Measured on every test image."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +31,27 @@ class Reading:
     largest_difference: float
     largest_change: float
     other_answers: int
+
+    @classmethod
+    def of(
+        cls,
+        pixels: NDArray[np.floating],
+        squares: NDArray[np.uint8],
+        answers: NDArray[np.floating],
+        expected: NDArray[np.floating],
+    ) -> "Reading":
+        """Compare what the model sees with `squares`, as training reads the pictures.
+
+        Args:
+            pixels, squares: (N, S, S, 3), 0 to 255.
+            answers, expected: probabilities (N, K) for the pictures and for the squares.
+        """
+        return cls(
+            pictures=len(squares),
+            largest_difference=float(np.abs(pixels - squares).max()),
+            largest_change=float(np.abs(answers - expected).max()),
+            other_answers=int((answers.argmax(1) != expected.argmax(1)).sum()),
+        )
 
     @property
     def passed(self) -> bool:
@@ -100,8 +120,24 @@ class Certificate:
         )
 
 
-# Compares an exported model's answers, computed by what is named, with the run's, or raises.
-Check = Callable[[NDArray[np.floating], str], Certificate]
+class Check(Protocol):
+    """Compares an exported model's answers with its run's."""
+
+    def __call__(
+        self,
+        exported: NDArray[np.floating],
+        checked_with: str,
+        chosen: NDArray[np.integer] | None = None,
+    ) -> Certificate:
+        """The certificate.
+
+        Args:
+            exported: (N, K), computed by `checked_with`.
+            chosen: which test images they are of; by default all.
+
+        Raises:
+            CertificateError: they disagree.
+        """
 
 
 def certify(

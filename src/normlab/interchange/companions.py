@@ -1,7 +1,6 @@
 """What stands beside an exported ONNX file, so that its folder runs alone."""
 
 from importlib import resources
-from pathlib import Path
 
 from normlab.text import printable, utf8
 
@@ -14,17 +13,17 @@ pillow>=10.3
 NAMES = ("predict.py", "requirements.txt")
 
 
-def companions(model: Path) -> dict[Path, bytes]:
-    """The files beside `model` and what they hold: `predict.py`, and the packages that it needs.
+def companions(model: str) -> dict[str, bytes]:
+    """What stands beside the file `model`, by name: `predict.py`, and the packages that it needs.
 
     The first line of each says that it is ours: see `card.check_place`.
     """
     template = resources.files("normlab") / "templates" / "predict.py"
-    code = template.read_text("utf-8").replace('"MODEL.onnx"', ascii(model.name))
+    code = template.read_text("utf-8").replace('"MODEL.onnx"', ascii(model))
     texts = dict(zip(NAMES, (code, _REQUIREMENTS), strict=True))
-    return {model.with_name(name): utf8(f"{mark(model)}\n{text}") for name, text in texts.items()}
+    return {name: utf8(f"{mark(model)}\n{text}") for name, text in texts.items()}
 
 
-def mark(model: Path) -> str:
+def mark(model: str) -> str:
     """The first line of a companion of `model`."""
-    return _MARK.format(model=printable(model.name))
+    return _MARK.format(model=printable(model))

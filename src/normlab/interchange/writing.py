@@ -1,7 +1,7 @@
 """Export a run: build the file in memory, check it on the whole test set, only then write it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from normlab.core.files import write_atomic
 from normlab.core.tensors import digest
@@ -21,8 +22,85 @@ from normlab.interchange.companions import companions
 from normlab.runs import Run
 from normlab.text import shell, utf8
 
-# Each format's ending and the modules it needs, which the extra of the same name installs.
-FORMATS = {"onnx": (".onnx", ("onnx", "onnxruntime")), "keras": (".keras", ("h5py",))}
+
+@dataclass(frozen=True)
+class Built:
+    """What a format writes, certified.
+
+    Attributes:
+        files: contents by name; the first is the model, or the page to open.
+        unfolded: normalisations that were not folded, and why.
+    """
+
+    files: dict[str, bytes]
+    certificate: Certificate
+    unfolded: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run's network to be exported with its data, and what its answers are compared with."""
+
+    run: Run
+    model: nn.Module
+    images: ImageData
+    check: Check
+    name: str
+    runtime: Path | None
+    browser: Path | None
+
+
+def _onnx(job: Job) -> Built:
+    from normlab.interchange import onnx_graph
+
+    content, certificate, unfolded = onnx_graph.certified(
+        job.run, job.model, job.images.x_test, job.check
+    )
+    return Built({job.name: content, **companions(job.name)}, certificate, unfolded)
+
+
+def _keras(job: Job) -> Built:
+    from normlab.interchange import keras_file
+
+    content, certificate = keras_file.certified(job.run, job.model, job.images.x_test, job.check)
+    return Built({job.name: content}, certificate)
+
+
+def _web(job: Job) -> Built:
+    from normlab.interchange import web_page
+
+    files, certificate, unfolded = web_page.certified(
+        job.run,
+        job.model,
+        job.images.x_test,
+        job.check,
+        tarball=job.runtime,
+        browser=job.browser,
+    )
+    return Built(files, certificate, unfolded)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of export.
+
+    Attributes:
+        suffix: the ending of the file's name; "" where a folder is written.
+        modules: what it needs, which the extra `extra` installs.
+        build: makes and certifies it.
+    """
+
+    suffix: str
+    modules: tuple[str, ...]
+    extra: str
+    build: Callable[[Job], Built]
+
+
+FORMATS = {
+    "onnx": Format(".onnx", ("onnx", "onnxruntime"), "onnx", _onnx),
+    "keras": Format(".keras", ("h5py",), "keras", _keras),
+    "web": Format("", ("onnx", "onnxruntime"), "onnx", _web),
+}
 
 
 @dataclass(frozen=True)
@@ -30,11 +108,14 @@ class Exported:
     """What an export wrote.
 
     Attributes:
+        path: the model's file, or the page to open.
+        files: all that was written, the card too, with the bytes of each.
         unfolded: normalisations that were not folded, and why; one sentence each.
     """
 
     path: Path
     card: Path
+    files: dict[Path, int]
     certificate: Certificate
     unfolded: tuple[str, ...]
 
@@ -46,34 +127,36 @@ def export_run(
     file_format: str = "onnx",
     weights: str = "kept",
     data: str | Path | Mapping[str, Any] | ImageData | None = None,
+    runtime: Path | None = None,
+    browser: Path | None = None,
 ) -> Exported:
-    """Write `run` as the file `out`, with a model card `README.md` beside it.
+    """Write `run` as the file `out`, or with format web as the folder, with a card `README.md`.
 
     The file's answers are first compared with the run's on all its test images.
 
     Args:
         data: where the run's data are now, if not where they were.
+        runtime: with format web, the tarball of ONNX Runtime Web; by default npm gets it.
+        browser: with format web, the program of a browser; by default Chromium or Chrome.
 
     Raises:
         UserError: an unknown format, an unfinished run, a network that cannot be exported, a place
             that cannot be written to or holds somebody's README, or a missing package.
         CertificateError: the answers differ; nothing was written.
     """
-    path = Path(out)
-    _check_request(run, path, file_format)
+    path = _check_request(run, Path(out), file_format)
     model = run.model(weights)
     images = run.task.load(data)
     evaluation, check = checked_against(run, images, weights, digest(model.state_dict()))
-    if file_format == "onnx":
-        from normlab.interchange import onnx_graph
-
-        content, certificate, unfolded = onnx_graph.certified(run, model, images.x_test, check)
-    else:
-        from normlab.interchange import keras_file
-
-        content, certificate = keras_file.certified(run, model, images.x_test, check)
-        unfolded = ()
-    return _write(path, content, run, evaluation, certificate, unfolded)
+    built = FORMATS[file_format].build(Job(run, model, images, check, path.name, runtime, browser))
+    text = card(path, run, evaluation, built.certificate, built.unfolded)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = {path.with_name(name): content for name, content in built.files.items()}
+    files[path.with_name(NAME)] = utf8(text)
+    for place, content in files.items():
+        write_atomic(place, content)
+    sizes = {place: len(content) for place, content in files.items()}
+    return Exported(path, path.with_name(NAME), sizes, built.certificate, built.unfolded)
 
 
 def checked_against(
@@ -91,11 +174,16 @@ def checked_against(
         )
     evaluation = evaluate(run, images, weights=weights)
 
-    def check(exported: NDArray[np.floating], checked_with: str) -> Certificate:
+    def check(
+        exported: NDArray[np.floating],
+        checked_with: str,
+        chosen: NDArray[np.integer] | None = None,
+    ) -> Certificate:
+        which = slice(None) if chosen is None else chosen
         certificate = certify(
-            evaluation.probabilities,
+            evaluation.probabilities[which],
             exported,
-            evaluation.labels,
+            evaluation.labels[which],
             data=images.name,
             data_sha256=images.sha256,
             weights_sha256=weights_sha256,
@@ -107,44 +195,29 @@ def checked_against(
     return evaluation, check
 
 
-def _check_request(run: Run, path: Path, file_format: str) -> None:
+def _check_request(run: Run, out: Path, file_format: str) -> Path:
+    """The model's file."""
     if file_format not in FORMATS:
         raise UserError(f"unknown format {file_format!r}: choose one of {', '.join(FORMATS)}")
-    suffix, modules = FORMATS[file_format]
-    if path.suffix != suffix:
-        raise UserError(f"out {str(path)!r}: a {file_format} file's name ends in {suffix}")
+    wanted = FORMATS[file_format]
+    if wanted.suffix and out.suffix != wanted.suffix:
+        raise UserError(f"out {str(out)!r}: a {file_format} file's name ends in {wanted.suffix}")
     if run.result is None:
         raise UserError(
             f"run {str(run.path)!r} is unfinished: go on with "
             f"`{shell(['normlab', 'train', '--resume', str(run.path)])}` first"
         )
-    for module in modules:
+    for module in wanted.modules:
         try:
             import_module(module)
         except ImportError:
             raise UserError(
                 f"format {file_format} needs the package {module}: "
-                f"pip install 'normlab[{file_format}]'"
+                f"pip install 'normlab[{wanted.extra}]'"
             ) from None
+    path = out if wanted.suffix else out / "index.html"
     there = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"out {str(path)!r} cannot be written: name a file in a folder of yours")
+        raise UserError(f"out {str(out)!r} cannot be written: name a file in a folder of yours")
     check_place(path)
-
-
-def _write(
-    path: Path,
-    content: bytes,
-    run: Run,
-    evaluation: Evaluation,
-    certificate: Certificate,
-    unfolded: tuple[str, ...],
-) -> Exported:
-    text = card(path, run, evaluation, certificate, unfolded)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, content)
-    for beside, text_of_it in (companions(path) if path.suffix == ".onnx" else {}).items():
-        write_atomic(beside, text_of_it)
-    beside = path.with_name(NAME)
-    write_atomic(beside, utf8(text))
-    return Exported(path, beside, certificate, unfolded)
+    return path

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from importlib import resources
 from importlib.metadata import version
+from string import Template
 from typing import Annotated, Any
 
 import numpy as np
@@ -46,10 +47,19 @@ from normlab.serving.uploads import FIELD, Upload, read_uploads
 from normlab.text import printable
 
 _PAGE = {
-    "/": ("serve.html", "text/html; charset=utf-8"),
-    "/serve.css": ("serve.css", "text/css; charset=utf-8"),
+    "/": ("page.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/serve.js": ("serve.js", "text/javascript; charset=utf-8"),
-    "/icon.svg": ("serve.svg", "image/svg+xml"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+_OPENAPI = '<code>POST /predict</code>{}: <a href="openapi.json">openapi.json</a>'
+_WORDS = {  # of the page that is exported, there are others
+    "scripts": """  <script src="serve.js" defer></script>
+  <script src="page.js" defer></script>""",
+    "without": f"{_OPENAPI.format(' works without')} describes it.",
+    "where": "Pictures go to this server and are not kept.\n    "
+    f"Programs use {_OPENAPI.format('')}.",
 }
 _BODY = {
     "requestBody": {
@@ -293,7 +303,7 @@ def _add_page(app: FastAPI, samples: list[tuple[str, Pixels]]) -> None:
     for route, (name, kind) in _PAGE.items():
         app.add_api_route(
             route,
-            _constant((folder / name).read_bytes(), kind),
+            _constant(_filled((folder / name).read_text("utf-8"), name), kind),
             methods=["GET", "HEAD"],
             include_in_schema=False,
         )
@@ -319,7 +329,11 @@ def _add_page(app: FastAPI, samples: list[tuple[str, Pixels]]) -> None:
         return Response(pngs[int(index)], media_type="image/png")
 
 
-def _constant(content: bytes, kind: str) -> Any:
+def _filled(text: str, name: str) -> str:
+    return Template(text).substitute(_WORDS) if name == "page.html" else text
+
+
+def _constant(content: str, kind: str) -> Any:
     async def send() -> Response:
         return Response(content, media_type=kind, headers={"Cache-Control": "no-cache"})
 

@@ -1,227 +1,44 @@
-// The page of `normlab serve`: each picture is a request of its own, so that answers come one by
-// one and a bad picture stands alone. Text from outside only ever becomes text, never markup.
+// Asks the server of `normlab serve`: one request a picture.
 "use strict";
 
-const AT_A_TIME = 4;
 const TRIES = 5;
-
-const byId = (id) => document.getElementById(id);
-const megabytes = (bytes) => `${+(bytes / 1e6).toFixed(1)} MB`;
-const percent = (p) => (p > 0 && p < 0.0005 ? "< 0.1 %" : `${(100 * p).toFixed(1)} %`);
-const milliseconds = (t) => (t < 10 ? t.toFixed(1) : t.toFixed(0)) + " ms";
 const sleep = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
 
-let model = null;
-const queue = [];
-let running = 0;
-let open = 0; // pictures without an answer yet
-let finished = [];
+const backend = {
+  silent: "The server cannot be reached.",
 
-async function describe() {
-  const response = await fetch("model");
-  model = await response.json();
-  const trained = model.recipe ? `${model.recipe} on ${model.data}` : "an ONNX model";
-  byId("model").textContent =
-    `${model.name} – ${trained}, ${model.class_names.length} classes`;
-  byId("limits").textContent =
-    `${model.formats.join(", ")}; up to ${megabytes(model.limits.file_bytes)} and ` +
-    `${model.limits.pixels / 1e6} megapixels each`;
-  const rows = {
-    Classes: model.class_names.join(", "),
-    "It sees": `${model.image_size} × ${model.image_size} pixels: the largest centred square`,
-    Recipe: model.recipe,
-    Data: model.data,
-    Checked: model.checked,
-    "SHA-256": model.sha256,
-  };
-  for (const [term, text] of Object.entries(rows)) {
-    if (!text) continue;
-    byId("about").append(element("dt", term), element("dd", text));
-  }
-  model.samples.forEach(addSample);
-  byId("samples-section").hidden = !model.samples.length; // none for a model of other classes
-}
+  async describe() {
+    return (await fetch("model")).json();
+  },
 
-function element(name, text) {
-  const made = document.createElement(name);
-  made.textContent = text;
-  return made;
-}
+  async sample({ path }) {
+    return (await fetch(path)).blob();
+  },
 
-function addSample(sample) {
-  const button = document.createElement("button");
-  button.type = "button";
-  const image = document.createElement("img");
-  image.src = sample.path;
-  image.alt = "sample: ";
-  image.width = image.height = 32;
-  button.append(image, element("span", sample.label));
-  button.addEventListener("click", async () => {
-    try {
-      const response = await fetch(sample.path);
-      const content = await response.blob();
-      take([new File([content], `sample ${sample.label}.png`, { type: "image/png" })]);
-    } catch {
-      announce("The server cannot be reached.");
-    }
-  });
-  byId("samples").append(button);
-}
-
-// The status line is read aloud: one sentence for a picture, a summary for many.
-function announce(text) {
-  byId("status").textContent = text;
-}
-
-function take(files) {
-  if (!files.length) return;
-  byId("results-section").hidden = false;
-  const many = files.length + open > 1;
-  announce(many ? `Sending ${files.length} pictures.` : `Sending ${files[0].name}.`);
-  const cards = files.map(makeCard);
-  byId("results").prepend(...cards);
-  files.forEach((file, i) => queue.push([file, cards[i]]));
-  open += files.length;
-  next();
-}
-
-function next() {
-  while (running < AT_A_TIME && queue.length) {
-    const [file, card] = queue.shift();
-    running += 1;
-    answer(file, card).then((sentence) => {
-      running -= 1;
-      open -= 1;
-      finished.push(sentence);
-      if (!open) {
-        announce(finished.length === 1 ? finished[0] : `${finished.length} pictures. ${finished.slice(0, 5).join(" ")}`);
-        finished = [];
+  async ask(file, model) {
+    if (model && file.size > model.limits.file_bytes)
+      throw new Error(`It has ${megabytes(file.size)}; at most ${megabytes(model.limits.file_bytes)} can be sent. Make it smaller.`);
+    const form = new FormData();
+    form.append("files", file, file.name || "pasted");
+    for (let attempt = 1; ; attempt++) {
+      let response;
+      try {
+        response = await fetch("predict?seen=true", { method: "POST", body: form });
+      } catch {
+        throw new Error("The file cannot be read, or the server cannot be reached.");
       }
-      next();
-    });
-  }
-}
-
-function makeCard(file) {
-  const card = byId("result").content.firstElementChild.cloneNode(true);
-  card.classList.add("waiting");
-  card.querySelector("h3").textContent = file.name || "a pasted picture";
-  card.querySelector(".answer").textContent = "looking …";
-  const figure = card.querySelector(".original");
-  const image = figure.querySelector("img");
-  image.alt = `${file.name || "the picture"} as sent`;
-  image.addEventListener("load", () => {
-    figure.classList.toggle("small-original", image.naturalWidth <= 64);
-    URL.revokeObjectURL(image.src);
-  });
-  image.addEventListener("error", () => {
-    URL.revokeObjectURL(image.src);
-    figure.hidden = true; // not every browser shows every format
-  });
-  image.src = URL.createObjectURL(file);
-  return card;
-}
-
-// Fills the card; gives the sentence to read aloud.
-async function answer(file, card) {
-  const name = file.name || "The picture";
-  try {
-    const started = performance.now();
-    const result = await ask(file);
-    return show(card, name, result, performance.now() - started);
-  } catch (error) {
-    card.classList.replace("waiting", "bad");
-    card.querySelector(".answer").textContent = "No answer";
-    card.querySelector(".took").textContent = error.message;
-    return `${name}: no answer. ${error.message}`;
-  }
-}
-
-async function ask(file) {
-  if (model && file.size > model.limits.file_bytes)
-    throw new Error(`It has ${megabytes(file.size)}; at most ${megabytes(model.limits.file_bytes)} can be sent. Make it smaller.`);
-  const form = new FormData();
-  form.append("files", file, file.name || "pasted");
-  for (let attempt = 1; ; attempt++) {
-    let response;
-    try {
-      response = await fetch("predict?seen=true", { method: "POST", body: form });
-    } catch {
-      throw new Error("The file cannot be read, or the server cannot be reached.");
+      const told = await response.json().catch(() => ({}));
+      if (response.ok) return told.results[0];
+      if (response.status === 429 && attempt < TRIES) {
+        await sleep(Number(response.headers.get("Retry-After")) || 1);
+        continue;
+      }
+      throw new Error(sentence(told.detail || `the server answered ${response.status}`));
     }
-    const told = await response.json().catch(() => ({}));
-    if (response.ok) return told.results[0];
-    if (response.status === 429 && attempt < TRIES) {
-      await sleep(Number(response.headers.get("Retry-After")) || 1);
-      continue;
-    }
-    throw new Error(sentence(told.detail || `the server answered ${response.status}`));
-  }
-}
+  },
+};
 
 function sentence(text) {
   const full = text[0].toUpperCase() + text.slice(1);
   return /[.!?)]$/.test(full) ? full : `${full}.`;
 }
-
-function show(card, name, result, total) {
-  const [best] = result.predictions;
-  card.classList.remove("waiting");
-  card.querySelector(".answer").textContent = best.class;
-  const bars = card.querySelector(".bars");
-  for (const { class: label, probability } of result.predictions) {
-    const bar = byId("bar").content.firstElementChild.cloneNode(true);
-    bar.querySelector(".name").textContent = label;
-    bar.querySelector(".value").textContent = percent(probability);
-    bar.querySelector(".fill").style.width = `${100 * probability}%`;
-    bars.append(bar);
-  }
-  const figure = card.querySelector(".seen");
-  const image = figure.querySelector("img");
-  image.src = result.seen;
-  image.alt = `${name} as the network sees it`;
-  figure.querySelector("figcaption").textContent =
-    `as the network sees it: ${model ? `${model.image_size} × ${model.image_size}` : "small"}`;
-  figure.hidden = false;
-  const { decoding, model: run } = result.milliseconds;
-  card.querySelector(".took").textContent =
-    `${milliseconds(total)} in all: reading the picture ${milliseconds(decoding)}, the network ${milliseconds(run)}`;
-  return `${name}: ${best.class}, ${percent(best.probability)}.`;
-}
-
-byId("files").addEventListener("change", (event) => {
-  take([...event.target.files]);
-  event.target.value = ""; // so that the same file can be chosen again
-});
-
-document.addEventListener("paste", (event) => {
-  const files = [...event.clipboardData.files];
-  if (files.length) {
-    event.preventDefault();
-    take(files);
-  } else {
-    announce("The clipboard holds no picture.");
-  }
-});
-
-let depth = 0; // elements under a dragged file: each one entered and left on the way
-for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
-  document.addEventListener(kind, (event) => {
-    if (!event.dataTransfer?.types.includes("Files")) return;
-    event.preventDefault();
-    depth += { dragenter: 1, dragover: 0, dragleave: -1, drop: -depth }[kind];
-    document.body.classList.toggle("dragging", depth > 0);
-    if (kind === "drop") take([...event.dataTransfer.files]);
-  });
-}
-
-byId("clear").addEventListener("click", () => {
-  byId("results").replaceChildren();
-  byId("results-section").hidden = true;
-  announce("Answers cleared.");
-  byId("files").focus();
-});
-
-describe().catch(() => {
-  byId("model").textContent = "The server cannot be reached.";
-});
