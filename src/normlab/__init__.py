@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from normlab.diagnosis import Diagnosis as Diagnosis
     from normlab.diagnosis import Finding as Finding
     from normlab.diagnosis import doctor as doctor
+    from normlab.diagnosis.checkup import Checkup as Checkup
     from normlab.errors import DataError as DataError
     from normlab.errors import NonFiniteError as NonFiniteError
     from normlab.errors import NormlabError as NormlabError
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Arm": "study.arms",
     "BatchNorm": "layers",
+    "Checkup": "diagnosis.checkup",
     "DataError": "errors",
     "Diagnosis": "diagnosis",
     "Evaluation": "api.run",

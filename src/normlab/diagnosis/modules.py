@@ -39,8 +39,12 @@ def from_module(
     samples: Samples | None = None,
     batches: Batches | None = None,
     path: str = "model",
+    graph: tuple[Node, ...] | None = None,
 ) -> Network:
     """Describe `model`; with samples, run through it what the rules want to know of them.
+
+    Args:
+        graph: the order of its layers, where it is known already; None to look for it.
 
     Raises:
         UserError: lazy layers that have no weights yet, a live Keras model; samples that do not
@@ -71,7 +75,7 @@ def from_module(
         kind="PyTorch module",
         normalizers=(*described, *_others(model)),
         tensors={name: array(t) for name, t in model.state_dict().items()},
-        graph=trace(model),
+        graph=trace(model) if graph is None else graph or None,
         training=training,
         meant_without="every layer was looked at",
         batches=batches,
