@@ -3,6 +3,7 @@
 #   make test    the whole test suite
 #   make check   format, lint, strict types, import direction
 #   make compare six pairs of batch against none, with a verdict
+#   make docs    the documentation site, into site/; it opens from that folder, too
 #   make bench   normlab beside Keras, PyTorch and ONNX Runtime; QUICK=1 takes under five minutes
 #   make soak    longer tests
 #   make torture kill 240 trainings and studies, let every write fail, count what survives
@@ -20,7 +21,7 @@ PIP := $(BIN)/python $(INSTALL) constraints.txt
 BENCH_PIP := $(BENCH)/bin/python $(INSTALL) $(BENCH)/constraints.txt
 INPUTS := pyproject.toml constraints.txt setup.py $(wildcard src/normlab/kernels/*.[ch])
 
-.PHONY: run compare bench test check soak torture attack fuzz clean
+.PHONY: run compare docs bench test check soak torture attack fuzz clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
@@ -29,6 +30,9 @@ run: $(VENV)/.installed
 
 compare: $(VENV)/.installed
 	$(BIN)/normlab compare --arms batch,none --seeds 6 $(ARGS)
+
+docs: $(VENV)/.documented
+	$(BIN)/python scripts/build_site.py $(ARGS)
 
 bench: $(BENCH)/.installed
 	@echo "The environment took $$(cat $(BENCH)/.installed) s to install, when it was."
@@ -77,6 +81,10 @@ $(VENV)/.tested: $(VENV)/.installed
 
 $(VENV)/.checked: $(VENV)/.tested
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.documented: $(VENV)/.installed
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 # An environment of its own: TensorFlow wants another h5py than the tests have. Of two constraints
