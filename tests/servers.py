@@ -22,8 +22,8 @@ from normlab.formats.onnx_model import OnnxModel
 given = json.loads(sys.argv[1])
 delay = given.pop("model_seconds", 0)
 if delay:
-    answers = OnnxModel.probabilities
-    OnnxModel.probabilities = lambda self, x: (time.sleep(delay), answers(self, x))[1]
+    answers = OnnxModel.answers
+    OnnxModel.answers = lambda self, x: (time.sleep(delay), answers(self, x))[1]
 settings.ServerSettings.__init__.__kwdefaults__.update(given)
 sys.exit(run(["serve", *sys.argv[2:]]))
 """

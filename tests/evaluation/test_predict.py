@@ -118,7 +118,7 @@ def test_json_and_csv(project: Path) -> None:
     assert 0.5 <= answer["probability"] <= 1
     done = normlab("predict", "colours/blue", "--csv", cwd=project)
     table = list(csv.reader(io.StringIO(done.stdout)))
-    assert table[0] == ["path", "class_1", "p_1", "class_2", "p_2"]
+    assert table[0] == ["path", "class_1", "p_1", "class_2", "p_2", "doubt", "familiarity"]
     assert table[1][:2] == ["colours/blue/00.png", answer["class"]]
     assert float(table[1][2]) == answer["probability"]
 
@@ -230,11 +230,11 @@ def test_files_stream_in_order_a_batch_at_a_time(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), (i % 256, i // 256, 0)).save(tmp_path / f"{i:03}.bmp")
     batches: list[int] = []
 
-    def probabilities(images: np.ndarray) -> np.ndarray:
+    def answers_of(images: np.ndarray) -> tuple[np.ndarray, None]:
         batches.append(len(images))
-        return images[:, 0, 0, :2].astype(float)
+        return images[:, 0, 0, :2].astype(float), None
 
-    predictor = Predictor(probabilities, ("a", "b"), 8)
+    predictor = Predictor(answers_of, ("a", "b"), 8)
     answers = predict(predictor, [tmp_path], batch_size=64)
     assert next(answers).path.name == "000.bmp"
     assert batches == [64]

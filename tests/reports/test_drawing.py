@@ -45,8 +45,8 @@ def test_names_of_any_kind_are_drawn_and_written(
         warnings.simplefilter("error")
         run_report.write_evaluation(evaluation, images, tmp_path / "e")
     names = {p.name for p in (tmp_path / "e").iterdir()}
-    assert names == {"calibration.png", "confusion.png", "evaluation.json", "mistakes.png",
-                     "report.html"}  # fmt: skip
+    assert names == {"calibration.png", "confusion.png", "coverage.png", "evaluation.json",
+                     "mistakes.png", "report.html"}  # fmt: skip
     page = (tmp_path / "e" / "report.html").read_text(encoding="utf-8")
     assert "<b>" not in page
     assert "\x1b" not in page

@@ -22,6 +22,7 @@ from normlab.data.changes import read_changes
 from normlab.data.loading import PUBLIC
 from normlab.data.pictures.sizes import SIZES
 from normlab.errors import Interrupted, NonFiniteError, UserError
+from normlab.evaluation import held_out
 from normlab.evaluation.baselines import score_baselines
 from normlab.evaluation.recalibration import Repair, renew_stale
 from normlab.evaluation.scores import clearly_better
@@ -445,6 +446,11 @@ def _finish(
     write_tensors(folder / "last.safetensors", state.model.state_dict())
     kept, repair = _choose_weights(run, plan, state)
     started = time.perf_counter()
+    if len(plan.validation):
+        model = run.model(kept)
+        held_out.write(
+            run, *held_out.learn(model, plan.train, plan.validation, images.num_classes, kept)
+        )
     evaluation = run.evaluate(images, weights=kept)
     evaluation_seconds = time.perf_counter() - started
     if not math.isfinite(evaluation.loss):

@@ -2,6 +2,7 @@
 
 import click
 
+from normlab.cli.calibrate import calibrate
 from normlab.cli.compare import compare
 from normlab.cli.data import data
 from normlab.cli.doctor import doctor, recalibrate
@@ -54,6 +55,7 @@ for verb in (
     inspect,
     doctor,
     recalibrate,
+    calibrate,
     export_command,
     import_command,
     serve,

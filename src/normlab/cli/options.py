@@ -22,6 +22,22 @@ IMAGE_SIZE = click.option(
 )
 SKIP_BAD = click.option("--skip-bad", is_flag=True, help="Leave out pictures that cannot be used.")
 JSON = click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
+RATE = click.FloatRange(1, 100, max_open=True)  # per cent
+ABSTAIN_AT = click.option(
+    "--abstain-at",
+    type=RATE,
+    metavar="PERCENT",
+    help="Answer only where so many answers are right, as the held-out pictures show.",
+)
+SETS = click.option(
+    "--sets",
+    type=RATE,
+    metavar="PERCENT",
+    help="Give sets of classes; so many of them hold the true one.",
+)
+PER_CLASS = click.option(
+    "--per-class", is_flag=True, help="With --sets: for the pictures of each class, too."
+)
 SECTION = "Settings of the recipe, instead of its own"
 
 

@@ -4,6 +4,7 @@ import ipaddress
 
 import click
 
+from normlab.cli.options import ABSTAIN_AT
 from normlab.cli.output import say
 from normlab.core.descriptors import open_standard_streams
 
@@ -25,12 +26,23 @@ from normlab.core.descriptors import open_standard_streams
     multiple=True,
     help="A name under which the server answers, beside localhost and --host. May be repeated.",
 )
-def serve(model: str | None, host: str, port: int, allow_hosts: tuple[str, ...]) -> None:
+@ABSTAIN_AT
+@click.option("--always", is_flag=True, help="Always answer, however unsure it is.")
+def serve(
+    model: str | None,
+    host: str,
+    port: int,
+    allow_hosts: tuple[str, ...],
+    abstain_at: float | None,
+    always: bool,
+) -> None:
     """Serve RUN (by default the latest) or MODEL.onnx: a page to drop pictures on, and HTTP.
 
     Only this machine reaches it, unless --host says otherwise. Ctrl-C and SIGTERM end it once the
     requests under way are answered; the exit code is 130 or 143.
     """
+    if always and abstain_at is not None:
+        raise click.UsageError("--always cannot be combined with --abstain-at")
     open_standard_streams()
     from normlab.serving.server import serve as run_server
 
@@ -40,7 +52,15 @@ def serve(model: str | None, host: str, port: int, allow_hosts: tuple[str, ...])
             "and no encryption (docs/serve.md)",
             err=True,
         )
-    run_server(model, host=host, port=port, allow_hosts=allow_hosts, say=say)
+    run_server(
+        model,
+        host=host,
+        port=port,
+        allow_hosts=allow_hosts,
+        abstain_at=None if abstain_at is None else abstain_at / 100,
+        always=always,
+        say=say,
+    )
 
 
 def _is_loopback(host: str) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,17 @@ from torch import Tensor
 from normlab.data import ImageData
 from normlab.data.loading import PUBLIC
 from normlab.errors import DataError
-from normlab.evaluation import metrics
+from normlab.evaluation import held_out, metrics
+from normlab.evaluation.abstention import RiskCoverage, risk_coverage
+from normlab.evaluation.calibration import (
+    BINS,
+    Calibration,
+    Proper,
+    calibrate,
+    proper_scores,
+)
+from normlab.evaluation.doubt import Doubt
+from normlab.evaluation.familiarity import answers_of, familiarity
 from normlab.evaluation.forward import logits_of
 from normlab.runs import Run
 from normlab.statistics import accuracy_interval
@@ -28,34 +39,23 @@ OWN_LIMITS = ("The interval holds for pictures like these test pictures, and for
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Confidence against accuracy in equal-width bins (Guo et al. 2017, arXiv 1706.04599, eq. 3).
-
-    Attributes:
-        confidence, accuracy: means in each bin; NaN where a bin is empty.
-        count: images in each bin.
-        error: expected calibration error, Σ count/N · |accuracy − confidence|.
-    """
-
-    confidence: NDArray[np.float64]
-    accuracy: NDArray[np.float64]
-    count: NDArray[np.int64]
-    error: float
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """A classifier's answers on N test images of K classes, and its scores.
 
     Attributes:
         run: the run's folder, or the name of what was evaluated.
         views: how many versions of a picture were seen: `single`, `flip`, `shift` or `unsure`.
-        probabilities: (N, K).
+        probabilities: (N, K), after the temperature.
         labels: (N,).
-        loss: mean cross-entropy in nats.
+        loss: mean cross-entropy in nats of what was trained: without the temperature.
         interval: 95 % Wilson interval of `accuracy` over test pictures.
         confusion: (K, K) counts, label by answer.
+        calibration: of the answers, after the temperature.
+        uncalibrated: the same before it.
+        before, after: how good the probabilities are without the temperature and with it.
         files: N names of the files of the test images, if they came from files.
+        doubt: what the run's held-out pictures taught; None if nothing did.
+        familiarity: (N,), if the run can tell.
     """
 
     run: str
@@ -70,14 +70,46 @@ class Evaluation:
     interval: tuple[float, float]
     confusion: NDArray[np.int64]
     calibration: Calibration
+    uncalibrated: Calibration
+    before: Proper
+    after: Proper
     limits: tuple[str, ...]
     files: tuple[str, ...] | None = None
+    doubt: Doubt | None = None
+    familiarity: NDArray[np.float64] | None = None
 
     @property
     def predictions(self) -> NDArray[np.int64]:
         """The most probable class of each image, (N,)."""
         answers: NDArray[np.int64] = self.probabilities.argmax(1)
         return answers
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """Which answers are right, (N,)."""
+        found: NDArray[np.bool_] = self.predictions == self.labels
+        return found
+
+    @property
+    def temperature(self) -> float:
+        """What logits were divided by."""
+        return 1.0 if self.doubt is None else self.doubt.temperature
+
+    @cached_property
+    def curve(self) -> RiskCoverage:
+        """Risk and coverage if the test images are answered by their largest probability."""
+        return risk_coverage(self.probabilities.max(1), self.right)
+
+    def answered(self, rate: float | None = None) -> NDArray[np.bool_]:
+        """Which of the images the run would answer, (N,); all if it has learnt no doubt.
+
+        Raises:
+            UserError: the rate cannot be shown; see `Doubt.rule`.
+        """
+        if self.doubt is None:
+            return np.ones(len(self.labels), bool)
+        doubts = self.doubt.rule(rate).doubts(self.probabilities, self.familiarity)
+        return np.array([doubt is None for doubt in doubts])
 
     @property
     def class_accuracy(self) -> NDArray[np.float64]:
@@ -111,7 +143,7 @@ class Evaluation:
         wrong = np.flatnonzero(self.predictions != self.labels)
         return wrong[np.argsort(-self.probabilities[wrong].max(1), kind="stable")][:count]
 
-    def likely_mislabelled(self, label: int, count: int = 8) -> NDArray[np.int64]:
+    def worst_mistakes(self, label: int, count: int = 8) -> NDArray[np.int64]:
         """Indices of the images of class `label` whose label the classifier believes least.
 
         Ranked by the probability of the label minus that of the best other class (the normalised
@@ -139,6 +171,13 @@ class Evaluation:
             "class_accuracy": dict(zip(self.class_names, accuracies, strict=True)),
             "confusion": self.confusion.tolist(),
             "calibration_error": self.calibration.error,
+            "calibration": {
+                "temperature": self.temperature,
+                "bins": BINS,
+                "before": self.before.as_dict(),
+                "after": self.after.as_dict(),
+            },
+            "sure": self._sure(),
             "weakest_class": {
                 "name": weakest,
                 "accuracy": accuracy,
@@ -147,6 +186,17 @@ class Evaluation:
             },
             "surest_mistake": self._surest_mistake(),
             "limits": list(self.limits),
+        }
+
+    def _sure(self) -> dict[str, Any] | None:
+        """How many images `predict` would answer by default, and how many of them rightly."""
+        if self.doubt is None:
+            return None
+        answered = self.answered()
+        return {
+            "held_out": self.doubt.total,
+            "answered": int(answered.sum()),
+            "right": int(self.right[answered].sum()),
         }
 
     def _surest_mistake(self) -> dict[str, Any] | None:
@@ -172,22 +222,6 @@ class Evaluation:
         )
 
 
-def calibrate(
-    probabilities: NDArray[np.float64], labels: NDArray[np.int64], bins: int = 15
-) -> Calibration:
-    """Bin the answers by the probability of the chosen class and compare it with the accuracy."""
-    top = probabilities.max(1)
-    right = probabilities.argmax(1) == labels
-    index = np.minimum((top * bins).astype(np.int64), bins - 1)
-    count = np.bincount(index, minlength=bins)
-    divisor = np.maximum(count, 1)
-    empty = count == 0
-    confidence = np.where(empty, np.nan, np.bincount(index, top, bins) / divisor)
-    accuracy = np.where(empty, np.nan, np.bincount(index, right, bins) / divisor)
-    error = float(np.nansum(count * np.abs(accuracy - confidence)) / len(labels))
-    return Calibration(confidence, accuracy, count, error)
-
-
 def assess(
     logits: Tensor | NDArray[np.floating],
     labels: NDArray[np.integer],
@@ -199,11 +233,15 @@ def assess(
     class_names: tuple[str, ...],
     limits: tuple[str, ...],
     files: tuple[str, ...] | None = None,
+    doubt: Doubt | None = None,
+    familiarity: NDArray[np.float64] | None = None,
 ) -> Evaluation:
-    """Turn logits (N, K) and labels (N,) into an `Evaluation`."""
+    """Turn logits (N, K) and labels (N,) into an `Evaluation`; `doubt` brings the temperature."""
     logits, truth = torch.as_tensor(logits), labels.astype(np.int64)
+    plain = logits.double().numpy()
+    temperature = 1.0 if doubt is None else doubt.temperature
     confusion = metrics.confusion_matrix(truth, logits.argmax(1).numpy(), len(class_names))
-    probabilities = np.exp(metrics.log_softmax(logits))
+    probabilities = np.exp(metrics.log_softmax(logits.double() / temperature))
     return Evaluation(
         run=run,
         weights=weights,
@@ -217,8 +255,13 @@ def assess(
         interval=accuracy_interval(int(confusion.trace()), len(truth)),
         confusion=confusion,
         calibration=calibrate(probabilities, truth),
+        uncalibrated=calibrate(np.exp(metrics.log_softmax(logits)), truth),
+        before=proper_scores(plain, truth),
+        after=proper_scores(plain, truth, temperature),
         limits=limits,
         files=files,
+        doubt=doubt,
+        familiarity=familiarity,
     )
 
 
@@ -236,8 +279,9 @@ def evaluate(
 ) -> Evaluation:
     """Score `run` on the test images of `data`, or of the data it was trained on.
 
-    With `views` other than `single` (see `logits_of`) a picture is answered
-    from several versions of it, which is more work and not comparable with a single view.
+    With `views` other than `single` (see `logits_of`) a picture is answered from several versions
+    of it, which is more work and not comparable with a single view: the temperature is that of a
+    single one, and is not used.
 
     Raises:
         DataError: the data cannot be had, or has other classes or another image size.
@@ -255,8 +299,16 @@ def evaluate(
             f"takes {run.task.image_size} × {run.task.image_size}: resize them"
         )
     weights = run.kept if weights == "kept" else weights
+    model, learnt = run.model(weights), None
+    if views == "single":
+        logits, features = answers_of(model, images.x_test)
+        learnt = held_out.read(run, weights)
+    else:
+        logits, features = logits_of(model, images.x_test, views=views), None
+    doubt, means = (None, None) if learnt is None else learnt
+    near = None if means is None or features is None else familiarity(features, means)
     return assess(
-        logits_of(run.model(weights), images.x_test, views=views),
+        logits,
         images.y_test,
         run=str(run.path),
         weights=weights,
@@ -265,4 +317,6 @@ def evaluate(
         class_names=images.class_names,
         limits=limits_of(images.name),
         files=images.files_test,
+        doubt=doubt,
+        familiarity=near,
     )

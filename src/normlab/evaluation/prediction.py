@@ -1,16 +1,17 @@
 """Pictures in, classes out: any number of files, one batch of them in memory at a time."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from normlab.data.pictures.decoding import Readers
 from normlab.data.pictures.walking import Found, walk
+from normlab.evaluation.doubt import Doubt
 
 if TYPE_CHECKING:
     from normlab.runs import Run
@@ -18,27 +19,37 @@ if TYPE_CHECKING:
 BATCH_SIZE = 64
 
 
+# Probabilities (N, K), rows that add up to 1, and familiarity (N,), if that can be told.
+Answers = tuple[NDArray[np.floating], NDArray[np.floating] | None]
+
+
 @dataclass(frozen=True)
 class Predictor:
     """A classifier of pictures, wherever it comes from.
 
-    probabilities: images (N, S, S, 3) uint8 → (N, K), rows that add up to 1.
+    answers: to images (N, S, S, 3) uint8.
     class_names: K names.
     image_size: S.
+    doubt: what its held-out pictures taught; None if nothing did.
     """
 
-    probabilities: Callable[[NDArray[np.uint8]], NDArray[np.floating]]
+    answers: Callable[[NDArray[np.uint8]], Answers]
     class_names: tuple[str, ...]
     image_size: int
+    doubt: Doubt | None = None
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one picture: probabilities (K,), or why there is none."""
+    """The answer to one picture: probabilities (K,), or why there is none.
+
+    familiarity: of the picture, if that can be told.
+    """
 
     path: Path
     probabilities: NDArray[np.floating] | None
     problem: str | None = None
+    familiarity: float | None = None
 
     def top(self, class_names: tuple[str, ...], count: int) -> list[tuple[str, float]]:
         """The most probable classes, most probable first."""
@@ -53,15 +64,20 @@ def run_predictor(run: "Run", weights: str = "kept") -> Predictor:
     Raises:
         UserError: the run has no such weights.
     """
-    from normlab.evaluation.forward import logits_of
+    from normlab.evaluation import held_out
+    from normlab.evaluation.familiarity import answers_of, familiarity
 
     model = run.model(weights)
+    doubt, means = held_out.read(run, weights) or (None, None)
+    temperature = 1.0 if doubt is None else doubt.temperature
 
-    def probabilities(images: NDArray[np.uint8]) -> NDArray[np.floating]:
-        answers: NDArray[np.floating] = logits_of(model, images).double().softmax(1).numpy()
-        return answers
+    def answers(images: NDArray[np.uint8]) -> Answers:
+        logits, features = answers_of(model, images)
+        near = None if means is None or features is None else familiarity(features, means)
+        probabilities: NDArray[np.floating] = (logits.double() / temperature).softmax(1).numpy()
+        return probabilities, near
 
-    return Predictor(probabilities, run.task.class_names, run.task.image_size)
+    return Predictor(answers, run.task.class_names, run.task.image_size, doubt)
 
 
 def is_model(path: str | Path) -> bool:
@@ -82,7 +98,19 @@ def open_predictor(path: str | Path | None = None) -> Predictor:
     from normlab.formats.onnx_model import open_onnx
 
     model = open_onnx(path)
-    return Predictor(model.probabilities, model.class_names, model.image_size)
+    return Predictor(
+        model.answers, model.class_names, model.image_size, doubt_of(model.metadata, path)
+    )
+
+
+def doubt_of(metadata: Mapping[str, Any], where: object) -> Doubt | None:
+    """What an exported file's metadata say of its held-out pictures.
+
+    Raises:
+        DataError: it is not as `normlab export` wrote it.
+    """
+    told = metadata.get("doubt")
+    return None if told is None else Doubt.from_dict(told, where)
 
 
 def predict(
@@ -110,13 +138,16 @@ def _predict_batch(predictor: Predictor, batch: list[Found], readers: Readers) -
             pixels, _, problem = next(read)
             decoded.append((pixels, problem))
     good = [pixels for pixels, _ in decoded if pixels is not None]
-    answers = iter(predictor.probabilities(np.stack(good)) if good else ())
-    return [
-        Prediction(file.path, None, problem)
-        if pixels is None
-        else Prediction(file.path, next(answers))
-        for file, (pixels, problem) in zip(batch, decoded, strict=True)
-    ]
+    rows, near = predictor.answers(np.stack(good)) if good else (np.empty((0, 0)), None)
+    known = iter(zip(rows, [None] * len(rows) if near is None else near.tolist(), strict=True))
+    found = []
+    for file, (pixels, problem) in zip(batch, decoded, strict=True):
+        if pixels is None:
+            found.append(Prediction(file.path, None, problem))
+        else:
+            row, familiarity = next(known)
+            found.append(Prediction(file.path, row, familiarity=familiarity))
+    return found
 
 
 def _files(paths: Iterable[str | Path]) -> Iterator[Found]:

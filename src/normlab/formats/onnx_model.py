@@ -20,27 +20,34 @@ _EXPORT = "give a file that `normlab export --format onnx` wrote"
 class OnnxModel:
     """A classifier of pictures in ONNX Runtime.
 
-    session: takes `images` uint8 (N, H, W, 3), gives `probabilities` float32 (N, K). Files of older
-        versions take (N, S, S, 3) alone.
+    session: takes `images` uint8 (N, H, W, 3), gives `probabilities` float32 (N, K) and perhaps
+        `familiarity` float32 (N,). Files of older versions take (N, S, S, 3) alone.
     class_names: K names.
     image_size: S.
-    metadata: what `normlab export` noted, parsed: `recipe`, `certificate`, `not_folded`.
+    metadata: what `normlab export` noted, parsed: `recipe`, `certificate`, `not_folded`, `doubt`.
     """
 
     session: Any = field(repr=False)
     class_names: tuple[str, ...]
     image_size: int
     metadata: dict[str, Any] = field(repr=False)
+    tells_familiarity: bool = False
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities (N, K) for `images` (N, S, S, 3)."""
+        return self.answers(images)[0]
+
+    def answers(
+        self, images: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """The same, and familiarity (N,), if the graph computes it."""
+        wanted = ["probabilities", "familiarity"][: 1 + self.tells_familiarity]
         parts = [
-            self.session.run(
-                ["probabilities"], {"images": np.ascontiguousarray(images[i : i + BATCH])}
-            )[0]
+            self.session.run(wanted, {"images": np.ascontiguousarray(images[i : i + BATCH])})
             for i in range(0, len(images), BATCH)
         ]
-        return np.concatenate(parts)
+        rows = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        return rows[0], rows[1] if self.tells_familiarity else None
 
 
 def open_onnx(model: str | Path | bytes, threads: int | None = None) -> OnnxModel:
@@ -101,7 +108,7 @@ def _checked(session: Any, name: str) -> OnnxModel:
     metadata = {
         key: _parsed(text)
         for key, text in known.items()
-        if key in ("class_names", "certificate", "recipe", "not_folded")
+        if key in ("class_names", "certificate", "recipe", "not_folded", "doubt")
     }
     names = metadata.pop("class_names", None)
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
@@ -111,7 +118,10 @@ def _checked(session: Any, name: str) -> OnnxModel:
             f"{name} names {len(names)} classes but gives {answer.shape[1]} probabilities: "
             f"{_EXPORT}"
         )
-    return OnnxModel(session, tuple(names), size, metadata)
+    near = next((o for o in outputs if o.name == "familiarity"), None)
+    if near is not None and (near.type != "tensor(float)" or len(near.shape) != 1):
+        raise DataError(f"{name} gives {_listed([near])}, not `familiarity`, float (N): {_EXPORT}")
+    return OnnxModel(session, tuple(names), size, metadata, near is not None)
 
 
 def _size(shape: list[Any], told: str | None) -> int | None:

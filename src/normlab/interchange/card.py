@@ -109,7 +109,7 @@ def card(
             "## Limits",
             "",
             *(f"- {limit}" for limit in evaluation.limits),
-            "- It always answers with one of its classes, whatever the picture shows.",
+            f"- {_when_sure(evaluation)}",
             "",
             "## Certificate",
             "",
@@ -141,6 +141,24 @@ _KERAS_TAKES = (
     f"{_TAKES}of shape (N, {{size}}, {{size}}, 3): the middle square, resized to {{size}} × "
     f"{{size}} with antialiasing. The scaling is inside{_GIVES}"
 )
+
+
+def _when_sure(evaluation: Evaluation) -> str:
+    doubt = evaluation.doubt
+    if doubt is None:
+        return "It always answers with one of its classes, whatever the picture shows."
+    told = (
+        f"Its probabilities have the temperature {doubt.temperature:.3f}, from held-out pictures."
+    )
+    if evaluation.familiarity is not None and doubt.tells_unlike:
+        told += (
+            f" Below a `familiarity` of {doubt.least_familiarity:.4f}, which 5 % of pictures like "
+            "its own have, a picture is unlike those it was trained on: do not trust the answer. "
+            "Above it, it may still show something else."
+        )
+    return told
+
+
 
 _ONNX_USE = """```console
 pip install -r requirements.txt

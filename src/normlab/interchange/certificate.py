@@ -76,6 +76,7 @@ class Certificate:
             `TIE` of each other.
         run_accuracy, exported_accuracy: fractions of the N images.
         reading: of pictures of other sizes; None where the format takes the network's own alone.
+        familiarity_difference: the largest, over all images; None if the model does not tell it.
     """
 
     data: str
@@ -91,12 +92,15 @@ class Certificate:
     run_accuracy: float
     exported_accuracy: float
     reading: Reading | None = None
+    familiarity_difference: float | None = None
 
     @property
     def passed(self) -> bool:
         within = self.largest_difference is not None and self.largest_difference <= self.tolerance
         read = self.reading is None or self.reading.passed
-        return within and self.other_answers == 0 and read
+        near = self.familiarity_difference
+        known = near is None or near <= self.tolerance
+        return within and self.other_answers == 0 and read and known
 
     def require(self) -> None:
         """Raise `CertificateError` with the figures unless the model agrees."""
@@ -112,8 +116,11 @@ class Certificate:
     def __str__(self) -> str:
         largest = self.largest_difference
         difference = "not finite" if largest is None else f"{largest:.1e}"
+        near = self.familiarity_difference
+        familiar = "" if near is None else f", in familiarity {near:.1e}"
         return (
-            f"largest difference in probability {difference} (at most {self.tolerance:g}), "
+            f"largest difference in probability {difference}{familiar} "
+            f"(at most {self.tolerance:g}), "
             f"another answer on {self.other_answers:,} of {self.test_images:,} test images, "
             f"{self.ties:,} ties; accuracy {self.run_accuracy:.4f} in the run, "
             f"{self.exported_accuracy:.4f} exported" + (f"; {self.reading}" if self.reading else "")
@@ -128,12 +135,14 @@ class Check(Protocol):
         exported: NDArray[np.floating],
         checked_with: str,
         chosen: NDArray[np.integer] | None = None,
+        familiarity: NDArray[np.floating] | None = None,
     ) -> Certificate:
         """The certificate.
 
         Args:
             exported: (N, K), computed by `checked_with`.
             chosen: which test images they are of; by default all.
+            familiarity: (N,), if the model tells it.
 
         Raises:
             CertificateError: they disagree.
@@ -149,11 +158,13 @@ def certify(
     data_sha256: str,
     weights_sha256: str,
     checked_with: str,
+    familiarity: tuple[NDArray[np.floating], NDArray[np.floating]] | None = None,
 ) -> Certificate:
     """Compare probabilities (N, K) of the run, `expected`, with those of the exported model.
 
     Args:
         labels: (N,).
+        familiarity: (N,) of the run and of the exported model, if it tells it.
 
     Raises:
         CertificateError: the shapes differ.
@@ -164,6 +175,9 @@ def certify(
             f"where the run answers {expected.shape}"
         )
     difference = float(np.abs(expected - exported.astype(np.float64)).max())
+    near = None
+    if familiarity is not None:  # no number is as far off as can be
+        near = float(np.nan_to_num(np.abs(np.subtract(*familiarity)), nan=2.0).max())
     top_two = np.sort(expected, axis=1)[:, -2:]
     tied = top_two[:, 1] - top_two[:, 0] <= TIE
     answers = exported.argmax(1)
@@ -179,4 +193,5 @@ def certify(
         ties=int((other & tied).sum()),
         run_accuracy=float((expected.argmax(1) == labels).mean()),
         exported_accuracy=float((answers == labels).mean()),
+        familiarity_difference=near,
     )

@@ -12,6 +12,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from normlab.errors import UserError
+from normlab.evaluation.doubt import Doubt
 from normlab.evaluation.forward import logits_of
+from normlab.evaluation.held_out import Features
 from normlab.formats.keras_layout import SNAKE_CASE
 from normlab.formats.keras_notebook import read_notebook
 from normlab.interchange.certificate import Certificate, Check
@@ -37,9 +40,15 @@ KERAS_VERSION = "3.0.0"
 
 
 def certified(
-    run: Run, model: nn.Module, images: NDArray[np.uint8], check: Check
+    run: Run,
+    model: nn.Module,
+    images: NDArray[np.uint8],
+    check: Check,
+    learnt: tuple[Doubt, Features | None] | None = None,
 ) -> tuple[bytes, Certificate]:
     """The file's content and its certificate.
+
+    The temperature of `learnt` is in the last layer's weights, and all it knows in the metadata.
 
     Raises:
         UserError: a network that has no Keras form here, or one that only Keras can check where
@@ -48,6 +57,12 @@ def certified(
     name, size = run.task.recipe.model.name, run.task.image_size
     layers = layers_of(model, size)
     metadata: dict[str, Any] = {"class_names": run.task.class_names}
+    if learnt is not None:
+        doubt, _ = learnt
+        last = layers[-1]
+        cooled = [(array / doubt.temperature).astype(np.float32) for array in last.weights]
+        layers[-1] = replace(last, weights=cooled)
+        metadata["doubt"] = doubt.as_dict()
     content = model_file(name, layers, size, metadata)
     if find_spec("keras") is not None:
         certificate = check(*keras_answers(content, images))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -13,6 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from normlab.data.pictures.reading import to_square
+from normlab.evaluation.doubt import Doubt
+from normlab.evaluation.held_out import Features
 from normlab.formats.onnx_model import open_onnx
 from normlab.interchange.certificate import Certificate, Check, Reading
 from normlab.interchange.folding import fold, map_size
@@ -65,12 +67,19 @@ class _Nodes:
         self.last = name
 
 
-def build(chain: Chain, num_classes: int) -> onnx.ModelProto:
-    """Make the network's graph: `images` uint8 (N, S, S, 3) → `probabilities` float32 (N, K)."""
+def build(chain: Chain, num_classes: int, familiar: "Familiar | None" = None) -> onnx.ModelProto:
+    """Make the network's graph: `images` uint8 (N, S, S, 3) → `probabilities` float32 (N, K).
+
+    With `familiar` it also gives `familiarity` float32 (N,).
+    """
     nodes = _Nodes("images")
     nodes.add("Transpose", "channels_first", perm=[0, 3, 1, 2])
     nodes.add("Cast", "pixels", to=TensorProto.FLOAT)
+    outputs = [_output("probabilities", "N", num_classes)]
     for i, step in enumerate(chain.steps):
+        if familiar is not None and step is chain.steps[-1]:
+            _add_familiarity(nodes, familiar)
+            outputs.append(_output("familiarity", "N"))
         if isinstance(step, Conv):
             size = map_size(chain.steps[:i], chain.image_size)
             _add_conv(nodes, step, size, chain.image_size)
@@ -82,7 +91,7 @@ def build(chain: Chain, num_classes: int) -> onnx.ModelProto:
         nodes.nodes,
         "normlab",
         [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", size, size, 3])],
-        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", num_classes])],
+        outputs,
         nodes.arrays,
     )
     model = helper.make_model(
@@ -93,6 +102,38 @@ def build(chain: Chain, num_classes: int) -> onnx.ModelProto:
     )
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+@dataclass(frozen=True)
+class Familiar:
+    """What computes familiarity from what the last layer takes; see `evaluation.familiarity`.
+
+    Attributes:
+        of_classes: unit features of the classes (K, D).
+        norms: those right before the last layer, which folding took into it.
+    """
+
+    of_classes: Array
+    norms: tuple[Norm, ...]
+
+
+def _output(name: str, *shape: str | int) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
+def _add_familiarity(nodes: _Nodes, familiar: Familiar) -> None:
+    """max over classes of f·mₖ, divided by ‖f‖; the way to the last layer goes on from f."""
+    source = nodes.last
+    for norm in familiar.norms:
+        _add_norm(nodes, replace(norm, name=f"familiarity.{norm.name}"))
+    features = nodes.last
+    nodes.add("MatMul", "familiarity.products", [familiar.of_classes.T])
+    nodes.add("ReduceMax", "familiarity.largest", axes=[1], keepdims=0)
+    nodes.add("ReduceL2", "familiarity.length", takes=[features], axes=[1], keepdims=0)
+    nodes.add("Max", "familiarity.positive", [np.array(1e-12)])
+    lengths = nodes.last
+    nodes.add("Div", "familiarity", takes=["familiarity.largest", lengths])
+    nodes.last = source
 
 
 def _add(nodes: _Nodes, step: Step, name: str) -> None:
@@ -159,27 +200,62 @@ def _add_affine(nodes: _Nodes, step: Affine) -> None:
     nodes.add("Conv", step.name, [kernel, step.shift], group=channels, kernel_shape=[1, 1])
 
 
-def described(run: Run, model: nn.Module) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+def described(
+    run: Run, model: nn.Module, learnt: tuple[Doubt, Features | None] | None = None
+) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """The graph of a run's network with its metadata, and what was not folded and why.
 
-    It takes pictures of any size: `images` uint8 (N, H, W, 3), all of one size.
+    It takes pictures of any size: `images` uint8 (N, H, W, 3), all of one size. `learnt` brings the
+    temperature into the last layer, and familiarity.
     """
     size = run.task.image_size
-    chain = fold(chain_of(model, size))
-    graph = with_reading(build(chain, len(run.task.class_names)), size)
-    metadata = {
+    whole, familiar = chain_of(model, size), None
+    if learnt is not None:
+        doubt, means = learnt
+        whole = _cooled(whole, doubt.temperature)
+        familiar = None if means is None else _familiar(whole, means)
+    chain = fold(whole)
+    if familiar is not None:  # a normalisation that was not folded is on the way already
+        there = {step.name for step in chain.steps if isinstance(step, Norm)}
+        norms = tuple(norm for norm in familiar.norms if norm.name not in there)
+        familiar = replace(familiar, norms=norms)
+    graph = with_reading(build(chain, len(run.task.class_names), familiar), size)
+    metadata: dict[str, Any] = {
         "class_names": run.task.class_names,
         "image_size": size,
         "recipe": run.task.as_dict(),
         "not_folded": chain.unfolded,
     }
+    if learnt is not None:
+        metadata["doubt"] = learnt[0].as_dict()
     for key, value in metadata.items():
         graph.metadata_props.add(key=key, value=json.dumps(value, ensure_ascii=False))
     return graph, chain.unfolded
 
 
+def _cooled(chain: Chain, temperature: float) -> Chain:
+    """The chain whose logits are divided by the temperature."""
+    *steps, last = chain.steps
+    assert isinstance(last, Dense)
+    last = replace(last, kernel=last.kernel / temperature, bias=last.bias / temperature)
+    return replace(chain, steps=(*steps, last))
+
+
+def _familiar(chain: Chain, means: Features) -> Familiar:
+    norms: list[Norm] = []
+    for step in reversed(chain.steps[:-1]):
+        if not isinstance(step, Norm):
+            break
+        norms.insert(0, step)
+    return Familiar(means.astype(np.float64), tuple(norms))
+
+
 def certified(
-    run: Run, model: nn.Module, images: NDArray[np.uint8], check: Check
+    run: Run,
+    model: nn.Module,
+    images: NDArray[np.uint8],
+    check: Check,
+    learnt: tuple[Doubt, Features | None] | None = None,
 ) -> tuple[bytes, Certificate, tuple[str, ...]]:
     """The file's content, its certificate, and which normalisations were not folded and why.
 
@@ -188,9 +264,9 @@ def certified(
     Raises:
         CertificateError: it answers otherwise than the run, or reads pictures otherwise.
     """
-    graph, unfolded = described(run, model)
-    answers = open_onnx(graph.SerializeToString()).probabilities(images)
-    certificate = check(answers, f"ONNX Runtime {version('onnxruntime')}")
+    graph, unfolded = described(run, model, learnt)
+    answers, near = open_onnx(graph.SerializeToString()).answers(images)
+    certificate = check(answers, f"ONNX Runtime {version('onnxruntime')}", near)
     certificate = replace(certificate, reading=check_reading(graph, images))
     certificate.require()
     graph.metadata_props.add(key="certificate", value=certificate.as_json())

@@ -23,6 +23,8 @@ from torch import nn
 from normlab.data.cifar10.layouts import CLASS_NAMES
 from normlab.data.loading import load
 from normlab.data.pictures.reading import to_square
+from normlab.evaluation.doubt import Doubt
+from normlab.evaluation.held_out import Features
 from normlab.formats.onnx_model import open_onnx
 from normlab.interchange import onnx_graph, web_runtime
 from normlab.interchange.browser import answers, browser_version, find_browser
@@ -52,6 +54,7 @@ def certified(
     model: nn.Module,
     images: NDArray[np.uint8],
     check: Check,
+    learnt: tuple[Doubt, Features | None] | None = None,
     *,
     tarball: Path | None = None,
     browser: Path | None = None,
@@ -70,10 +73,13 @@ def certified(
         CertificateError: the page answers otherwise than the run.
     """
     program, runtime = find_browser(browser), web_runtime.runtime(tarball)
-    graph, unfolded = onnx_graph.described(run, model)
+    graph, unfolded = onnx_graph.described(run, model, learnt)
     # The page shows what the network sees.
     graph.graph.output.append(helper.make_tensor_value_info("pixels", TensorProto.FLOAT, None))
     description = _description(run, graph)
+    if learnt is not None:
+        rule = learnt[0].rule()
+        description["doubt"] = {**rule.as_dict(), "told": rule.told()}
     files = _files(runtime, graph, description)
     chosen = np.unique(np.linspace(0, len(images) - 1, min(CHECKED, len(images))).astype(int))
     size = run.task.image_size

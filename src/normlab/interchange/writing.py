@@ -15,7 +15,10 @@ from normlab.core.files import write_atomic
 from normlab.core.tensors import digest
 from normlab.data import ImageData
 from normlab.errors import UserError
+from normlab.evaluation import held_out
+from normlab.evaluation.doubt import Doubt
 from normlab.evaluation.evaluation import Evaluation, evaluate
+from normlab.evaluation.held_out import Features
 from normlab.interchange.card import NAME, card, check_place
 from normlab.interchange.certificate import Certificate, Check, certify
 from normlab.interchange.companions import companions
@@ -45,6 +48,7 @@ class Job:
     model: nn.Module
     images: ImageData
     check: Check
+    learnt: tuple[Doubt, Features | None] | None
     name: str
     runtime: Path | None
     browser: Path | None
@@ -54,7 +58,7 @@ def _onnx(job: Job) -> Built:
     from normlab.interchange import onnx_graph
 
     content, certificate, unfolded = onnx_graph.certified(
-        job.run, job.model, job.images.x_test, job.check
+        job.run, job.model, job.images.x_test, job.check, job.learnt
     )
     return Built({job.name: content, **companions(job.name)}, certificate, unfolded)
 
@@ -62,7 +66,9 @@ def _onnx(job: Job) -> Built:
 def _keras(job: Job) -> Built:
     from normlab.interchange import keras_file
 
-    content, certificate = keras_file.certified(job.run, job.model, job.images.x_test, job.check)
+    content, certificate = keras_file.certified(
+        job.run, job.model, job.images.x_test, job.check, job.learnt
+    )
     return Built({job.name: content}, certificate)
 
 
@@ -74,6 +80,7 @@ def _web(job: Job) -> Built:
         job.model,
         job.images.x_test,
         job.check,
+        job.learnt,
         tarball=job.runtime,
         browser=job.browser,
     )
@@ -148,7 +155,9 @@ def export_run(
     model = run.model(weights)
     images = run.task.load(data)
     evaluation, check = checked_against(run, images, weights, digest(model.state_dict()))
-    built = FORMATS[file_format].build(Job(run, model, images, check, path.name, runtime, browser))
+    learnt = held_out.read(run, weights)
+    job = Job(run, model, images, check, learnt, path.name, runtime, browser)
+    built = FORMATS[file_format].build(job)
     text = card(path, run, evaluation, built.certificate, built.unfolded)
     path.parent.mkdir(parents=True, exist_ok=True)
     files = {path.with_name(name): content for name, content in built.files.items()}
@@ -178,8 +187,10 @@ def checked_against(
         exported: NDArray[np.floating],
         checked_with: str,
         chosen: NDArray[np.integer] | None = None,
+        familiarity: NDArray[np.floating] | None = None,
     ) -> Certificate:
         which = slice(None) if chosen is None else chosen
+        near = evaluation.familiarity
         certificate = certify(
             evaluation.probabilities[which],
             exported,
@@ -188,6 +199,7 @@ def checked_against(
             data_sha256=images.sha256,
             weights_sha256=weights_sha256,
             checked_with=checked_with,
+            familiarity=None if near is None or familiarity is None else (near[which], familiarity),
         )
         certificate.require()
         return certificate

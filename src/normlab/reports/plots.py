@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from normlab.text import printable
 
 if TYPE_CHECKING:
-    from normlab.evaluation.evaluation import Calibration, Evaluation
+    from normlab.evaluation.calibration import Calibration
+    from normlab.evaluation.evaluation import Evaluation
 
 TRAIN, VALIDATION = "#7a8699", "#c8442c"
 # Letters of a name in a drawing, and beside an axis; more would leave no room for it.
@@ -151,16 +152,48 @@ def plot_confusion(ax: Axes, evaluation: "Evaluation") -> Axes:
     return ax
 
 
-def plot_calibration(ax: Axes, calibration: "Calibration") -> Axes:
-    """Draw accuracy against confidence; on the dashed line they agree."""
+def plot_risk_coverage(ax: Axes, evaluation: "Evaluation") -> Axes:
+    """Draw the accuracy of the surest answers against how many are given.
+
+    On the test pictures, and on the held-out ones by which a rate is chosen; a dot is what the run
+    answers by default.
+    """
+    curve = evaluation.curve
+    ax.plot(curve.coverage, curve.accuracy, color=VALIDATION, lw=1.5, label="test pictures")
+    if evaluation.doubt is not None:
+        held = evaluation.doubt.curve
+        ax.plot(held.coverage, held.accuracy, color=TRAIN, lw=1, label="held-out pictures")
+        chosen = evaluation.answered()
+        if chosen.any():
+            at = chosen.mean(), evaluation.right[chosen].mean()
+            ax.plot(*at, "o", color=VALIDATION, ms=6, label="answered by default")
+    lowest = min(evaluation.accuracy, float(curve.accuracy.min()) if curve.total > 200 else 1)
+    ax.set(xlim=(0, 1.01), ylim=(max(0, min(lowest, 0.9) - 0.05), 1.005))
+    ax.set(xlabel="share of pictures answered, surest first", ylabel="accuracy of those answered")
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False, loc="lower left", fontsize=8)
+    return ax
+
+
+def plot_calibration(ax: Axes, calibration: "Calibration", before: "Calibration | None" = None) -> Axes:
+    """Draw accuracy against confidence; on the dashed line they agree.
+
+    before: without the temperature, drawn as grey rings.
+    """
     bins = len(calibration.count)
     some = calibration.count > 0
     centers = (np.arange(bins) + 0.5) / bins
     ax.bar(centers[some], calibration.accuracy[some], width=0.9 / bins, color="#9db8d9")
     ax.plot(calibration.confidence[some], calibration.accuracy[some], "o", ms=4, color=VALIDATION)
+    if before is not None:
+        ring = before.count > 0
+        ax.plot(before.confidence[ring], before.accuracy[ring], "o", ms=5, mfc="none", color=TRAIN)
     ax.plot([0, 1], [0, 1], "--", color="#555", lw=1)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability of the answer", ylabel="accuracy")
-    ax.set_title(f"expected calibration error {calibration.error:.3f}", fontsize=10)
+    title = f"expected calibration error {calibration.error:.3f}"
+    if before is not None:
+        title = f"calibration error {calibration.error:.3f}, {before.error:.3f} before (rings)"
+    ax.set_title(title, fontsize=9)
     return ax
 
 

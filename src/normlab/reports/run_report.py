@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from normlab.core.places import make_folder
 from normlab.data import ImageData
 from normlab.data.loading import PUBLIC
 from normlab.evaluation.evaluation import Evaluation
+from normlab.evaluation.heat import PASSES, Heat, Probabilities, heat_of, overlay
+from normlab.evaluation.prediction import run_predictor
 from normlab.evaluation.recalibration import Repair
 from normlab.evaluation.scores import Score
+from normlab.evaluation.sureness import sureness
 from normlab.recipes import DEFAULT_OWN, RECIPES, changed_settings
 from normlab.recipes.settings import option_words, written
 from normlab.reports import plots
@@ -24,6 +28,9 @@ from normlab.runs import Result, Run
 from normlab.text import counted, html, listed, shell
 
 SHOWN_CLASSES = 20
+LISTED_CELLS = 40  # of the confusion matrix, where a table would be too large
+MOST_PICTURES = 1_000  # behind the numbers of the confusion matrix
+FEWEST_HEATS, MOST_HEATS = 16, 60
 
 
 def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> None:
@@ -33,6 +40,7 @@ def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> Non
     if curves is not None:
         write_atomic(run.path / "curves.png", curves)
     recipe, environment = run.task.recipe, run.environment
+    answers = run_predictor(run, evaluation.weights).answers
     facts = [
         ("recipe", ", ".join(f"{k} {_told(v)}" for k, v in recipe.settings().items())),
         ("seed", run.task.seed),
@@ -49,6 +57,7 @@ def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> Non
         evaluation,
         images,
         title=f"{recipe.name} on {evaluation.data}",
+        heats=_heats(evaluation, images, lambda x: answers(x)[0]),
         curves="" if curves is None else _embed(curves),
         facts=facts,
         warnings=warnings_of(result),
@@ -62,8 +71,16 @@ def _told(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else written(value)
 
 
-def write_evaluation(evaluation: Evaluation, images: ImageData, folder: Path) -> None:
-    """Write scores, plots and a page of an evaluation into `folder`."""
+def write_evaluation(
+    evaluation: Evaluation,
+    images: ImageData,
+    folder: Path,
+    probabilities: Probabilities | None = None,
+) -> None:
+    """Write scores, plots and a page of an evaluation into `folder`.
+
+    probabilities: the network's, for heat maps; None for a page without.
+    """
     make_folder(folder)
     write_json(folder / "evaluation.json", evaluation.as_dict())
     drawings = _drawings(evaluation)
@@ -73,7 +90,12 @@ def write_evaluation(evaluation: Evaluation, images: ImageData, folder: Path) ->
     for name, drawn in drawings.items():
         if drawn is not None:
             write_atomic(folder / f"{name}.png", drawn)
-    page = _page(evaluation, images, title=f"{evaluation.run} on {evaluation.data}")
+    page = _page(
+        evaluation,
+        images,
+        title=f"{evaluation.run} on {evaluation.data}",
+        heats=_heats(evaluation, images, probabilities),
+    )
     write_atomic(folder / "report.html", page)
 
 
@@ -245,7 +267,15 @@ def evaluation_summary_html(evaluation: Evaluation) -> str:
     return f"<p>{text}</p>" + (f"<img width=480 src='{_embed(drawn)}'>" if drawn else "")
 
 
-def _page(evaluation: Evaluation, images: ImageData, *, title: str, **parts: Any) -> bytes:
+def _page(
+    evaluation: Evaluation,
+    images: ImageData,
+    *,
+    title: str,
+    heats: Mapping[int, Heat] | None = None,
+    **parts: Any,
+) -> bytes:
+    heats = heats or {}
     values = {
         "title": title,
         "subtitle": f"{evaluation.weights} weights of {evaluation.run}",
@@ -254,12 +284,16 @@ def _page(evaluation: Evaluation, images: ImageData, *, title: str, **parts: Any
             (name, "–" if a != a else f"{100 * a:.1f} %")
             for name, a in zip(evaluation.class_names, evaluation.class_accuracy, strict=True)
         ],
-        "mistakes": _gallery(evaluation, images, evaluation.surest_mistakes()),
-        "mislabelled": [
-            (name, _gallery(evaluation, images, doubted))
+        "mistakes": _gallery(evaluation, images, evaluation.surest_mistakes(), {}),
+        "worst": [
+            (name, _gallery(evaluation, images, worst, heats))
             for k, name in enumerate(images.class_names[:SHOWN_CLASSES])
-            if len(doubted := evaluation.likely_mislabelled(k))
+            if len(worst := evaluation.worst_mistakes(k))
         ],
+        "heats": len(heats),
+        "table": _table(evaluation),
+        "cells": _cells(evaluation, images),
+        "sure": sureness(evaluation),
         "curves": None,
         "facts": [],
         "warnings": [],
@@ -270,10 +304,78 @@ def _page(evaluation: Evaluation, images: ImageData, *, title: str, **parts: Any
     return render("report.html", **values)
 
 
+def _heats(
+    evaluation: Evaluation, images: ImageData, probabilities: Probabilities | None
+) -> dict[int, Heat]:
+    """Heat maps of mistakes, by index: the worst of each class, then the second of each, ….
+
+    As many as take no longer than the scoring of the test images did, but at least `FEWEST_HEATS`.
+    """
+    if probabilities is None:
+        return {}
+    most = min(MOST_HEATS, max(FEWEST_HEATS, len(evaluation.labels) // PASSES))
+    worst = [evaluation.worst_mistakes(k) for k in range(len(images.class_names))][:SHOWN_CLASSES]
+    order = [int(w[place]) for place in range(8) for w in worst if place < len(w)][:most]
+    answers = evaluation.predictions
+    return {i: heat_of(probabilities, np.array(images.x_test[i]), int(answers[i])) for i in order}
+
+
+def _table(evaluation: Evaluation) -> list[list[dict[str, Any]]] | None:
+    """The confusion matrix as a table's rows; None for so many classes that none could read it."""
+    counts = evaluation.confusion
+    if len(counts) > SHOWN_CLASSES:
+        return None
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    return [
+        [
+            {"id": f"c-{i}-{j}", "count": int(counts[i, j]), "share": float(share[i, j])}
+            for j in range(len(counts))
+        ]
+        for i in range(len(counts))
+    ]
+
+
+def _cells(evaluation: Evaluation, images: ImageData) -> list[dict[str, Any]]:
+    """What is behind each number of the table: some of its pictures, the surest answers first.
+
+    Of right answers the least sure are shown: they are the next mistakes. Of too many classes for
+    a table, the most frequent mistakes.
+    """
+    counts, names = evaluation.confusion, evaluation.class_names
+    places = [(int(i), int(j)) for i, j in np.argwhere(counts)]
+    if len(names) > SHOWN_CLASSES:
+        wrong = [place for place in places if place[0] != place[1]]
+        places = sorted(wrong, key=lambda place: -counts[place])[:LISTED_CELLS]
+    most = int(np.clip(MOST_PICTURES // max(1, len(places)), 4, 24))
+    top, answers = evaluation.probabilities.max(1), evaluation.predictions
+    cells = []
+    for i, j in places:
+        found = np.flatnonzero((evaluation.labels == i) & (answers == j))
+        order = np.argsort(top[found] if i == j else -top[found], kind="stable")
+        cells.append(
+            {
+                "id": f"c-{i}-{j}",
+                "label": names[i],
+                "answer": names[j],
+                "count": int(counts[i, j]),
+                "pictures": _gallery(evaluation, images, found[order][:most], {}, photo=True),
+            }
+        )
+    return cells
+
+
 def _gallery(
-    evaluation: Evaluation, images: ImageData, indices: NDArray[np.int64]
+    evaluation: Evaluation,
+    images: ImageData,
+    indices: NDArray[np.int64],
+    heats: Mapping[int, Heat],
+    *,
+    photo: bool = False,
 ) -> list[dict[str, Any]]:
-    """Pictures with their label, answer and its probability, ready for the page."""
+    """Pictures with their label, answer and its probability, ready for the page.
+
+    photo: as JPEG, a third of the size.
+    """
     names, answers = evaluation.class_names, evaluation.predictions
     return [
         {
@@ -282,16 +384,21 @@ def _gallery(
             "label": names[evaluation.labels[i]],
             "answer": names[answers[i]],
             "probability": float(evaluation.probabilities[i, answers[i]]),
-            "source": _embed(_picture_png(images.x_test[i])),
+            "source": _picture(images.x_test[i], "jpeg" if photo else "png"),
+            "heat": _picture(overlay(np.array(images.x_test[i]), heats[int(i)]), "jpeg")
+            if int(i) in heats
+            else None,
+            "hidden": heats[int(i)].least if int(i) in heats else None,
         }
         for i in indices
     ]
 
 
-def _picture_png(pixels: NDArray[np.uint8]) -> bytes:
+def _picture(pixels: NDArray[np.uint8], kind: str) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="png")
-    return buffer.getvalue()
+    settings = {"quality": 88, "subsampling": 0} if kind == "jpeg" else {}
+    Image.fromarray(pixels).save(buffer, format=kind, **settings)
+    return _embed(buffer.getvalue(), kind)
 
 
 def _drawings(evaluation: Evaluation) -> dict[str, bytes | None]:
@@ -304,12 +411,18 @@ def _drawings(evaluation: Evaluation) -> dict[str, bytes | None]:
 
     def calibration() -> bytes:
         fig = plots.figure(4.4, 4)
-        plots.plot_calibration(fig.subplots(), evaluation.calibration)
+        before = None if evaluation.doubt is None else evaluation.uncalibrated
+        plots.plot_calibration(fig.subplots(), evaluation.calibration, before)
         return plots.png(fig)
 
-    drawings = {"confusion": confusion, "calibration": calibration}
+    def coverage() -> bytes:
+        fig = plots.figure(4.4, 4)
+        plots.plot_risk_coverage(fig.subplots(), evaluation)
+        return plots.png(fig)
+
+    drawings = {"confusion": confusion, "calibration": calibration, "coverage": coverage}
     return {name: plots.safely(name, draw) for name, draw in drawings.items()}
 
 
-def _embed(image: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(image).decode()
+def _embed(image: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64," + base64.b64encode(image).decode()

@@ -36,10 +36,24 @@ class PictureAnswer(BaseModel):
 
     name: str | None = Field(description="The file's name as it was sent.")
     predictions: list[ClassProbability] = Field(description="Most probable first.")
+    doubt: Literal["unlike", "undecided"] | None = Field(
+        default=None,
+        description="Why the answer is not sure: the picture is unlike those of the training, or "
+        "no class is probable enough.",
+    )
+    familiarity: float | None = Field(
+        default=None,
+        description="How like the nearest class's pictures it is, -1 to 1, if that is known.",
+    )
     milliseconds: Milliseconds | None = None
     seen: str | None = Field(
         default=None,
         description="What the network sees, if asked: a `data:` URL of a PNG.",
+    )
+    heat: str | None = Field(
+        default=None,
+        description="Where the network looked, if asked: a `data:` URL of a PNG. Red parts speak "
+        "for the first class, blue ones against it.",
     )
     error: FileProblem | None = Field(default=None, description="Then there are no predictions.")
 
@@ -66,6 +80,16 @@ class ModelLimits(BaseModel):
     body_bytes: int
 
 
+class ModelDoubt(BaseModel):
+    """When the model says that it is not sure."""
+
+    held_out: int = Field(description="Pictures that it was learnt from.")
+    least_probability: float
+    least_familiarity: float | None
+    temperature: float
+    told: str = Field(description="The rule in words.")
+
+
 class ModelDescription(BaseModel):
     """The model behind `/predict`."""
 
@@ -78,6 +102,7 @@ class ModelDescription(BaseModel):
     sha256: str = Field(description="Of the ONNX file.")
     checked: str = Field(description="How it was compared with the run it came from.")
     certificate: dict[str, Any] | None
+    doubt: ModelDoubt | None = Field(description="None if it answers whatever it is shown.")
     limits: ModelLimits
     samples: list[Sample]
 

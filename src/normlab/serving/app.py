@@ -18,6 +18,7 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi import Path as PathValue
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BeforeValidator
 from starlette.exceptions import HTTPException
@@ -26,6 +27,8 @@ from starlette.requests import ClientDisconnect
 from normlab.data.cifar10.layouts import CLASS_NAMES
 from normlab.data.images import Pixels
 from normlab.data.pictures.reading import FORMATS, MAX_PIXELS
+from normlab.evaluation.doubt import Rule
+from normlab.evaluation.heat import heat_from, hidden, overlay
 from normlab.serving.answers import (
     Answers,
     ClassProbability,
@@ -33,6 +36,7 @@ from normlab.serving.answers import (
     Health,
     Milliseconds,
     ModelDescription,
+    ModelDoubt,
     ModelLimits,
     PictureAnswer,
     Problem,
@@ -105,12 +109,14 @@ class Service:
         decoders: Decoders,
         settings: ServerSettings,
         ready: Callable[[], object],
+        rule: Rule | None,
     ) -> None:
         self.model = model
         self.class_names = [printable(name) for name in model.onnx.class_names]
         self.settings = settings
         self.decoders = decoders
-        self.batcher = Batcher(model.onnx.probabilities)
+        self.rule = rule
+        self.batcher = Batcher(model.answers)
         self._ready = ready
 
     @asynccontextmanager
@@ -120,7 +126,9 @@ class Service:
             self._ready()
             yield
 
-    async def answer(self, upload: Upload, top: int, seen: bool) -> PictureAnswer:
+    async def answer(
+        self, upload: Upload, top: int, seen: bool, heat: bool = False
+    ) -> PictureAnswer:
         """Answer one picture.
 
         Raises:
@@ -132,7 +140,7 @@ class Service:
         started = time.perf_counter()
         square = await self.decoders.decode(upload.content, as_png=seen)
         decoded = time.perf_counter()
-        probabilities = await self.batcher(square.pixels)
+        probabilities, familiarity = await self.batcher(square.pixels)
         done = time.perf_counter()
         if not np.isfinite(probabilities).all():
             raise RefusedError(500, "the network's answer is not a number: train it anew")
@@ -144,11 +152,23 @@ class Service:
                 ClassProbability(**{"class": names[k], "probability": float(probabilities[k])})
                 for k in order
             ],
+            doubt=None if self.rule is None else self.rule.doubt(probabilities, familiarity),
+            familiarity=familiarity,
             milliseconds=Milliseconds(
                 decoding=1000 * (decoded - started), model=1000 * (done - decoded)
             ),
-            seen="data:image/png;base64," + base64.b64encode(square.png).decode() if seen else None,
+            seen=_as_url(square.png) if seen else None,
+            heat=await self._heat(square.pixels, probabilities) if heat else None,
         )
+
+    async def _heat(self, pixels: Pixels, probabilities: NDArray[np.floating]) -> str:
+        """The picture with what hiding its parts does to the answer, as a PNG's `data:` URL."""
+        answers = await asyncio.gather(*map(self.batcher, hidden(pixels)))
+        best = int(probabilities.argmax())
+        rows = [probabilities[best], *(row[best] for row, _ in answers)]
+        file = io.BytesIO()
+        Image.fromarray(overlay(pixels, heat_from(np.array(rows)), 256)).save(file, "PNG")
+        return _as_url(file.getvalue())
 
     async def answer_one_of_many(self, upload: Upload, top: int, seen: bool) -> PictureAnswer:
         """The same, with a refusal beside the other answers."""
@@ -159,6 +179,10 @@ class Service:
             return PictureAnswer(name=upload.name, predictions=[], error=error)
 
 
+def _as_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
 def create_app(
     model: ServedModel,
     decoders: Decoders,
@@ -166,13 +190,15 @@ def create_app(
     *,
     hosts: Iterable[str] = LOCAL_HOSTS,
     ready: Callable[[], object],
+    rule: Rule | None = None,
 ) -> FastAPI:
     """Return the application that serves `model` under the names `hosts`.
 
     Args:
+        rule: which answers it is sure of; None for all.
         ready: is called when the server is about to answer.
     """
-    service = Service(model, decoders, settings, ready)
+    service = Service(model, decoders, settings, ready, rule)
     app = FastAPI(
         title="normlab",
         version=version("normlab"),
@@ -215,6 +241,10 @@ def _add_api(app: FastAPI, service: Service, samples: list[tuple[str, Pixels]]) 
             Query(ge=1, le=1000, description="Classes a picture."),
         ] = 5,
         seen: Annotated[bool, Query(description="Send back what the network sees.")] = False,
+        heat: Annotated[
+            bool,
+            Query(description="Of one picture alone: send back where the network looked."),
+        ] = False,
     ) -> Answers:
         """Say what is on pictures.
 
@@ -223,7 +253,9 @@ def _add_api(app: FastAPI, service: Service, samples: list[tuple[str, Pixels]]) 
         """
         uploads = await read_uploads(request, service.settings)
         if len(uploads) == 1:
-            return Answers(results=[await service.answer(uploads[0], top, seen)])
+            return Answers(results=[await service.answer(uploads[0], top, seen, heat)])
+        if heat:
+            raise RefusedError(422, "heat takes 65 runs of the model: send one picture alone")
         answers = (service.answer_one_of_many(upload, top, seen) for upload in uploads)
         return Answers(results=await asyncio.gather(*answers))
 
@@ -262,6 +294,7 @@ def _describe(service: Service, samples: list[tuple[str, Pixels]]) -> ModelDescr
         sha256=model.sha256,
         checked=printable(model.checked),
         certificate=_plain(model.certificate),
+        doubt=_doubt(service),
         limits=ModelLimits(
             file_bytes=settings.file_bytes,
             pixels=MAX_PIXELS,
@@ -271,6 +304,19 @@ def _describe(service: Service, samples: list[tuple[str, Pixels]]) -> ModelDescr
         samples=[
             Sample(label=label, path=f"samples/{i}.png") for i, (label, _) in enumerate(samples)
         ],
+    )
+
+
+def _doubt(service: Service) -> ModelDoubt | None:
+    doubt, rule = service.model.doubt, service.rule
+    if doubt is None or rule is None:
+        return None
+    return ModelDoubt(
+        held_out=doubt.total,
+        least_probability=rule.least_probability,
+        least_familiarity=rule.least_familiarity if doubt.tells_unlike else None,
+        temperature=doubt.temperature,
+        told=rule.told(),
     )
 
 

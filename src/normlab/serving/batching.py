@@ -1,14 +1,15 @@
 """Batches that form under load: whatever has arrived while the model ran goes into its next run."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Model = Callable[[NDArray[np.uint8]], NDArray[np.floating]]
+Model = Callable[[NDArray[np.uint8]], Sequence[Any]]
 
 MOST = 64
 # At most so many pixels in a batch: a network's activations are some hundred times as large.
@@ -30,7 +31,7 @@ class Batcher:
     for a batch to fill. Use it as an asynchronous context manager.
 
     Args:
-        model: images (N, S, S, 3) uint8 → (N, K); called in a thread, once at a time.
+        model: images (N, S, S, 3) uint8 → N answers; called in a thread, once at a time.
         most: N at most; by default what suits the first picture's size.
     """
 
@@ -50,9 +51,9 @@ class Batcher:
         await asyncio.gather(self._task, return_exceptions=True)
         self._thread.shutdown()
 
-    async def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.floating]:
-        """Probabilities (K,) of a picture (S, S, 3)."""
-        answer: asyncio.Future[NDArray[np.floating]] = asyncio.get_running_loop().create_future()
+    async def __call__(self, pixels: NDArray[np.uint8]) -> Any:
+        """The model's answer to a picture (S, S, 3)."""
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait(_Waiting(pixels, answer))
         return await answer
 
@@ -81,4 +82,4 @@ class Batcher:
 @dataclass
 class _Waiting:
     pixels: NDArray[np.uint8]
-    answer: asyncio.Future[NDArray[np.floating]]
+    answer: asyncio.Future[Any]

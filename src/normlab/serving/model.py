@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from normlab.data import load
 from normlab.data.cifar10.cache import read_cache
@@ -15,6 +16,8 @@ from normlab.data.cifar10.layouts import CLASS_NAMES
 from normlab.data.images import Labels, Pixels
 from normlab.data.pictures.reading import to_square
 from normlab.errors import DataError, UserError
+from normlab.evaluation.doubt import Doubt
+from normlab.evaluation.prediction import doubt_of
 from normlab.formats.onnx_model import OnnxModel, open_onnx
 
 if TYPE_CHECKING:  # with PyTorch, which an ONNX file does not need
@@ -32,6 +35,7 @@ class ServedModel:
         sha256: of the ONNX file's content.
         certificate: of the comparison with its run on all test images; None if there was none.
         checked: one sentence on how the model was compared with its run.
+        doubt: what its held-out pictures taught; None if nothing did.
     """
 
     name: str
@@ -39,6 +43,13 @@ class ServedModel:
     sha256: str
     certificate: dict[str, Any] | None
     checked: str
+    doubt: Doubt | None = None
+
+    def answers(self, images: Pixels) -> list[tuple[NDArray[np.floating], float | None]]:
+        """Probabilities (K,) and familiarity, if it is known, of each of N images."""
+        rows, near = self.onnx.answers(images)
+        known: list[float | None] = [None] * len(rows) if near is None else near.tolist()
+        return list(zip(rows, known, strict=True))
 
 
 def open_served(path: str | Path | None) -> ServedModel:
@@ -68,31 +79,34 @@ def _from_file(path: Path) -> ServedModel:
         checked = "compared with its run on all its test images when it was exported"
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return ServedModel(path.name, onnx, sha256, certificate, checked)
+    doubt = doubt_of(onnx.metadata, path)
+    return ServedModel(path.name, onnx, sha256, certificate, checked, doubt)
 
 
 def _from_run(run: "Run") -> ServedModel:
     """Export in memory, with the whole certificate if the run's test images are at hand."""
     from normlab.core.tensors import digest
+    from normlab.evaluation import held_out
     from normlab.interchange.onnx_graph import certified, described
     from normlab.interchange.writing import checked_against
 
-    model = run.model()
+    model, learnt = run.model(), held_out.read(run)
     try:
         images = _test_images_at_hand(run)
-        _, check = checked_against(run, images, "last", digest(model.state_dict()))
+        _, check = checked_against(run, images, run.kept, digest(model.state_dict()))
     except DataError as error:
-        graph, _ = described(run, model)
+        graph, _ = described(run, model, learnt)
         content = graph.SerializeToString()
         onnx = open_onnx(content)
         checked = f"{_compared_on_samples(run, onnx)}; its test images are not at hand: {error}"
         certificate = None
     else:
-        content, found, _ = certified(run, model, images.x_test, check)
+        content, found, _ = certified(run, model, images.x_test, check, learnt)
         onnx, certificate = open_onnx(content), found.as_dict()
         checked = f"compared with its run on all {found.test_images:,} test images: {found}"
     name = os.path.basename(os.path.abspath(run.path))
-    return ServedModel(name, onnx, hashlib.sha256(content).hexdigest(), certificate, checked)
+    sha256, doubt = hashlib.sha256(content).hexdigest(), doubt_of(onnx.metadata, run.path)
+    return ServedModel(name, onnx, sha256, certificate, checked, doubt)
 
 
 def _test_images_at_hand(run: "Run") -> Any:
@@ -115,7 +129,7 @@ def _compared_on_samples(run: "Run", onnx: OnnxModel) -> str:
 
     size = onnx.image_size
     images = np.stack([to_square(p, size) for p in samples()[0][:_SAMPLES]])
-    expected = run_predictor(run).probabilities(images)
+    expected = run_predictor(run).answers(images)[0]
     difference = float(np.abs(onnx.probabilities(images) - expected).max())
     if not difference <= TOLERANCE:
         raise CertificateError(

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from normlab.errors import UserError
+from normlab.evaluation.doubt import NOTHING_HELD_OUT
 from normlab.serving.settings import ServerSettings
 from normlab.text import printable
 
@@ -36,6 +37,8 @@ def serve(
     port: int = 8000,
     allow_hosts: Iterable[str] = (),
     settings: ServerSettings | None = None,
+    abstain_at: float | None = None,
+    always: bool = False,
     say: Callable[[str], object] = print,
 ) -> None:
     """Serve the model at `path` until SIGINT or SIGTERM.
@@ -48,6 +51,9 @@ def serve(
         port: 0 takes a free one.
         allow_hosts: names under which the server answers, beside `host` and those of this machine
             itself: what a browser's address line has there, without the port.
+        abstain_at: the share of answers that shall be right; the others are "not sure". None for
+            the rule of `Doubt.rule`.
+        always: answer, however unsure it is.
         say: is given a line on the model and one with the address.
 
     Raises:
@@ -83,10 +89,14 @@ def serve(
     with closing(_listen(host, port)) as listener:
         model = open_served(path)
         say(printable(f"Model {model.name}: {model.checked}."))
+        if model.doubt is None and abstain_at is not None:
+            raise UserError(f"this model knows no doubt: {NOTHING_HELD_OUT}")
+        rule = None if model.doubt is None or always else model.doubt.rule(abstain_at)
+        say(f"Sure: {'always' if rule is None else rule.told()}.")
         with Decoders(model.onnx.image_size, settings) as decoders:
             hosts = (*LOCAL_HOSTS, *names)
             config = uvicorn.Config(
-                create_app(model, decoders, settings, hosts=hosts, ready=ready),
+                create_app(model, decoders, settings, hosts=hosts, ready=ready, rule=rule),
                 http=connections.protocol,  # type: ignore[arg-type]  # makes what a class would
                 ws="none",
                 loop="asyncio",

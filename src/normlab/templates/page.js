@@ -4,6 +4,10 @@
 "use strict";
 
 const AT_A_TIME = 4;
+const WORDS = {
+  unlike: "The picture is unlike those it was trained on. What it would say all the same:",
+  undecided: "No class stands out:",
+};
 
 const byId = (id) => document.getElementById(id);
 const megabytes = (bytes) => `${+(bytes / 1e6).toFixed(1)} MB`;
@@ -29,6 +33,7 @@ async function describe() {
     Recipe: model.recipe,
     Data: model.data,
     Checked: model.checked,
+    Sure: model.doubt ? model.doubt.told : "always: it answers whatever it is shown",
     "SHA-256": model.sha256,
     ...model.more,
   };
@@ -36,6 +41,9 @@ async function describe() {
     if (!text) continue;
     byId("about").append(element("dt", term), element("dd", text));
   }
+  if (model.doubt)
+    byId("always").textContent =
+      "It says “not sure” of pictures unlike those it was trained on, but it cannot know every strange picture.";
   model.samples.forEach(addSample);
   byId("samples-section").hidden = !model.samples.length; // none for a model of other classes
 }
@@ -124,7 +132,9 @@ async function answer(file, card) {
   try {
     const started = performance.now();
     const result = await backend.ask(file, model);
-    return show(card, name, result, performance.now() - started);
+    const took = performance.now() - started;
+    if (backend.heat) offerHeat(card, file, name);
+    return show(card, name, result, took);
   } catch (error) {
     card.classList.replace("waiting", "bad");
     card.querySelector(".answer").textContent = "No answer";
@@ -133,10 +143,35 @@ async function answer(file, card) {
   }
 }
 
+// Hides a part of the picture after the other, which takes 65 runs: only if asked for.
+function offerHeat(card, file, name) {
+  const button = card.querySelector(".look");
+  button.hidden = false;
+  button.addEventListener("click", async () => {
+    button.disabled = true;
+    button.textContent = "looking …";
+    try {
+      const figure = card.querySelector(".heat");
+      const image = figure.querySelector("img");
+      image.src = await backend.heat(file, model);
+      image.alt = `${name}: where the network looked`;
+      figure.hidden = false;
+      button.hidden = true;
+      announce(`${name}: a map of where it looked is there.`);
+    } catch (error) {
+      button.disabled = false;
+      button.textContent = "Where did it look?";
+      announce(error.message);
+    }
+  });
+}
+
 function show(card, name, result, total) {
   const [best] = result.predictions;
   card.classList.remove("waiting");
-  card.querySelector(".answer").textContent = best.class;
+  card.querySelector(".answer").textContent = result.doubt ? "Not sure" : best.class;
+  card.classList.toggle("unsure", Boolean(result.doubt));
+  card.querySelector(".doubt").textContent = result.doubt ? WORDS[result.doubt] : "";
   const bars = card.querySelector(".bars");
   for (const { class: label, probability } of result.predictions) {
     const bar = byId("bar").content.firstElementChild.cloneNode(true);
@@ -155,6 +190,7 @@ function show(card, name, result, total) {
   const { decoding, model: run } = result.milliseconds;
   card.querySelector(".took").textContent =
     `${milliseconds(total)} in all: reading the picture ${milliseconds(decoding)}, the network ${milliseconds(run)}`;
+  if (result.doubt) return `${name}: not sure. ${WORDS[result.doubt]}`;
   return `${name}: ${best.class}, ${percent(best.probability)}.`;
 }
 

@@ -15,7 +15,11 @@ const backend = {
     return (await fetch(path)).blob();
   },
 
-  async ask(file, model) {
+  async heat(file, model) {
+    return (await this.ask(file, model, "&heat=true")).heat;
+  },
+
+  async ask(file, model, more = "") {
     if (model && file.size > model.limits.file_bytes)
       throw new Error(`It has ${megabytes(file.size)}; at most ${megabytes(model.limits.file_bytes)} can be sent. Make it smaller.`);
     const form = new FormData();
@@ -23,7 +27,7 @@ const backend = {
     for (let attempt = 1; ; attempt++) {
       let response;
       try {
-        response = await fetch("predict?seen=true", { method: "POST", body: form });
+        response = await fetch(`predict?seen=true${more}`, { method: "POST", body: form });
       } catch {
         throw new Error("The file cannot be read, or the server cannot be reached.");
       }

@@ -54,7 +54,8 @@ async function decode(file) {
 
 let last = Promise.resolve(); // one picture at a time in the network
 
-// Probabilities in the order of the classes, and the pixels (3, S, S) that the network saw.
+// Probabilities in the order of the classes, the pixels (3, S, S) that the network saw, and how
+// familiar they are, if the network tells it.
 async function look(file) {
   const began = performance.now();
   const images = await decode(file);
@@ -62,9 +63,9 @@ async function look(file) {
   const decoded = performance.now();
   const run = last.then(() => session.run({ images }));
   last = run.catch(() => {});
-  const { probabilities, pixels } = await run;
+  const { probabilities, pixels, familiarity } = await run;
   const milliseconds = { decoding: decoded - began, model: performance.now() - decoded };
-  return { probabilities: probabilities.data, pixels: pixels.data, milliseconds };
+  return { probabilities: probabilities.data, pixels: pixels.data, familiarity: familiarity?.data[0], milliseconds };
 }
 
 function drawn(pixels) {
@@ -81,6 +82,13 @@ function drawn(pixels) {
   return canvas.toDataURL();
 }
 
+function doubtOf(probability, familiarity) {
+  if (!MODEL.doubt) return null;
+  const { least_probability, least_familiarity } = MODEL.doubt;
+  if (least_familiarity !== null && familiarity < least_familiarity) return "unlike";
+  return probability < least_probability ? "undecided" : null;
+}
+
 const backend = {
   silent: "The model cannot be shown.",
 
@@ -94,12 +102,12 @@ const backend = {
   },
 
   async ask(file) {
-    const { probabilities, pixels, milliseconds } = await look(file);
+    const { probabilities, pixels, familiarity, milliseconds } = await look(file);
     if (!probabilities.every(Number.isFinite)) throw new Error("The network's answer is not a number.");
     const predictions = [...probabilities]
       .map((probability, k) => ({ class: MODEL.class_names[k], probability }))
       .sort((a, b) => b.probability - a.probability)
       .slice(0, 5);
-    return { predictions, seen: drawn(pixels), milliseconds };
+    return { predictions, doubt: doubtOf(predictions[0].probability, familiarity), seen: drawn(pixels), milliseconds };
   },
 };
