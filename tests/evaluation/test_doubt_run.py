@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,15 @@ def test_the_export_has_it_all(
         for model in (run.path, exported.path)
     ]
     assert answers[0] == answers[1]
+    alone = subprocess.run(
+        [sys.executable, str(tmp_path / "out" / "predict.py"), str(pictures)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "not sure, unlike" in alone.stdout
+    assert alone.stdout == said(capsys, "predict", run.path, pictures)[0]
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "the temperature" in card
     assert "always answers" not in card

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta
+from scipy.special import betaincinv
 
 from normlab.errors import UserError
 
@@ -96,7 +96,7 @@ def lower_bound(right: int, total: int, level: float) -> float:
 
     The true rate is below it with a probability of at most `level`.
     """
-    return float(beta.ppf(level, right, total - right + 1)) if right else 0.0
+    return float(betaincinv(right, total - right + 1, level)) if right else 0.0
 
 
 def choose_threshold(curve: RiskCoverage, rate: float) -> Threshold | None:

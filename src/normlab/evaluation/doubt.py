@@ -62,6 +62,14 @@ class Rule:
     least_familiarity: float
     threshold: Threshold | None = None
 
+    def as_dict(self) -> dict[str, float | None]:
+        """Both limits as JSON, for other programs."""
+        near = self.least_familiarity
+        return {
+            "least_probability": self.least_probability,
+            "least_familiarity": near if near > -np.inf else None,
+        }
+
     def told(self) -> str:
         """The rule in words, and what the held-out pictures showed of it."""
         if self.threshold is None:

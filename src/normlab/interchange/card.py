@@ -159,7 +159,6 @@ def _when_sure(evaluation: Evaluation) -> str:
     return told
 
 
-
 _ONNX_USE = """```console
 pip install -r requirements.txt
 python predict.py picture.jpg

@@ -228,6 +228,7 @@ def described(
     }
     if learnt is not None:
         metadata["doubt"] = learnt[0].as_dict()
+        metadata["rule"] = learnt[0].rule().as_dict()
     for key, value in metadata.items():
         graph.metadata_props.add(key=key, value=json.dumps(value, ensure_ascii=False))
     return graph, chain.unfolded

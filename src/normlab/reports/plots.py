@@ -175,7 +175,9 @@ def plot_risk_coverage(ax: Axes, evaluation: "Evaluation") -> Axes:
     return ax
 
 
-def plot_calibration(ax: Axes, calibration: "Calibration", before: "Calibration | None" = None) -> Axes:
+def plot_calibration(
+    ax: Axes, calibration: "Calibration", before: "Calibration | None" = None
+) -> Axes:
     """Draw accuracy against confidence; on the dashed line they agree.
 
     before: without the temperature, drawn as grey rings.

@@ -21,13 +21,33 @@ with suppress(ImportError):  # HEIC, as phones write it, needs the package pillo
 Image.MAX_IMAGE_PIXELS = None  # `decode` has limits of its own
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientations as Pillow's Transpose
 session = onnxruntime.InferenceSession(Path(__file__).with_name("MODEL.onnx"))
-CLASSES = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+known = session.get_modelmeta().custom_metadata_map
+CLASSES, RULE = json.loads(known["class_names"]), json.loads(known.get("rule", "null"))
+OUTPUTS = [output.name for output in session.get_outputs()]
 
 
 def answer(file):
     """Classes with probabilities, most probable first. Crop and resizing are in the model."""
-    [probabilities] = session.run(["probabilities"], {"images": read(file)[None]})[0]
-    return sorted(zip(CLASSES, map(float, probabilities), strict=True), key=lambda pair: -pair[1])
+    return ask(file)[0]
+
+
+def ask(file):
+    """The same, and why it is not sure: `unlike`, `undecided`, or None where it is."""
+    found = dict(zip(OUTPUTS, session.run(OUTPUTS, {"images": read(file)[None]}), strict=True))
+    p, near = map(float, found["probabilities"][0]), found.get("familiarity", [1])[0]
+    pairs = sorted(zip(CLASSES, p, strict=True), key=lambda pair: -pair[1])
+    if RULE and RULE["least_familiarity"] is not None and near < RULE["least_familiarity"]:
+        return pairs, "unlike"
+    return pairs, "undecided" if RULE and pairs[0][1] < RULE["least_probability"] else None
+
+
+def told(file):
+    """One line."""
+    pairs, doubt = ask(file)
+    likely = ", ".join(f"{name} {p:.1%}" for name, p in pairs[:3])
+    if doubt == "unlike":
+        return f"not sure, unlike the pictures it was trained on (if any: {likely})"
+    return f"not sure, no class stands out: {likely}" if doubt else likely
 
 
 def read(file):
@@ -84,7 +104,7 @@ if __name__ == "__main__":
     given, bad = map(Path, sys.argv[1:]), 0
     for file in (f for p in given for f in (sorted(p.rglob("*.*")) if p.is_dir() else [p])):
         try:
-            print(f"{file}: " + ", ".join(f"{name} {p:.1%}" for name, p in answer(file)[:3]))
+            print(f"{file}: {told(file)}")
         except Exception as error:
             print(f"{file}: {error}", file=sys.stderr)
             bad = 1
