@@ -190,6 +190,7 @@ def test_the_export_has_it_all(
     assert "always answers" not in card
 
 
+@pytest.mark.soak
 @pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )

@@ -106,7 +106,7 @@ def test_no_drawing_is_still_a_page(
     run_report.write_evaluation(evaluation, images, tmp_path / "e")
     assert {p.name for p in (tmp_path / "e").iterdir()} == {"evaluation.json", "report.html"}
     assert "Surest mistakes" in (tmp_path / "e" / "report.html").read_text(encoding="utf-8")
-    assert capsys.readouterr().err.count("could not be drawn") == 5
+    assert capsys.readouterr().err.count("could not be drawn") == 7
     assert run_report.evaluation_summary_html(evaluation).startswith("<p>")
 
 
