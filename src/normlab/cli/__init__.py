@@ -4,6 +4,7 @@ import click
 
 from normlab.cli.calibrate import calibrate
 from normlab.cli.compare import compare
+from normlab.cli.curve import curve
 from normlab.cli.data import data
 from normlab.cli.doctor import doctor, recalibrate
 from normlab.cli.evaluate import evaluate
@@ -52,6 +53,7 @@ for verb in (
     evaluate,
     predict,
     compare,
+    curve,
     inspect,
     doctor,
     recalibrate,

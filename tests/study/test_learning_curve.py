@@ -1,0 +1,101 @@
+"""A power law that was put in comes out; words follow from intervals; runs are not made twice."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import normlab
+from normlab.__main__ import run as command
+from normlab.api.curve import _part, curve
+from normlab.data import load
+from normlab.errors import UserError
+from normlab.study.learning_curve import LearningCurve, Point, extrapolate
+
+SIZES = (1000, 2000, 4000)
+
+
+def drawn(a: float, b: float, noise: float, seeds: int = 3, total: int = 100_000) -> LearningCurve:
+    rng = np.random.default_rng(0)
+    points = [
+        Point(n / 4000, n, seed, round(total * (1 - a * n**-b * (1 + noise * rng.normal()))), total)
+        for seed in range(seeds)
+        for n in SIZES
+    ]
+    return LearningCurve("r", "d", tuple(points))
+
+
+def test_a_power_law_is_continued() -> None:
+    curve = drawn(5.0, 0.4, 0.0)
+    found = extrapolate(curve.points, 16_000)
+    assert found.accuracy == pytest.approx(1 - 5 * 16_000**-0.4, abs=1e-4)
+    assert found.high - found.low < 1e-4
+    assert curve.answer().startswith("Yes, more pictures would help: twice as many (8,000)")
+
+
+@pytest.mark.parametrize(
+    ("b", "noise", "beginning"),
+    [(0.4, 0.01, "Yes"), (0.0, 0.0, "Hardly"), (0.25, 0.2, "Probably")],
+)
+def test_words_follow_from_the_interval(b: float, noise: float, beginning: str) -> None:
+    curve = drawn(1.0 if b == 0 else 3.0, b, noise) if b else drawn(0.2, 0.0, 0.0)
+    assert curve.answer().startswith(beginning)
+
+
+def test_the_interval_holds_the_next_training() -> None:
+    """Of 400 curves of three seeds, about 95 % hold what one more training gives."""
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(400):
+        error = {n: 4 * n**-0.3 for n in (*SIZES, 8000)}
+        points = [
+            Point(1, n, s, round(1e6 * (1 - error[n] * (1 + 0.02 * rng.normal()))), 10**6)
+            for s in range(3)
+            for n in SIZES
+        ]
+        found = extrapolate(points, 8000)
+        held += found.low <= 1 - error[8000] <= found.high
+    assert held >= 0.93 * 400
+
+
+def test_parts_are_of_every_class_and_nested() -> None:
+    images = load("sample")
+    parts = [_part(images, 0.1, share, 0) for share in (0.25, 0.5, 1.0)]
+    assert [len(p.y_train) for p in parts[1:]] == [pytest.approx(180, abs=6), 360]
+    for small, large in pairwise(parts):
+        there = {x.tobytes() for x in large.x_train}
+        assert all(x.tobytes() in there for x in small.x_train)
+        share = np.bincount(small.y_train, minlength=10) / np.bincount(large.y_train, minlength=10)
+        np.testing.assert_allclose(share, 0.5, atol=0.1)
+    held = {x.tobytes() for x in images.x_train[360:]}
+    for part in parts:
+        assert part.x_val is not None
+        assert {x.tobytes() for x in part.x_val} == held
+        assert not held & {x.tobytes() for x in part.x_train}
+
+
+def test_a_curve_from_the_terminal_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["curve", "fast79", "--data", "sample", "--batch-size", "100", "--shares", "50,100"]
+    words += ["--seeds", "1", "--threads", "1", "--out", str(tmp_path / "c"), "--json"]
+    assert command(words) == 0
+    out, err = capsys.readouterr()
+    assert "200 pictures, seed 0: test accuracy" in err
+    told = json.loads(out.splitlines()[-1])
+    assert [p["pictures"] for p in told["points"]] == [400, 200]
+    assert told["answer"] + "." in out.splitlines()
+    runs = [normlab.open_run(tmp_path / "c" / name) for name in ("100-seed0", "50-seed0")]
+    assert [run.finished()["steps"] for run in runs] == [4, 4]
+    assert (tmp_path / "c" / "curve.png").stat().st_size > 5_000
+    before = (tmp_path / "c" / "50-seed0" / "result.json").stat().st_mtime_ns
+    assert command(words) == 0
+    assert (tmp_path / "c" / "50-seed0" / "result.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("shares", [(1.0,), (0.5,), (0.5, 2.0), (0.0, 1.0)])
+def test_shares_that_are_no_line_are_refused(shares: tuple[float, ...]) -> None:
+    with pytest.raises(UserError, match="shares"):
+        curve("fast79", data="sample", shares=shares)
