@@ -35,7 +35,7 @@ def answers_of(
     """Logits (N, K) and features (N, D) of images; no features where there is no linear layer."""
     rows: list[Tensor] = []
     with _features(model) as taken:
-        run_batches(model, images, batch_size, take=lambda a: rows.append(logits(a[0]).cpu()))
+        run_batches(model, images, batch_size, take=lambda a, _: rows.append(logits(a[0]).cpu()))
     features = torch.cat(taken).numpy() if taken else None
     return torch.cat(rows), features
 

@@ -267,7 +267,8 @@ def certified(
     """
     graph, unfolded = described(run, model, learnt)
     answers, near = open_onnx(graph.SerializeToString()).answers(images)
-    certificate = check(answers, f"ONNX Runtime {version('onnxruntime')}", near)
+    checked_with = f"ONNX Runtime {version('onnxruntime')}"
+    certificate = check(answers, checked_with, familiarity=near)
     certificate = replace(certificate, reading=check_reading(graph, images))
     certificate.require()
     graph.metadata_props.add(key="certificate", value=certificate.as_json())
