@@ -13,7 +13,7 @@ from torch import nn
 from normlab.core.tensors import read_tensors, write_tensors
 from normlab.data import ImageData
 from normlab.data.batches import Split, split_images
-from normlab.errors import DataError, UserError
+from normlab.errors import DataError, NonFiniteError, UserError
 from normlab.evaluation.calibration import fit_temperature, proper_scores
 from normlab.evaluation.doubt import NOTHING_HELD_OUT, Doubt
 from normlab.evaluation.familiarity import (
@@ -43,10 +43,17 @@ def learn(
 
     Returns:
         What was learnt, and the features of the classes (K, D), if the network has such.
+
+    Raises:
+        NonFiniteError: the network overflows on a held-out picture.
     """
     held_out = some_of(held_out)
     logits, features = answers_of(model, held_out.images)
     z, label = logits.double().numpy(), held_out.labels
+    if not np.isfinite(z).all():
+        raise NonFiniteError(
+            "an answer to a held-out picture is NaN or infinite: try a lower --learning-rate"
+        )
     temperature = fit_temperature(z, label)
     p = softmax(z / temperature, axis=1)
     means, near = None, np.empty(0)
