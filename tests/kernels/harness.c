@@ -1,0 +1,227 @@
+/* Every kernel against plain loops in double, on shapes drawn at random; no Python, no PyTorch.
+ *
+ * test_harness.py compiles it with sanitizers, for each instruction set, and for Arm under an emulator.
+ * It prints how many comparisons held, or the first that did not, and then ends with code 1.
+ */
+#include "kernels.c"
+
+#include <stdio.h>
+
+#define CONV(s)                                                                                    \
+    int normlab_conv3x3_by##s(const float *, const float *, const float *, i64, i64, i64, i64, i64, \
+                              int, float *, uint8_t *, int);                                       \
+    int normlab_conv3x3_by##s##_gradient(const float *, const float *, const uint8_t *, i64, i64,  \
+                                         i64, i64, i64, float *, float *, int);
+CONV(2)
+CONV(4)
+int normlab_conv_pixels(const float *, const float *, const float *, i64, i64, i64, i64, float *, int);
+int normlab_conv_pixels_gradient(const float *, const float *, i64, i64, i64, i64, float *, float *,
+                                 int);
+
+static int compared;
+
+static i64 between(i64 low, i64 high) { return low + rand() % (high - low + 1); }
+
+static void *room(i64 bytes) {
+    void *p = malloc(bytes + 1);
+    if (!p) abort();
+    return p;
+}
+
+static float *drawn(i64 size) {
+    float *p = room(size * sizeof(float));
+    for (i64 i = 0; i < size; i++) p[i] = 2.0f * (float)rand() / (float)RAND_MAX - 1.0f;
+    return p;
+}
+
+static double *zeros(i64 size) {
+    double *p = room(size * sizeof(double));
+    for (i64 i = 0; i < size; i++) p[i] = 0.0;
+    return p;
+}
+
+/* Values may differ by `bound` of the largest. */
+static void same(const char *what, const float *ours, const double *expected, i64 size, double bound) {
+    double largest = 1e-3, worst = 0.0;
+    for (i64 i = 0; i < size; i++) {
+        double difference = fabs(ours[i] - expected[i]);
+        largest = fmax(largest, fabs(expected[i]));
+        if (!(difference <= worst)) worst = difference;
+    }
+    compared++;
+    if (worst <= bound * largest) return;
+    printf("%s: off by %g where the largest value is %g\n", what, worst, largest);
+    exit(1);
+}
+
+typedef struct {
+    i64 N, H, W, I, O, padding;
+} shape_t;
+
+/* Calls visit(output value, input value, weight) for all that are multiplied with each other. */
+#define EACH_PRODUCT(s, body)                                                                      \
+    for (i64 n = 0; n < s.N; n++)                                                                  \
+        for (i64 r = 0; r < s.H - 2 + 2 * s.padding; r++)                                          \
+            for (i64 c = 0; c < s.W - 2 + 2 * s.padding; c++)                                      \
+                for (i64 k = 0; k < 9; k++) {                                                      \
+                    i64 p = r + k / 3 - s.padding, q = c + k % 3 - s.padding;                      \
+                    if (p < 0 || p >= s.H || q < 0 || q >= s.W) continue;                          \
+                    i64 at_y = ((n * (s.H - 2 + 2 * s.padding) + r) * (s.W - 2 + 2 * s.padding) + c) * s.O; \
+                    i64 at_x = ((n * s.H + p) * s.W + q) * s.I;                                    \
+                    for (i64 o = 0; o < s.O; o++)                                                  \
+                        for (i64 i = 0; i < s.I; i++) {                                            \
+                            i64 Y_ = at_y + o, X = at_x + i, V = (o * s.I + i) * 9 + k;             \
+                            body;                                                                  \
+                        }                                                                          \
+                }
+
+typedef int conv_t(const float *, const float *, const float *, i64, i64, i64, i64, i64, int, float *,
+                   uint8_t *, int);
+typedef int conv_gradient_t(const float *, const float *, const uint8_t *, i64, i64, i64, i64, i64,
+                            float *, float *, int);
+
+static void convolution(conv_t *conv, conv_gradient_t *conv_gradient, double bound) {
+    shape_t s = {between(1, 3), between(1, 14), between(1, 14), 8 * between(1, 9), 16 * between(1, 5), 1};
+    i64 xs = s.N * s.H * s.W * s.I, ys = s.N * s.H * s.W * s.O, ws = s.O * s.I * 9;
+    i64 h = s.H / 2, w2 = s.W / 2, ms = s.N * h * w2 * s.O;
+    int threads = (int)between(1, 2);
+    float *x = drawn(xs), *w = drawn(ws), *b = drawn(s.O), *g = drawn(ys), *gm = drawn(ms);
+    float *y = drawn(ys), *dx = drawn(xs), *dw = drawn(ws), *db = drawn(s.O), *m = drawn(ms);
+    uint8_t *which = room(ms);
+    double *Y = zeros(ys), *DX = zeros(xs), *DW = zeros(ws), *DB = zeros(s.O), *M = zeros(ms);
+    for (i64 i = 0; i < ys; i++) Y[i] = b[i % s.O];
+    EACH_PRODUCT(s, Y[Y_] += (double)x[X] * w[V])
+    conv(x, w, b, s.N, s.H, s.W, s.I, s.O, 0, y, NULL, threads);
+    same("convolution", y, Y, ys, bound);
+    conv(x, w, b, s.N, s.H, s.W, s.I, s.O, 0, m, which, threads);
+    float *scattered = drawn(ys);
+    for (i64 i = 0; i < ys; i++) scattered[i] = 0.0f;
+    for (i64 n = 0; n < s.N; n++)
+        for (i64 r = 0; r < h; r++)
+            for (i64 c = 0; c < w2; c++)
+                for (i64 o = 0; o < s.O; o++) {
+                    i64 to = ((n * h + r) * w2 + c) * s.O + o;
+                    i64 from = ((n * s.H + 2 * r + which[to] / 2) * s.W + 2 * c + which[to] % 2) * s.O + o;
+                    M[to] = Y[from];
+                    scattered[from] = gm[to];
+                }
+    same("convolution, maxima", m, M, ms, bound);
+    for (int pooled = 0; pooled < 2; pooled++) {
+        const float *grad = pooled ? scattered : g;
+        for (i64 i = 0; i < xs; i++) DX[i] = 0;
+        for (i64 i = 0; i < ws; i++) DW[i] = 0;
+        for (i64 i = 0; i < s.O; i++) DB[i] = 0;
+        for (i64 i = 0; i < ys; i++) DB[i % s.O] += grad[i];
+        EACH_PRODUCT(s, (DX[X] += (double)grad[Y_] * w[V], DW[V] += (double)grad[Y_] * x[X]))
+        conv_gradient(x, pooled ? gm : g, pooled ? which : NULL, s.N, s.H, s.W, s.I, s.O, dw, db, threads);
+        same("gradient of the kernel", dw, DW, ws, bound);
+        same("gradient of the bias", db, DB, s.O, bound);
+        if (s.I % 16) continue;
+        conv(pooled ? gm : g, w, NULL, s.N, s.H, s.W, s.I, s.O, 1, dx, pooled ? which : NULL, threads);
+        same("gradient of the input", dx, DX, xs, bound);
+    }
+    void *all[] = {x, w, b, g, gm, y, dx, dw, db, m, which, Y, DX, DW, DB, M, scattered};
+    for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++) free(all[i]);
+}
+
+static void pixels(void) {
+    shape_t s = {between(1, 3), between(3, 12), between(8, 15), 3, 32 * between(1, 3), 0};
+    i64 xs = s.N * s.H * s.W * 3, ys = s.N * (s.H - 2) * (s.W - 2) * s.O, ws = s.O * 27;
+    float *x = drawn(xs), *w = drawn(ws), *b = drawn(s.O), *g = drawn(ys), *y = drawn(ys);
+    float *dw = drawn(ws), *db = drawn(s.O);
+    double *Y = zeros(ys), *DW = zeros(ws), *DB = zeros(s.O);
+    for (i64 i = 0; i < ys; i++) Y[i] = b[i % s.O], DB[i % s.O] += g[i];
+    EACH_PRODUCT(s, (Y[Y_] += (double)x[X] * w[V], DW[V] += (double)g[Y_] * x[X]))
+    normlab_conv_pixels(x, w, b, s.N, s.H, s.W, s.O, y, 2);
+    same("convolution of pixels", y, Y, ys, 2e-6);
+    normlab_conv_pixels_gradient(x, g, s.N, s.H, s.W, s.O, dw, db, 2);
+    same("gradient of a pixels' kernel", dw, DW, ws, 2e-6);
+    same("gradient of a pixels' bias", db, DB, s.O, 2e-6);
+    void *all[] = {x, w, b, g, y, dw, db, Y, DW, DB};
+    for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++) free(all[i]);
+}
+
+/* Batch normalisation and its gradient, behind ReLU and dropout or before ReLU, too. */
+static void normalisation(void) {
+    i64 N = between(2, 150), C = between(1, 140), S = rand() % 2 ? 1 : between(2, 40), size = N * C * S;
+    int behind = S == 1 && rand() % 2, relu = S == 1 && !behind && rand() % 2;
+    float *z = drawn(size), *x = drawn(size), *g = drawn(size), *weight = drawn(C), *bias = drawn(C);
+    float *mean = drawn(C), *var = drawn(C), *y = drawn(size), *dx = drawn(size), *dw = drawn(C);
+    float *db = drawn(C), eps = 1e-3f, scale = 1.25f;
+    uint16_t *draws = room(size * sizeof(uint16_t));
+    double *X = zeros(size), *Y = zeros(size), *MEAN = zeros(C), *VAR = zeros(C), *DX = zeros(size);
+    double *DW = zeros(C), *DB = zeros(C), count = (double)(N * S);
+    for (i64 i = 0; i < size; i++) draws[i] = (uint16_t)(rand() & 0xffff);
+    for (i64 i = 0; i < size; i++)
+        X[i] = !behind ? x[i] : draws[i] >= 13107 && z[i] > 0 ? (double)(z[i] * scale) : 0.0;
+    for (i64 i = 0; i < size; i++) MEAN[i / S % C] += X[i] / count;
+    for (i64 i = 0; i < size; i++) VAR[i / S % C] += (X[i] - MEAN[i / S % C]) * (X[i] - MEAN[i / S % C]) / count;
+    forward_t f = {.x = x, .z = behind ? z : NULL, .draws = behind ? draws : NULL, .threshold = 13107,
+                   .scale = scale, .weight = weight, .bias = bias, .eps = eps, .N = N, .C = C, .S = S,
+                   .relu = relu, .mean = mean, .var = var, .y = y, .threads = (int)between(1, 2)};
+    normlab_forward(&f);
+    backward_t b = {.x = x, .g = g, .mean = mean, .var = var, .weight = weight, .bias = bias, .eps = eps,
+                    .relu = relu, .keep_scale = behind ? scale : 0.0f, .N = N, .C = C, .S = S, .dx = dx,
+                    .weight_grad = dw, .bias_grad = db, .threads = (int)between(1, 2)};
+    normlab_gradient(&b);
+    for (i64 i = 0; i < size; i++) {
+        i64 c = i / S % C;
+        double hat = (X[i] - MEAN[c]) / sqrt(VAR[c] + eps), out = weight[c] * hat + bias[c];
+        int passes = !relu || y[i] > 0; /* where rounding decides, as it was decided */
+        Y[i] = relu && out < 0 ? 0.0 : out;
+        DB[c] += passes ? g[i] : 0.0;
+        DW[c] += passes ? g[i] * hat : 0.0;
+    }
+    for (i64 i = 0; i < size; i++) {
+        i64 c = i / S % C;
+        double sigma = sqrt(VAR[c] + eps), hat = (X[i] - MEAN[c]) / sigma;
+        double through = relu && !(y[i] > 0) ? 0.0 : g[i];
+        double d = weight[c] / sigma * (through - DB[c] / count - hat * DW[c] / count);
+        DX[i] = !behind ? d : X[i] != 0 ? d * scale : 0.0;
+    }
+    same("mean", mean, MEAN, C, 1e-5);
+    same("variance", var, VAR, C, 1e-6);
+    same("normalised", y, Y, size, 4e-6);
+    same("gradient of gamma", dw, DW, C, 1e-5);
+    same("gradient of beta", db, DB, C, 1e-5);
+    same("gradient of what is normalised", dx, DX, size, 1e-5);
+    void *all[] = {z, x, g, weight, bias, mean, var, y, dx, dw, db, draws, X, Y, MEAN, VAR, DX, DW, DB};
+    for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++) free(all[i]);
+}
+
+static void pooling(void) {
+    i64 N = between(1, 4), H = between(2, 9), W = between(2, 9), C = between(1, 70), h = H / 2, w = W / 2;
+    float *x = drawn(N * H * W * C), *y = drawn(N * h * w * C), *g = drawn(N * h * w * C);
+    float *dx = drawn(N * H * W * C);
+    double *Y = zeros(N * h * w * C), *DX = zeros(N * H * W * C);
+    uint8_t *which = room(N * h * w * C);
+    normlab_pool(x, N, H, W, C, y, which, 2);
+    normlab_pool_gradient(g, which, N, H, W, C, dx, 2);
+    for (i64 i = 0; i < N * h * w * C; i++) {
+        i64 c = i % C, q = i / C % w, r = i / C / w % h, n = i / C / w / h, best = 0;
+        for (int k = 0; k < 4; k++) {
+            i64 from = ((n * H + 2 * r + k / 2) * W + 2 * q + k % 2) * C + c;
+            if (!k || x[from] > x[best]) best = from;
+        }
+        Y[i] = x[best];
+        DX[best] = g[i];
+    }
+    same("maxima", y, Y, N * h * w * C, 0.0);
+    same("gradient of maxima", dx, DX, N * H * W * C, 0.0);
+    void *all[] = {x, y, g, dx, Y, DX, which};
+    for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++) free(all[i]);
+}
+
+int main(int argc, char **argv) {
+    int rounds = argc > 1 ? atoi(argv[1]) : 10;
+    srand(1);
+    for (int i = 0; i < rounds; i++) {
+        convolution(normlab_conv3x3_by2, normlab_conv3x3_by2_gradient, 2e-6);
+        convolution(normlab_conv3x3_by4, normlab_conv3x3_by4_gradient, 6e-6);
+        pixels();
+        normalisation();
+        pooling();
+    }
+    printf("%d comparisons held, vectors of %d\n", compared, VEC);
+    return 0;
+}
