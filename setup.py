@@ -18,21 +18,23 @@ SOURCES = ("kernels", "winograd2", "winograd4", "pixels")
 HEADERS = ("vectors", "winograd")
 VARIANTS = X86 if platform.machine().lower() in ("x86_64", "amd64") else {"default": []}
 # Compiled for OpenMP but not linked with a runtime: the symbols come from the one PyTorch loaded.
-FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+# Apple's Clang takes the option only so, and leaves symbols open where it is told to; this has not
+# been run on a Mac.
+OPENMP = {"linux": ["-fopenmp"], "darwin": ["-Xpreprocessor", "-fopenmp"]}
+LINKED = {"darwin": ["-Wl,-undefined,dynamic_lookup"]}
+FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math"]
 
 setup(
     ext_modules=[
         Extension(
             f"normlab.kernels._{name}",
-            [
-                f"src/normlab/kernels/{source}.c"
-                for source in ("kernels", "winograd2", "winograd4", "pixels")
-            ],
+            [f"src/normlab/kernels/{source}.c" for source in SOURCES],
             depends=[f"src/normlab/kernels/{header}.h" for header in HEADERS],
-            extra_compile_args=[*FLAGS, *flags],
+            extra_compile_args=[*FLAGS, *OPENMP[sys.platform], *flags],
+            extra_link_args=LINKED.get(sys.platform, []),
             optional=True,
         )
         for name, flags in VARIANTS.items()
-        if sys.platform == "linux"
+        if sys.platform in OPENMP
     ]
 )

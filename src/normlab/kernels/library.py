@@ -1,6 +1,7 @@
 """The compiled library: which variant is loaded, and whether it is to be used."""
 
 import ctypes
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,6 +73,9 @@ def _library() -> ctypes.CDLL | None:
     variant = torch.backends.cpu.get_cpu_capability().lower()
     if variant not in ("avx512", "avx2"):
         variant = "default"
+    if sys.platform == "darwin":  # where a library's symbols are hidden from others; not run yet
+        for runtime in (Path(torch.__file__).parent / "lib").glob("lib*omp*.dylib"):
+            ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)  # the one that PyTorch has loaded
     for path in sorted(Path(__file__).parent.glob(f"_{variant}.*")):
         try:
             library = ctypes.CDLL(str(path))
