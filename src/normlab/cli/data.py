@@ -1,17 +1,19 @@
-"""`normlab data`: get CIFAR-10, say where it is, check it."""
+"""`normlab data`: get CIFAR-10, say where it is, verify it; look at any data before training."""
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
 
+from normlab.cli.options import IMAGE_SIZE
 from normlab.cli.output import say
 
 
 @click.group()
 def data() -> None:
-    """Get CIFAR-10, say where it is, check it."""
+    """Get CIFAR-10, say where it is, verify it; look at your own pictures before training."""
 
 
 @data.command()
@@ -55,6 +57,40 @@ def verify(as_json: bool) -> None:
     _tell(result, as_json)
     if not result.ok:
         raise SystemExit(1)
+
+
+@data.command()
+@click.argument("place", metavar="[DATA]", required=False)
+@click.option("--out", type=click.Path(path_type=Path), help="The folder to write; check-NAME.")
+@IMAGE_SIZE
+@click.option("--threads", type=int, help="CPU threads; all cores by default.")
+@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
+def check(
+    place: str | None, out: Path | None, image_size: int | None, threads: int | None, as_json: bool
+) -> None:
+    """Look for copies, doubtful labels, odd pictures and small classes in DATA.
+
+    DATA is what `normlab train --data` takes: a folder of pictures, parquet, .npz, or cifar10, the
+    default. The page in the folder shows the pictures side by side; what you decide there is saved
+    as a CSV file for `normlab train --exclude FILE --relabel FILE`. Nothing is changed here.
+    """
+    from normlab.api.check import check_data
+    from normlab.curation import as_record
+    from normlab.reports.check_page import summary_lines
+
+    found, folder = check_data(
+        place,
+        out=out,
+        image_size=image_size,
+        threads=threads,
+        say=lambda line: say(f"{line} …", err=True),
+    )
+    if as_json:
+        click.echo(json.dumps(as_record(found)))
+        return
+    for line in summary_lines(found):
+        say(line)
+    say(f"Look and decide: {folder / 'index.html'}")
 
 
 def _tell(result: Any, as_json: bool) -> None:

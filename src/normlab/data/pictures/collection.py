@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,11 +40,13 @@ class Labelled:
     """One picture's class, its name for people, and its part: None to let the rule decide.
 
     part: "train", "test" or "validation".
+    file: where it is, if it is a file of its own.
     """
 
     name: str
     label: str
     part: str | None
+    file: Path | None = None
 
 
 @dataclass
@@ -54,6 +57,7 @@ class Collection:
     problems: (kind, what) in the order in which they were found.
     passed: the same of what is left out by a rule.
     notes: lines about what was decided.
+    others: names of files that are no pictures.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Collection:
     problems: list[tuple[str, str]] = field(default_factory=list)
     passed: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
 
     def note(self, kind: str, what: str) -> None:
         """A problem, which stops it unless the user said otherwise."""
@@ -153,6 +158,18 @@ def assemble(
         arrays[f"y_{short}"] = labels[order]
         arrays[f"files_{short}"] = tuple(collection.pictures[kept[j]].name for j in order)
     return ImageData(name=collection.name, class_names=tuple(classes), **arrays)
+
+
+def drawn_parts(collection: Collection, decoded: Decoded) -> dict[int, str]:
+    """The part of each usable picture, as `assemble` draws it, before anything is left out.
+
+    Copies that stand in two classes, which `assemble` leaves out, count as training pictures.
+    """
+    good = [i for i, problem in enumerate(decoded.problems) if not problem]
+    prints = [bytes(row) for row in decoded.fingerprints]
+    contradictory = _contradictory(collection, good, prints)
+    parts = _split(collection, [i for i in good if i not in contradictory], prints)
+    return {i: parts.get(i, collection.pictures[i].part or "train") for i in good}
 
 
 def interleave(labels: NDArray[np.int64], keys: Sequence[bytes]) -> NDArray[np.int64]:

@@ -27,7 +27,7 @@ from normlab.core.bars import transient_bar
 from normlab.core.cores import cores
 from normlab.core.sandbox import LimitError, Worker
 from normlab.data.cache import cache_folder, write_cache, writing
-from normlab.data.pictures.reading import fingerprint, read_measured, shorter_side, to_square
+from normlab.data.pictures.reading import dimensions, fingerprint, read_measured, to_square
 from normlab.data.pictures.sizes import SIZES
 from normlab.errors import DataError
 from normlab.text import printable
@@ -112,9 +112,9 @@ class Readers:
         """`read_deep` of each source, in order."""
         return self._pool.map(partial(self._read, size), sources)
 
-    def shorter_sides(self, sources: Iterable[Path | bytes]) -> list[int]:
-        """Pixels of the shorter side of each picture that can be read."""
-        return [side for side in self._pool.map(self._side, sources) if side]
+    def dimensions(self, sources: Iterable[Path | bytes]) -> Iterator[tuple[int, int]]:
+        """Width and height of each source, by its header; (0, 0) of one that cannot be read."""
+        return self._pool.map(self._dimensions, sources)
 
     def _read(self, size: int, source: Path | bytes) -> Deep:
         try:
@@ -122,11 +122,11 @@ class Readers:
         except LimitError as error:
             return None, b"", str(error), -1
 
-    def _side(self, source: Path | bytes) -> int:
+    def _dimensions(self, source: Path | bytes) -> tuple[int, int]:
         try:
-            return self._call(shorter_side, source)
+            return self._call(dimensions, source)
         except DataError:
-            return 0
+            return 0, 0
 
     def _call(self, function: Callable[..., T], *args: Any) -> T:
         worker = self._idle.get()  # there are as many as there are threads
@@ -142,7 +142,8 @@ def natural_size(sources: Sequence[Path | bytes]) -> int:
     It looks at two hundred of them, evenly chosen.
     """
     with Readers() as readers:
-        sides = sorted(readers.shorter_sides(sources[:: -(-len(sources) // 200)]))
+        found = readers.dimensions(sources[:: -(-len(sources) // 200)])
+        sides = sorted(min(size) for size in found if size != (0, 0))
     middle = sides[len(sides) // 2] if sides else 0
     return max((size for size in SIZES if size <= middle), default=SIZES[0])
 

@@ -71,7 +71,7 @@ def _collect(layout: Layout, collection: Collection) -> list[Path]:
             for file in tree.pictures:
                 name = shown(file.relative_to(layout.root))
                 files.append(file)
-                collection.pictures.append(Labelled(name, folder.label, folder.part))
+                collection.pictures.append(Labelled(name, folder.label, folder.part, file))
     for found in layout.problems:
         name = shown(found.path.relative_to(layout.root))
         collection.note(_UNREACHABLE, f"{name}: {found.problem}")
@@ -82,8 +82,9 @@ def _collect(layout: Layout, collection: Collection) -> list[Path]:
 def _tell_others(tree: Tree, layout: Layout, collection: Collection) -> None:
     """Note what is passed over or was decided, each in one line."""
     collection.notes += layout.notes
-    others = [file.name for folder in tree.every() for file in folder.others]
-    if others:
+    files = [file for folder in tree.every() for file in folder.others]
+    collection.others = [shown(file.relative_to(layout.root)) for file in files]
+    if others := [file.name for file in files]:
         kinds = Counter(ending(name) or name for name in others).most_common()
         listed = ", ".join(f"{count:,} {shown(kind)}" for kind, count in kinds[:3])
         more = ", …" if len(kinds) > 3 else ""

@@ -96,14 +96,14 @@ def read_measured(source: Path | bytes) -> tuple[Pixels, bool]:
         return np.asarray(image), deep
 
 
-def shorter_side(source: Path | bytes) -> int:
-    """Pixels of a picture's shorter side, by its header.
+def dimensions(source: Path | bytes) -> tuple[int, int]:
+    """Width and height of a picture in pixels, by its header.
 
     Raises:
         DataError, TooLargeError: as `read_picture` does.
     """
     with _damage_named(), quiet(), _file(source) as file, _open(file) as image:
-        return min(image.size)
+        return image.size
 
 
 def begins_as_picture(file: Path) -> bool:

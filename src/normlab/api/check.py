@@ -1,0 +1,56 @@
+"""Look at data before they are trained on, and keep what was found as a folder."""
+
+import re
+from pathlib import Path
+
+from normlab.core.environment import resolve_threads
+from normlab.curation import Check, check, read_pictures
+from normlab.curation.check import Say
+from normlab.errors import UserError
+from normlab.reports.check_page import write_check
+
+
+def check_data(
+    data: str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    image_size: int | None = None,
+    threads: int | None = None,
+    say: Say = lambda _: None,
+) -> tuple[Check, Path]:
+    """Look for copies, doubtful labels, odd pictures and small classes in a data set.
+
+        found, folder = check_data("pets")
+        found.groups, found.suspects, found.oddities
+
+    Nothing in the data is changed. The folder has `index.html` to decide on, `check.json` and
+    `findings.csv`.
+
+    Args:
+        data: as `normlab.data.load` takes it, but no arrays; None for CIFAR-10.
+        out: the folder to write; None for `check-NAME` here, which is written anew.
+        image_size: at which labels are looked at; see `normlab.data.load`.
+        threads: CPU threads; None for all cores.
+        say: told what is being done.
+
+    Raises:
+        UserError: there is something else in the folder to write.
+        DataError: the data cannot be read.
+    """
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        _refuse_others(folder)
+    pictures = read_pictures(data, image_size)
+    if folder is None:
+        name = re.sub(r"[^\w.-]+", "-", pictures.name).strip("-.") or "data"
+        folder = Path(f"check-{name}")
+        _refuse_others(folder)
+    found = check(pictures, threads=resolve_threads(threads), say=say)
+    write_check(found, "cifar10" if data is None else str(data), folder)
+    return found, folder
+
+
+def _refuse_others(folder: Path) -> None:
+    ours = (folder / "check.json").exists()
+    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{str(folder)!r} is there and is no check: choose another --out")

@@ -1,0 +1,166 @@
+"""Labels that are likely wrong, by what a network says that has not seen the picture.
+
+Confident learning (Northcutt, Jiang and Chuang 2021, arXiv 1911.00068). p(i, j) is the probability
+of class j for picture i by a model that was trained without it, and
+
+    t(j)     the mean of p(i, j) over the pictures labelled j: how sure the model is of class j
+    C(y, j)  the number of pictures labelled y for which p(i, j) ≥ t(j), each counted once, at the
+             j of the largest p among those that are
+
+Pictures that C counts off its diagonal are suspects, and the margin p(i, y) − max p(i, j ≠ y) puts
+the most suspicious first.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import softmax
+
+from normlab import recipes
+from normlab.core.streams import stream
+from normlab.data.images import ImageData
+from normlab.evaluation.baselines import fit_logistic
+from normlab.evaluation.forward import logits_of
+from normlab.recipes import Recipe
+from normlab.runs import Task
+from normlab.training.loop import fit
+from normlab.training.preparation import make_plan, new_state
+
+Probabilities = NDArray[np.float64]  # (N, K)
+Labels = NDArray[np.int64]
+
+FOLDS = 4
+SCALE = 0.1  # of standardised features
+
+
+@dataclass(frozen=True, eq=False)
+class Suspects:
+    """Pictures whose labels are doubted, the most doubtful first.
+
+    order: (N,) all pictures by their margin.
+    count: how many of them, from the first on, are suspects.
+    suggested: (N,) the class of picture i that the model believes in most, its label aside.
+    margin: (N,) p of the label less p of the suggested class.
+    estimate: how many labels are wrong, by the calibrated matrix C.
+    accuracy: of the model, on pictures that it has not seen, by the given labels.
+    """
+
+    order: Labels
+    count: int
+    suggested: Labels
+    margin: NDArray[np.float64]
+    estimate: float
+    accuracy: float
+
+
+def doubt(labels: Labels, p: Probabilities) -> Suspects:
+    """Confident learning, as the module's docstring has it.
+
+    labels: (N,); p: (N, K), of models that have not seen the picture.
+    """
+    n, k = p.shape
+    rows = np.arange(n)
+    counts = np.bincount(labels, minlength=k)
+    own = p[rows, labels]
+    sure = np.bincount(labels, own, minlength=k) / np.maximum(counts, 1)
+    sure[counts == 0] = np.inf
+    confident = np.where(p >= sure, p, -1.0)
+    held = confident.argmax(1)
+    counted = confident.max(1) >= 0
+    joint = np.zeros((k, k))
+    np.add.at(joint, (labels[counted], held[counted]), 1)
+    totals = joint.sum(1, keepdims=True)
+    calibrated = np.divide(joint, totals, out=np.zeros_like(joint), where=totals > 0)
+    calibrated *= counts[:, None]
+    others = p.copy()
+    others[rows, labels] = -1
+    suggested = others.argmax(1)
+    margin = own - others[rows, suggested]
+    suspect = counted & (held != labels)
+    order = np.lexsort((rows, margin, ~suspect))
+    return Suspects(
+        order=order,
+        count=int(suspect.sum()),
+        suggested=suggested,
+        margin=margin,
+        estimate=float(calibrated.sum() - np.trace(calibrated)),
+        accuracy=float((p.argmax(1) == labels).mean()),
+    )
+
+
+def folds_of(labels: Labels, groups: Labels, folds: int = FOLDS) -> Labels:
+    """The fold (N,) of each picture: classes in proportion, pictures of one group together."""
+    order = stream(0, "check", "folds").permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    fold = np.empty(len(labels), np.int64)
+    fold[order] = np.arange(len(labels)) % folds
+    _, first, which = np.unique(groups, return_index=True, return_inverse=True)
+    same: Labels = fold[first[which]]
+    return same
+
+
+def by_regression(
+    features: NDArray[np.float32],
+    labels: Labels,
+    num_classes: int,
+    fold: Labels,
+    scale: float = SCALE,
+) -> Probabilities:
+    """Out-of-fold probabilities of a logistic regression on standardised features (N, D).
+
+    scale: of the features; the penalty of the weights is 1/scale² times that of `fit_logistic`.
+    """
+    x = features.astype(np.float64)
+    x -= x.mean(0)
+    std = x.std(0)
+    x *= scale / np.where(std > 0, std, 1)
+    p = np.empty((len(labels), num_classes))
+    for k in np.unique(fold):
+        seen, held = fold != k, fold == k
+        weights = fit_logistic(x[seen], labels[seen], num_classes)
+        p[held] = softmax(x[held] @ weights[:-1] + weights[-1], axis=1)
+    return p
+
+
+def by_training(
+    pixels: NDArray[np.uint8],
+    labels: Labels,
+    num_classes: int,
+    fold: Labels,
+    recipe: Recipe | None = None,
+) -> Probabilities:
+    """Out-of-fold probabilities of networks trained from their seeds on the other folds."""
+    recipe = recipe or oof_recipe()
+    names = tuple(map(str, range(num_classes)))
+    device, threads = torch.device("cpu"), torch.get_num_threads()
+    p = np.empty((len(labels), num_classes))
+    for k in np.unique(fold):
+        seen, held = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
+        seen = seen[stream(0, "check", "order", int(k)).permutation(len(seen))]
+        images = ImageData(
+            name="check",
+            class_names=names,
+            x_train=pixels[seen],
+            y_train=labels[seen],
+            x_test=pixels[held],
+            y_test=labels[held],
+        )
+        task = Task(
+            recipe=recipe,
+            seed=int(k),
+            data="",
+            data_sha256="",
+            class_names=names,
+            image_size=pixels.shape[1],
+        )
+        state = new_state(task, images, device)
+        fit(make_plan(task, images, threads), state, device)
+        p[held] = softmax(logits_of(state.model, pixels[held], views="flip").double().numpy(), 1)
+    return p
+
+
+def oof_recipe() -> Recipe:
+    """One look at each picture, as `fast79`."""
+    return replace(recipes.get("fast79"), validation=0.0)

@@ -1,0 +1,176 @@
+"""`normlab data check` on folders: what it lists, what it writes, and what it leaves alone."""
+
+import csv
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from normlab.cli import cli
+from normlab.data import load
+from normlab.data.changes import read_changes
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """A folder of two classes with planted oddities, the check of it, and what was printed."""
+    root = tmp_path_factory.mktemp("check")
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setenv("NORMLAB_CACHE", str(root / "cache"))
+    sample, pets = load("sample"), root / "pets"
+    for name in ("cat", "frog"):
+        own = sample.x_train[sample.y_train == sample.class_names.index(name)]
+        for i, picture in enumerate(own):
+            place = pets / ("test" if i < 8 else "train") / name / f"{i:02}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(place)
+    picture = Image.open(pets / "test/cat/03.png")
+    picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(pets / "train/frog/mirror, of 3.png")
+    (pets / "train/cat/same.png").write_bytes((pets / "test/cat/04.png").read_bytes())
+    Image.new("RGB", (32, 32), "white").save(pets / "train/cat/blank.png")
+    Image.fromarray(np.asarray(picture)[:9, :9]).save(pets / "train/cat/tiny.png")
+    other = np.tile(sample.x_test[sample.y_test == sample.class_names.index("ship")][0], (1, 9, 1))
+    Image.fromarray(other).save(pets / "train/cat/long.png")
+    (pets / "train/cat/damaged.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    (pets / "train/notes <b>.txt").write_text("no picture")
+    before = tree(pets)
+    words = ["data", "check", str(pets), "--out", str(root / "out"), "--threads", "1"]
+    done = CliRunner().invoke(cli, words, catch_exceptions=False)
+    monkeypatch.undo()
+    assert done.exit_code == 0, done.output
+    assert tree(pets) == before  # nothing is changed
+    return pets, root / "out", done.output
+
+
+def tree(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.fixture
+def record(checked: tuple[Path, Path, str]) -> dict[str, Any]:
+    return json.loads((checked[1] / "check.json").read_text())
+
+
+def test_copies_across_parts_and_labels_come_first(record: dict[str, Any]) -> None:
+    groups = {tuple(sorted(group["pictures"])): group for group in record["copies"]["groups"]}
+    exact = groups[("test/cat/04.png", "train/cat/same.png")]
+    assert exact["exact"]
+    assert exact["across_parts"]
+    mirrored = groups[("test/cat/03.png", "train/frog/mirror, of 3.png")]
+    assert mirrored["labels_differ"]
+    assert not mirrored["exact"]
+    leaked = record["copies"]["test_pictures_with_a_copy_in_another_part"]
+    assert {"test/cat/03.png", "test/cat/04.png"} <= set(leaked)
+
+
+def test_odd_pictures_and_files_that_are_none(record: dict[str, Any]) -> None:
+    kinds = {(odd["picture"], odd["kind"]) for odd in record["odd"]}
+    assert ("train/cat/blank.png", "blank") in kinds
+    assert ("train/cat/tiny.png", "tiny") in kinds
+    assert ("train/cat/long.png", "odd shape") in kinds
+    assert len([kind for _, kind in kinds if kind != "unlike all others"]) == 3
+    passed = {entry["file"]: entry["why"] for entry in record["passed_over"]}
+    assert passed["train/notes <b>.txt"] == "no picture"
+    assert "damaged" in passed["train/cat/damaged.png"]
+
+
+def test_the_lists_name_files_and_can_be_decided_in(
+    checked: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    pets, out, _ = checked
+    with (out / "findings.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    named = {row["file"] for row in rows}
+    assert "train/frog/mirror, of 3.png" in named
+    assert all((pets / name).is_file() for name in named)
+    for row in rows:
+        row["decision"] = "exclude" if row["file"] == "train/frog/mirror, of 3.png" else ""
+    with (tmp_path / "decided.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    changes = read_changes(tmp_path / "decided.csv", None)
+    assert changes is not None
+    assert changes.exclude == ("train/frog/mirror, of 3.png",)
+
+
+def test_what_is_printed_is_short_and_leads_to_the_page(checked: tuple[Path, Path, str]) -> None:
+    _, out, printed = checked
+    lines = [line for line in printed.splitlines() if not line.endswith("…")]
+    assert any("2 of 16 test pictures have a copy in another part" in line for line in lines)
+    assert lines[-1].endswith(str(out / "index.html"))
+    assert len(lines) < 16
+
+
+def test_the_page_asks_nobody_and_shows_names_as_text(checked: tuple[Path, Path, str]) -> None:
+    page = (checked[1] / "index.html").read_text()
+    assert not re.search(r"""(?:src|href)=["']?(?!data:)|https?://|@import""", page)
+    assert "<b>" not in page
+    assert "notes &lt;b&gt;.txt" in page
+
+
+def test_a_folder_of_something_else_is_not_written_to(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    words = ["data", "check", "sample", "--out", str(tmp_path / "mine")]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code != 0
+    assert "choose another --out" in str(done.exception) + done.output
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_keys_decide_and_the_csv_has_it(
+    checked: tuple[Path, Path, str], browser: Any, tmp_path: Path
+) -> None:
+    _, out, _ = checked
+    context = browser.new_context(accept_downloads=True, offline=True)
+    page, errors = context.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto((out / "index.html").as_uri())
+    tiles = page.locator(".tile")
+    names = tiles.locator(".name").all_inner_texts()
+    labels = [text.split(" · ")[0] for text in tiles.locator(".label").all_inner_texts()]
+    page.keyboard.press("ArrowDown")  # from the page to its first picture
+    for key in ("x", "k", "1", "2", "x", "ArrowLeft", "u"):
+        page.keyboard.press(key)
+    assert tiles.nth(0).get_attribute("data-decision") == "exclude"
+    with page.expect_download() as download:
+        page.keyboard.press("s")
+    download.value.save_as(tmp_path / "decided.csv")
+    assert not errors
+    with (tmp_path / "decided.csv").open(newline="") as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    expected: dict[str, tuple[str, str]] = {}
+    for index, key in enumerate(("x", "k", "1", "2")):
+        label = {"1": "cat", "2": "frog"}.get(key, "")
+        word = {"x": "exclude", "k": "keep"}.get(key, "relabel")
+        if word == "relabel" and label == labels[index]:
+            word, label = "keep", ""
+        expected[names[index]] = word, label
+    expected.pop(names[4], None)  # left out, and that undone
+    assert {name: (row["decision"], row["label"]) for name, row in rows.items()} == expected
+    page.reload()  # marks stay
+    assert page.locator(".tile[data-decision=exclude]").count() >= 1
+    context.close()
+
+
+def test_it_fits_a_phone(checked: tuple[Path, Path, str], browser: Any) -> None:
+    context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme="dark")
+    page = context.new_page()
+    page.goto((checked[1] / "index.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.locator(".tile button").first.click()
+    assert page.locator(".tile").first.get_attribute("data-decision") == "exclude"
+    page.locator(".tile button").first.click()
+    assert page.locator("#count").inner_text() == "Nothing is decided yet."
+    select = page.locator(".tile select").first
+    select.select_option("frog")
+    assert page.locator("#save").is_enabled()
+    context.close()
