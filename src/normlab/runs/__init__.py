@@ -7,6 +7,7 @@ checkpoint.safetensors, checkpoint.previous.safetensors   while unfinished: wher
 start.safetensors  while unfinished: where a run that starts from another began
 last.safetensors   weights after the last step
 best.safetensors   weights at the lowest validation loss
+doubt.safetensors  what held-out pictures taught of when it is not sure
 recalibrated.safetensors   the last weights with the statistics of a whole set of images
 result.json        the scores; there once the run is finished
 curves.png, report.html

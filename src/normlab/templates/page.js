@@ -146,15 +146,15 @@ async function answer(file, card) {
 // Hides a part of the picture after the other, which takes 65 runs: only if asked for.
 function offerHeat(card, file, name) {
   const button = card.querySelector(".look");
+  const figure = card.querySelector(".heat");
+  const image = figure.querySelector("img");
+  image.alt = `${name}: where the network looked`;
   button.hidden = false;
   button.addEventListener("click", async () => {
     button.disabled = true;
     button.textContent = "looking …";
     try {
-      const figure = card.querySelector(".heat");
-      const image = figure.querySelector("img");
       image.src = await backend.heat(file, model);
-      image.alt = `${name}: where the network looked`;
       figure.hidden = false;
       button.hidden = true;
       announce(`${name}: a map of where it looked is there.`);

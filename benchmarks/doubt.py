@@ -1,0 +1,275 @@
+"""When a run is not sure: calibration, abstention, sets and strange pictures, measured.
+
+    python -m benchmarks.doubt screenshots /tmp/screens
+    python -m benchmarks.doubt run RUN --strange sea=FOLDER --strange screens=/tmp/screens \\
+        --out docs/results/doubt/NAME.json
+
+Thresholds come from the run's held-out pictures. The 100 splits are of its test pictures: one half
+takes the part of held-out ones, the other is counted. The file has every split.
+"""
+
+import json
+import pydoc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import logsumexp, softmax
+
+from normlab.api.run import open_run
+from normlab.core.files import write_json
+from normlab.data.batches import split_images
+from normlab.data.pictures.decoding import Readers
+from normlab.data.pictures.walking import walk
+from normlab.errors import UserError
+from normlab.evaluation import held_out
+from normlab.evaluation.abstention import choose_threshold, risk_coverage
+from normlab.evaluation.conformal import lowest, lowest_by_class, sets_of
+from normlab.evaluation.familiarity import answers_of, class_features, familiarity, some_of
+
+SPLITS = 100
+RATES = (0.8, 0.85, 0.9, 0.95, 0.98)
+SET_RATES = (0.8, 0.9, 0.95)
+MOST = 250  # pictures of a strange kind
+MODULES = """argparse array ast base64 bisect calendar cmath cmd code codecs collections copy csv
+datetime decimal difflib dis email enum fractions functools gzip hashlib heapq html io json logging
+math mimetypes numbers operator pathlib pickle queue random re shlex shutil statistics string
+struct tarfile textwrap timeit token trace types uuid wave weakref zipfile""".split()
+
+Floats = NDArray[np.float64]
+
+
+@click.group()
+def cli() -> None:
+    """Measure doubt."""
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def screenshots(folder: Path) -> None:
+    """Screenshots of 50 pages: the documentation of Python's modules, in Chromium."""
+    import shutil
+
+    from playwright.sync_api import sync_playwright
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1024, "height": 768})
+        for name in MODULES:
+            found, told = pydoc.resolve(name)  # type: ignore[misc]
+            page.set_content(pydoc.html.page(told, pydoc.html.document(found, told)))
+            page.screenshot(path=folder / f"{name}.png")
+        browser.close()
+
+
+@cli.command()
+@click.argument("path", metavar="RUN")
+@click.option("--strange", multiple=True, metavar="NAME=FOLDER")
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def run(path: str, strange: tuple[str, ...], out: Path) -> None:
+    """Measure RUN."""
+    opened = open_run(path)
+    learnt = held_out.read(opened)
+    if learnt is None or learnt[1] is None:
+        raise UserError(f"{path} has learnt no doubt")
+    doubt, means = learnt
+    data, evaluation = opened.task.load(), opened.evaluate()
+    size = opened.task.image_size
+    kinds = {**drawn(size), **{k: read(f, size) for k, f in (s.split("=", 1) for s in strange)}}
+    result: dict[str, Any] = {
+        "run": opened.task.recipe.name,
+        "data": Path(opened.task.data).name,
+        "classes": list(data.class_names),
+        "training": len(split_images(data, opened.task.recipe.validation)[0]),
+        "held_out": doubt.total,
+        "test": len(evaluation.labels),
+        "accuracy": evaluation.accuracy,
+        "temperature": doubt.temperature,
+        "calibration": {
+            "before": evaluation.before.as_dict(),
+            "after": evaluation.after.as_dict(),
+        },
+        "risk_coverage": risk(evaluation.probabilities, evaluation.right),
+        "abstain": abstain(opened, evaluation),
+        "sets": sets(evaluation.probabilities, evaluation.labels, data.class_names),
+        "strange": strange_pictures(opened, doubt, means, kinds),
+        "scores": scores(opened, data, kinds),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, result)
+    told = {k: v for k, v in result.items() if k not in ("classes", "sets", "risk_coverage")}
+    click.echo(json.dumps(told, indent=1))
+
+
+def drawn(size: int) -> dict[str, NDArray[np.uint8]]:
+    """Noise and flat colours, 200 of each."""
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (200, 1, 1, 3), np.uint8)
+    blurred = rng.normal(128, 40, (200, size, size, 3)).clip(0, 255)
+    return {
+        "noise, uniform": rng.integers(0, 256, (200, size, size, 3), np.uint8),
+        "noise, normal": blurred.astype(np.uint8),
+        "one colour": np.broadcast_to(colours, (200, size, size, 3)).copy(),
+    }
+
+
+def read(folder: str, size: int) -> NDArray[np.uint8]:
+    """At most `MOST` pictures below a folder, evenly chosen, as for training."""
+    files = [f.path for f in walk(Path(folder)) if f.problem is None]
+    with Readers() as readers:
+        found = [p for p, _, _ in readers.read(files[:: -(-len(files) // MOST)], size)]
+    return np.stack([p for p in found if p is not None])
+
+
+def risk(p: Floats, right: NDArray[np.bool_]) -> list[dict[str, float]]:
+    """Accuracy of the surest tenth, two tenths, … of the test pictures."""
+    curve = risk_coverage(p.max(1), right)
+    rows = []
+    for share in np.arange(0.1, 1.01, 0.1):
+        i = int(np.searchsorted(curve.coverage, share - 1e-9))
+        rows.append({"coverage": float(curve.coverage[i]), "accuracy": float(curve.accuracy[i])})
+    return rows
+
+
+def abstain(opened: Any, evaluation: Any) -> list[dict[str, Any]]:
+    """At each rate: what the held-out pictures chose, and what splits of the test pictures do."""
+    rows = []
+    rng = np.random.default_rng(0)
+    sure, right = evaluation.probabilities.max(1), evaluation.right
+    splits = [rng.permutation(len(right)) for _ in range(SPLITS)]
+    for rate in RATES:
+        row: dict[str, Any] = {"rate": rate, "held_out": None}
+        try:
+            chosen = evaluation.answered(rate)
+            threshold = evaluation.doubt.rule(rate).threshold
+            row["held_out"] = {
+                **threshold.as_dict(),
+                "test_answered": int(chosen.sum()),
+                "test_right": int(right[chosen].sum()),
+            }
+        except UserError as e:
+            row["refused"] = str(e)
+        found = []
+        for order in splits:
+            half = len(order) // 2
+            mine, other = order[:half], order[half:]
+            t = choose_threshold(risk_coverage(sure[mine], right[mine]), rate)
+            if t is not None:
+                answered = sure[other] >= t.least
+                found.append([float(answered.mean()), float(right[other][answered].mean())])
+        kept = [accuracy >= rate for _, accuracy in found]
+        row["splits"] = {
+            "shown": len(found),
+            "kept": int(sum(kept)),
+            "of_half": len(splits[0]) // 2,
+            "coverage_and_accuracy": found,
+        }
+        rows.append(row)
+    return rows
+
+
+def sets(p: Floats, labels: NDArray[np.int64], names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Coverage and size of sets over random splits of the test pictures into halves."""
+    rows = []
+    for rate in SET_RATES:
+        for by_class in (False, True):
+            rng = np.random.default_rng(0)
+            covered, size, classes = [], [], []
+            for _ in range(SPLITS):
+                order = rng.permutation(len(labels))
+                mine, other = order[: len(order) // 2], order[len(order) // 2 :]
+                of_label = p[mine, labels[mine]]
+                least: Any = lowest(of_label, rate)
+                if by_class:
+                    least = lowest_by_class(of_label, labels[mine], rate, len(names))
+                inside = sets_of(p[other], least)
+                held = inside[np.arange(len(other)), labels[other]]
+                covered.append(float(held.mean()))
+                size.append(float(inside.sum(1).mean()))
+                classes.append([float(held[labels[other] == k].mean()) for k in range(len(names))])
+            mean = np.mean(classes, 0)
+            rows.append(
+                {
+                    "rate": rate,
+                    "by_class": by_class,
+                    "coverage": float(np.mean(covered)),
+                    "sd": float(np.std(covered, ddof=1)),
+                    "size": float(np.mean(size)),
+                    "worst_class": [names[int(mean.argmin())], float(mean.min())],
+                    "each": covered,
+                }
+            )
+    return rows
+
+
+def strange_pictures(
+    opened: Any, doubt: Any, means: Any, kinds: dict[str, NDArray[np.uint8]]
+) -> dict[str, Any]:
+    """Of each kind: how many are answered by default, and how sure they would have been."""
+    rule, model, rows = doubt.rule(), opened.model(), {}
+    for name, pictures in kinds.items():
+        logits, features = answers_of(model, pictures)
+        p = softmax(logits.double().numpy() / doubt.temperature, axis=1)
+        doubts = rule.doubts(p, familiarity(features, means))
+        rows[name] = {
+            "pictures": len(pictures),
+            "answered": doubts.count(None),
+            "unlike": doubts.count("unlike"),
+            "undecided": doubts.count("undecided"),
+            "mean_probability": float(p.max(1).mean()),
+        }
+    return rows
+
+
+def scores(opened: Any, data: Any, kinds: dict[str, NDArray[np.uint8]]) -> dict[str, Any]:
+    """Share of each kind that is answered where 5 % of the held-out pictures are not, by score."""
+    train, held = split_images(data, opened.task.recipe.validation)
+    train, model, k = some_of(train), opened.model(), data.num_classes
+    of_train, f_train = answers_of(model, train.images)
+    assert f_train is not None
+    f = f_train.astype(np.float64)
+    mu = np.stack([f[train.labels == c].mean(0) for c in range(k)])
+    within = f - mu[train.labels]
+    cov = within.T @ within / len(f)
+    inverse = np.linalg.inv(cov + 0.01 * np.trace(cov) / len(cov) * np.eye(len(cov)))
+    bank = f / np.maximum(np.linalg.norm(f, axis=1, keepdims=True), 1e-12)
+    means = class_features(f, train.labels, k)
+
+    def mahalanobis(x: Floats) -> Floats:
+        return -np.stack([((x - m) @ inverse * (x - m)).sum(1) for m in mu], 1).min(1)
+
+    def neighbours(x: Floats) -> Floats:
+        unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+        return np.sort(unit @ bank.T, 1)[:, -5]
+
+    kinds_of_score: dict[str, Callable[[Floats, Floats], Floats]] = {
+        "largest probability": lambda z, x: softmax(z, axis=1).max(1),
+        "energy": lambda z, x: logsumexp(z, axis=1),
+        "Mahalanobis distance": lambda z, x: mahalanobis(x),
+        "5 nearest neighbours, cosine": lambda z, x: neighbours(x),
+        "class means, cosine": lambda z, x: familiarity(x, means),
+    }
+
+    def asked(pictures: NDArray[np.uint8]) -> tuple[Floats, Floats]:
+        logits, features = answers_of(model, pictures)
+        assert features is not None
+        return logits.double().numpy(), features.astype(np.float64)
+
+    known, tested = asked(some_of(held).images), asked(data.x_test)
+    found = {name: asked(pictures) for name, pictures in kinds.items()}
+    rows = {}
+    for name, score in kinds_of_score.items():
+        least = lowest(score(*known), 0.95)
+        rows[name] = {
+            "test": float((score(*tested) >= least).mean()),
+            **{kind: float((score(*them) >= least).mean()) for kind, them in found.items()},
+        }
+    return rows
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,101 @@
+"""The server says when it is not sure, and shows where the network looked."""
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import normlab
+from normlab.api.run import Run
+from normlab.data import load
+from servers import Server, running
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("served") / "run"
+    return normlab.train(
+        "fast79", out=folder, data="sample", epochs=4, batch_size=50, validation=0.25, threads=1
+    )
+
+
+@pytest.fixture(scope="module")
+def pictures(run: Run, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The test picture that is most familiar to the run, and the one that is least."""
+    folder = tmp_path_factory.mktemp("pictures")
+    near = run.evaluate().familiarity
+    assert near is not None
+    paths = [folder / "known.png", folder / "strange.png"]
+    for path, index in zip(paths, (near.argmax(), near.argmin()), strict=True):
+        Image.fromarray(load("sample").x_test[index]).save(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def server(run: Run) -> Iterator[Server]:
+    with running(str(run.path)) as server:
+        yield server
+
+
+def test_doubt_stands_beside_the_answer(run: Run, server: Server, pictures: list[Path]) -> None:
+    known, strange = pictures
+    assert any(line.startswith("Sure: if a class has a probability of 50") for line in server.said)
+    (answer,) = server.post(strange.read_bytes()).json()["results"]
+    assert answer["doubt"] == "unlike"
+    assert len(answer["predictions"]) == 5
+    assert answer["familiarity"] < server.get("/model").json()["doubt"]["least_familiarity"]
+    (answer,) = server.post(known.read_bytes()).json()["results"]
+    sure = answer["predictions"][0]["probability"] >= 0.5
+    assert answer["doubt"] == (None if sure else "undecided")
+    with running(str(run.path), "--always") as other:
+        (answer,) = other.post(strange.read_bytes()).json()["results"]
+        assert answer["doubt"] is None
+        assert other.get("/model").json()["doubt"] is None
+
+
+def test_heat_is_of_one_picture_alone(server: Server, pictures: list[Path]) -> None:
+    content = pictures[0].read_bytes()
+    (answer,) = server.post(content, query="?heat=true").json()["results"]
+    kind, _, text = answer["heat"].partition(",")
+    assert kind == "data:image/png;base64"
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+    assert pixels.shape == (256, 256, 3)
+    assert (pixels.max(2).astype(int) - pixels.min(2)).max() > 60  # somewhere it is coloured
+    (answer,) = server.post(content).json()["results"]
+    assert answer["heat"] is None
+    refused = server.post(content, content, query="?heat=true")
+    assert refused.status_code == 422
+    assert "one picture alone" in refused.json()["detail"]
+
+
+def test_the_page_says_it_in_words(browser: Any, server: Server, pictures: list[Path]) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto(server.url)
+    page.wait_for_selector("#samples button:nth-child(10)")
+    page.set_input_files("#files", pictures[1])
+    page.wait_for_selector(".unsure")
+    assert page.inner_text(".answer") == "Not sure"
+    assert "unlike those it was trained on" in page.inner_text(".doubt")
+    assert page.inner_text("#status").startswith("strange.png: not sure. ")
+    assert "cannot know every strange picture" in page.inner_text("footer")
+    page.click(".look")
+    page.wait_for_selector(".heat img[src^='data:']")
+    assert page.locator(".heat img").evaluate("image => image.naturalWidth") == 256
+    assert page.get_by_role("img", name="strange.png: where the network looked").count() == 1
+    assert not page.is_visible(".look")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.close()
+
+
+def test_a_rate_that_cannot_be_kept_is_no_server(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from normlab.__main__ import run as command
+
+    assert command(["serve", str(run.path), "--port", "0", "--abstain-at", "99"]) == 2
+    assert "cannot be shown on 100 pictures held out" in capsys.readouterr().err
