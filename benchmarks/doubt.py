@@ -34,10 +34,13 @@ SPLITS = 100
 RATES = (0.8, 0.85, 0.9, 0.95, 0.98)
 SET_RATES = (0.8, 0.9, 0.95)
 MOST = 250  # pictures of a strange kind
-MODULES = """argparse array ast base64 bisect calendar cmath cmd code codecs collections copy csv
-datetime decimal difflib dis email enum fractions functools gzip hashlib heapq html io json logging
-math mimetypes numbers operator pathlib pickle queue random re shlex shutil statistics string
-struct tarfile textwrap timeit token trace types uuid wave weakref zipfile""".split()
+MODULES = (
+    "argparse array ast base64 bisect calendar cmath cmd code codecs collections copy csv "
+    "datetime decimal difflib dis email enum fractions functools gzip hashlib heapq html io "
+    "json logging math mimetypes numbers operator pathlib pickle queue random re shlex shutil "
+    "statistics string struct tarfile textwrap timeit token trace types uuid wave weakref "
+    "zipfile"
+)
 
 Floats = NDArray[np.float64]
 
@@ -59,7 +62,7 @@ def screenshots(folder: Path) -> None:
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1024, "height": 768})
-        for name in MODULES:
+        for name in MODULES.split():
             found, told = pydoc.resolve(name)  # type: ignore[misc]
             page.set_content(pydoc.html.page(told, pydoc.html.document(found, told)))
             page.screenshot(path=folder / f"{name}.png")
@@ -229,7 +232,7 @@ def scores(opened: Any, data: Any, kinds: dict[str, NDArray[np.uint8]]) -> dict[
     """Share of each kind that is answered where 5 % of the held-out pictures are not, by score."""
     train, held = split_images(data, opened.task.recipe.validation)
     train, model, k = some_of(train), opened.model(), data.num_classes
-    of_train, f_train = answers_of(model, train.images)
+    _, f_train = answers_of(model, train.images)
     assert f_train is not None
     f = f_train.astype(np.float64)
     mu = np.stack([f[train.labels == c].mean(0) for c in range(k)])

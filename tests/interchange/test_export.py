@@ -93,7 +93,8 @@ def test_onnx_answers_as_the_run(runs: dict[str, Run], name: str, tmp_path: Path
     assert certificate == exported.certificate.as_dict()
     assert certificate["test_images"] == 200
     assert certificate["run_accuracy"] == expected.accuracy
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "model.onnx"]
+    written = sorted(p.name for p in tmp_path.iterdir())
+    assert written == ["README.md", "model.onnx", "predict.py", "requirements.txt"]
 
 
 @pytest.mark.parametrize("size", [17, 32, 33])
