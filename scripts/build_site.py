@@ -161,8 +161,8 @@ def recipes() -> str:
         "# Recipes",
         "A recipe is every number that decides the weights of a training. `normlab train NAME` "
         "trains one; each of its settings is an option ([commands](commands.md)). What they "
-        "reached over seeds stands in [the benchmarks](../benchmarks.md). The settings below are those "
-        "that are not as `notebook` has them.",
+        "reached over seeds stands in [the benchmarks](../benchmarks.md). The settings below are "
+        "those that are not as `notebook` has them.",
     ]
     plain = RECIPES["notebook"]().settings()
     for name, make in RECIPES.items():
