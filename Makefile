@@ -5,6 +5,7 @@
 #   make compare six pairs of batch against none, with a verdict
 #   make docs    the documentation site, into site/; it opens from that folder, too
 #   make bench   normlab beside Keras, PyTorch and ONNX Runtime; QUICK=1 takes under five minutes
+#   make profile where the time of a training step goes, pass by pass
 #   make soak    longer tests
 #   make torture kill 240 trainings and studies, let every write fail, count what survives
 #   make attack  hostile files and clients, counted: tried and survived
@@ -49,6 +50,9 @@ check: $(VENV)/.checked
 
 soak: $(VENV)/.tested
 	$(BIN)/python -m pytest -m soak --timeout 1200 $(ARGS)
+
+profile: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.passes $(ARGS)
 
 torture: $(VENV)/.tested
 	$(BIN)/python tests/torture.py $(ARGS)

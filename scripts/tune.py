@@ -23,6 +23,7 @@ from normlab.data import load
 from normlab.data.batches import split_validation
 from normlab.evaluation.forward import logits_of
 from normlab.evaluation.scores import score
+from normlab.layers import use_tiles
 from normlab.models import MODELS
 from normlab.training.loop import fit
 from normlab.training.optimisers import make_optimizer
@@ -59,13 +60,14 @@ def main() -> None:
         model = partial(MODELS[recipe.model.name], **network)(
             norm=recipe.norm.name, seed=arguments.seed
         )
+        use_tiles(model, recipe.model.winograd)
         model.to(memory_format=torch.channels_last)
         if hasattr(model, "fit_to"):
             model.fit_to(train.images)
         state = State(model=model, optimizer=make_optimizer(recipe.optimizer, model))
         plan = Plan(
             recipe=recipe,
-            folder=Path(),
+            folder=None,
             seed=arguments.seed,
             threads=arguments.threads,
             train=train,

@@ -14,7 +14,7 @@ from normlab.layers.fused import (
     relu_dropout_norm,
 )
 from normlab.layers.norms import GroupNorm, InstanceNorm, LayerNorm, NoNorm
-from normlab.layers.weights import Conv2d, Dense, Flatten, conv3x3
+from normlab.layers.weights import Conv2d, Dense, Flatten, conv3x3, use_tiles
 from normlab.recipes.families import NORMS
 
 
@@ -62,4 +62,5 @@ __all__ = [
     "normalizer",
     "relu_dropout",
     "relu_dropout_norm",
+    "use_tiles",
 ]

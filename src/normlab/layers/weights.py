@@ -54,6 +54,13 @@ class Conv2d(nn.Conv2d):
         return conv3x3(x, self.weight, self.bias, self.tile)
 
 
+def use_tiles(network: nn.Module, side: int) -> None:
+    """Let every `Conv2d` of `network` work on tiles of `side` × `side`; see `conv3x3`."""
+    for layer in network.modules():
+        if isinstance(layer, Conv2d):
+            layer.tile = side
+
+
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, tile: int = 2) -> Tensor:
     """conv2d(x, weight, bias, padding=1) for 3 × 3 kernels, compiled where that applies.
 

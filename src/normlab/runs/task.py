@@ -16,7 +16,7 @@ from normlab.data.changes import Changes
 from normlab.data.given import was_given
 from normlab.data.loading import PUBLIC
 from normlab.errors import DataError
-from normlab.layers import Conv2d
+from normlab.layers import use_tiles
 from normlab.recipes import Recipe
 from normlab.recipes.families import MODELS
 
@@ -114,9 +114,7 @@ class Task:
             logit_scale=model.logit_scale,
             seed=self.seed,
         )
-        for layer in network.modules():
-            if isinstance(layer, Conv2d):
-                layer.tile = model.winograd
+        use_tiles(network, model.winograd)
         return network
 
     def values(self) -> int:
