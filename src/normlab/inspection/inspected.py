@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from normlab.core.records import checked, read_json
 from normlab.inspection.recording import WATCHED, Recording, read_recording
-from normlab.runs import Run, open_run
+from normlab.runs import Run, open_run, read_history
 from normlab.text import printable
 
 
@@ -58,7 +58,7 @@ def inspected(run: Run | Path) -> Inspected:
     if not isinstance(run, Run):
         about = checked(read_json(run / WATCHED), _About, run / WATCHED)
         seconds = float(about["seconds"])
-        return Inspected(printable(about["label"]), read_recording(run), [], seconds)
+        return Inspected(printable(about["label"]), read_recording(run), read_history(run), seconds)
     recipe, result = run.task.recipe, run.result
     return Inspected(
         label=f"{recipe.name}, norm {recipe.norm.name}, seed {run.task.seed}",

@@ -65,6 +65,12 @@ class Recording:
         arrays = {name: values[keep] for name, values in self.arrays.items()}
         return Recording(self.steps[keep], self.layers, arrays)
 
+    def thinned(self, every: int) -> "Recording":
+        """The early samples, and of those that came evenly only each `every` steps."""
+        keep = (self.steps % every == 0) | (self.steps < every // 2)
+        arrays = {name: values[keep] for name, values in self.arrays.items()}
+        return Recording(self.steps[keep], self.layers, arrays)
+
     def append(self, step: int, sample: activations.Sample) -> "Recording":
         """This recording and one more sample, which has the same names."""
         if not len(self.steps):

@@ -57,6 +57,7 @@ from normlab.inspection.recording import (
 from normlab.layers import NoNorm, moments
 from normlab.layers.norms import GroupNorm as OurGroupNorm
 
+HISTORY = "history.jsonl"  # a callback's, in the same folder
 MOST_CALLS = 64  # of a layer in one step that are described
 WRITING = 0.02  # share of the time that writing the file may take before the end
 WEIGHTS: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear, nn.Bilinear)
@@ -67,7 +68,7 @@ NORMS: tuple[type[nn.Module], ...] = (
 
 
 @dataclass
-class _Side:
+class Side:
     """What one side of a layer saw in a step: the parts of its calls."""
 
     moments: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # values, mean, var
@@ -96,14 +97,14 @@ class _Layer:
     """A layer and what it has seen in the step that is being sampled."""
 
     module: nn.Module
-    sides: tuple[_Side, _Side] = field(default_factory=lambda: (_Side(), _Side()))
+    sides: tuple[Side, Side] = field(default_factory=lambda: (Side(), Side()))
     calls: int = 0
     squares: float = 0.0  # of the gradient's values
     largest: Tensor | None = None  # (C,) of their absolute values
     weight_grad: float = float("nan")
 
     def forget(self) -> None:
-        self.sides, self.calls = (_Side(), _Side()), 0
+        self.sides, self.calls = (Side(), Side()), 0
         self.squares, self.largest, self.weight_grad = 0.0, None, float("nan")
 
     def note_gradient(self, grad: Tensor) -> None:
@@ -228,7 +229,7 @@ class Watch:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"cannot make the folder {str(self.folder)!r} ({e.strerror})") from None
-        if any(path.name != LOCK for path in self.folder.iterdir()):
+        if any(path.name not in (LOCK, HISTORY) for path in self.folder.iterdir()):
             raise UserError(f"folder {str(self.folder)!r} is not empty: choose a new one to watch")
 
     def _arm(self) -> None:
@@ -305,7 +306,7 @@ class Watch:
         inputs, named = self.probe
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         try:
-            with untouched(self.model), _random_streams(device), torch.no_grad():
+            with untouched(self.model), random_streams(device), torch.no_grad():
                 self.model.train()(*inputs, **named)
         except Exception as e:  # somebody else's forward may refuse a smaller batch
             self.drifts = False
@@ -341,12 +342,13 @@ class Watch:
         sample["seconds"] = np.asarray(spent, np.float32)
         self.spent = 0.0
         first = {k: v[-1] for k, v in self.recording.arrays.items()}
-        missing = {k: _nothing(k, v) for k, v in first.items() if k not in sample}
+        missing = {k: nothing(k, v) for k, v in first.items() if k not in sample}
         self.recording = self.recording.append(self.steps, {**sample, **missing})
         for layer in self.layers.values():
             layer.forget()
         if len(self.recording.steps) > MOST_SAMPLES:
-            self._thin()
+            self.every *= 2
+            self.recording = self.recording.thinned(self.every)
         now = time.perf_counter()
         if self.written <= WRITING * (now - self.began):
             self._write(compress=False)
@@ -363,14 +365,6 @@ class Watch:
         if left := [name for name in self.layers if name not in ran]:
             self.notes.append(f"not run as modules, and left out: {', '.join(left[:20])}")
         self.recording = Recording(self.recording.steps, tuple(ran), {})
-
-    def _thin(self) -> None:
-        """Drop every other sample of those that come evenly."""
-        self.every *= 2
-        steps = self.recording.steps
-        keep = (steps % self.every == 0) | (steps < self.every // 2)
-        arrays = {name: values[keep] for name, values in self.recording.arrays.items()}
-        self.recording = Recording(steps[keep], self.recording.layers, arrays)
 
     def _rate(self, module: nn.Module) -> float:
         weight = getattr(module, "weight", None)
@@ -484,7 +478,7 @@ def _first_ones(values: Any) -> Any:
 
 
 @contextmanager
-def _random_streams(device: torch.device) -> Iterator[None]:
+def random_streams(device: torch.device) -> Iterator[None]:
     """The streams of Python, NumPy and the device as they were, at the end.
 
     Meanwhile PyTorch's start at the same place every time, so that the same things are dropped.
@@ -499,7 +493,7 @@ def _random_streams(device: torch.device) -> Iterator[None]:
             np.random.set_state(numpy)  # noqa: NPY002
 
 
-def _nothing(key: str, like: NDArray[np.float32]) -> NDArray[np.float32]:
+def nothing(key: str, like: NDArray[np.float32]) -> NDArray[np.float32]:
     """In place of what a layer that did not run would have shown."""
     if key.endswith("/histogram"):
         return np.zeros(BINS, np.float32)

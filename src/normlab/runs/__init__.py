@@ -14,7 +14,7 @@ curves.png, report.html
 """
 
 from normlab.runs.folders import RUNS, create_folder, latest
-from normlab.runs.run import WEIGHTS, Environment, Result, Row, Run, open_run
+from normlab.runs.run import WEIGHTS, Environment, Result, Row, Run, open_run, read_history
 from normlab.runs.task import STATISTICS, Start, Task
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "create_folder",
     "latest",
     "open_run",
+    "read_history",
 ]

@@ -91,16 +91,7 @@ class Run:
     @property
     def history(self) -> list[Row]:
         """One entry an epoch: losses, accuracies, seconds."""
-        path = self.path / "history.jsonl"
-        if not path.exists():
-            return []
-        try:
-            rows = [json.loads(line) for line in read_text(path).splitlines()]
-        except DataError:
-            raise
-        except (ValueError, OSError, RecursionError) as e:
-            raise DataError(f"{path} cannot be read as lines of JSON ({e})") from None
-        return [checked(as_object(row, path), Row, path) for row in rows]
+        return read_history(self.path)
 
     @property
     def environment(self) -> Environment:
@@ -151,6 +142,24 @@ class Run:
             reason = str(e).splitlines()[-1].strip()
             raise DataError(f"{path} does not fit the recipe beside it: {reason}") from None
         return model.eval()
+
+
+def read_history(folder: Path) -> list[Row]:
+    """The rows of `history.jsonl` in `folder`; none where there is no such file.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    path = folder / "history.jsonl"
+    if not path.exists():
+        return []
+    try:
+        rows = [json.loads(line) for line in read_text(path).splitlines()]
+    except DataError:
+        raise
+    except (ValueError, OSError, RecursionError) as e:
+        raise DataError(f"{path} cannot be read as lines of JSON ({e})") from None
+    return [checked(as_object(row, path), Row, path) for row in rows]
 
 
 def open_run(path: str | Path | None = None) -> Run:
