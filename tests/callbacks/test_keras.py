@@ -28,7 +28,7 @@ from normlab.callbacks.keras import Checkup, History, Watch
 folder, how = sys.argv[1:]
 keras.utils.set_random_seed(0)
 rng = np.random.default_rng(0)
-x = rng.normal(size=(60, 8, 8, 3)).astype("float32")
+x = 5 * rng.normal(size=(60, 8, 8, 3)).astype("float32")
 y = rng.integers(0, 4, 60)
 model = keras.Sequential([
     layers.Input((8, 8, 3)),
