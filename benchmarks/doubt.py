@@ -3,6 +3,7 @@
     python -m benchmarks.doubt screenshots /tmp/screens
     python -m benchmarks.doubt run RUN --strange sea=FOLDER --strange screens=/tmp/screens \\
         --out docs/results/doubt/NAME.json
+    python -m benchmarks.doubt draw docs/results/doubt/*.json --out docs/doubt.png
 
 Thresholds come from the run's held-out pictures. The 100 splits are of its test pictures: one half
 takes the part of held-out ones, the other is counted. The file has every split.
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp, softmax
 
 from normlab.api.run import open_run
-from normlab.core.files import write_json
+from normlab.core.files import write_atomic, write_json
 from normlab.data.batches import split_images
 from normlab.data.pictures.decoding import Readers
 from normlab.data.pictures.walking import walk
@@ -29,6 +30,7 @@ from normlab.evaluation import held_out
 from normlab.evaluation.abstention import choose_threshold, risk_coverage
 from normlab.evaluation.conformal import lowest, lowest_by_class, sets_of
 from normlab.evaluation.familiarity import answers_of, class_features, familiarity, some_of
+from normlab.reports import plots
 
 SPLITS = 100
 RATES = (0.8, 0.85, 0.9, 0.95, 0.98)
@@ -106,6 +108,68 @@ def run(path: str, strange: tuple[str, ...], out: Path) -> None:
     write_json(out, result)
     told = {k: v for k, v in result.items() if k not in ("classes", "sets", "risk_coverage")}
     click.echo(json.dumps(told, indent=1))
+
+
+@cli.command()
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def draw(results: tuple[Path, ...], out: Path) -> None:
+    """Draw risk and coverage, and what is answered of strange pictures; print the tables."""
+    fig = plots.figure(9.5, 4)
+    left, right = fig.subplots(1, 2)
+    found = [json.loads(path.read_text()) for path in results]
+    kinds: list[str] = []
+    for r in found:
+        rows = r["risk_coverage"]
+        left.plot([x["coverage"] for x in rows], [x["accuracy"] for x in rows], "o-", ms=3)
+        kinds += [kind for kind in r["strange"] if kind not in kinds]
+        label = f"{r['data']}, {r['accuracy']:.3f}"
+        left.annotate(label, (rows[-1]["coverage"], rows[-1]["accuracy"]), fontsize=7, ha="right")
+        click.echo(table(r))
+    left.set(xlabel="share answered, surest first", ylabel="accuracy of those answered")
+    height = 0.8 / len(found)
+    for i, r in enumerate(found):
+        places = [k for k, kind in enumerate(kinds) if kind in r["strange"]]
+        rows = [r["strange"][kinds[k]] for k in places]
+        shares = [row["answered"] / row["pictures"] for row in rows]
+        right.barh([k + i * height for k in places], shares, height=height, label=r["data"])
+    right.set_yticks([k + 0.4 - height / 2 for k in range(len(kinds))], kinds, fontsize=8)
+    right.invert_yaxis()
+    right.set(xlim=(0, 1), xlabel="answered by default, though of no class")
+    right.legend(fontsize=7)
+    write_atomic(out, plots.png(fig))
+
+
+def table(r: dict[str, Any]) -> str:
+    """The figures of a run as Markdown."""
+    before, after = r["calibration"]["before"], r["calibration"]["after"]
+    lines = [
+        f"{r['data']}: {r['training']:,} training pictures, {r['held_out']:,} held out, "
+        f"{r['test']:,} test; accuracy {r['accuracy']:.4f}; temperature {r['temperature']:.3f}; "
+        + ", ".join(f"{k} {before[k]:.4f} → {after[k]:.4f}" for k in ("error", "brier", "loss")),
+    ]
+    for row in r["abstain"]:
+        held, splits = row["held_out"], row["splits"]
+        told = "cannot be shown"
+        if held is not None and held["test_answered"]:
+            share = held["test_answered"] / r["test"]
+            right = held["test_right"] / held["test_answered"]
+            told = f"{share:.1%} answered, {right:.1%} right"
+        lines.append(f"| {row['rate']:.0%} | {told} | {splits['kept']} of {splits['shown']} |")
+    lines += [
+        f"| {row['rate']:.0%} | {'each class' if row['by_class'] else 'all'} | "
+        f"{row['coverage']:.3f} ± {row['sd']:.3f} | {row['worst_class'][1]:.3f} "
+        f"({row['worst_class'][0]}) | {row['size']:.2f} |"
+        for row in r["sets"]
+    ]
+    for kind, row in r["strange"].items():
+        by_score = " | ".join(f"{scores[kind]:.0%}" for scores in r["scores"].values())
+        lines.append(
+            f"| {kind} | {row['pictures']} | {row['answered'] / row['pictures']:.0%} | {by_score} |"
+        )
+    by_score = " | ".join(f"{scores['test']:.0%}" for scores in r["scores"].values())
+    lines.append(f"| its own test pictures | {r['test']} | | {by_score} |")
+    return "\n".join(lines) + "\n"
 
 
 def drawn(size: int) -> dict[str, NDArray[np.uint8]]:

@@ -32,12 +32,17 @@ def head_of(model: nn.Module) -> nn.Linear | None:
 def answers_of(
     model: nn.Module, images: Images, batch_size: int = 250
 ) -> tuple[Tensor, NDArray[np.float32] | None]:
-    """Logits (N, K) and features (N, D) of images; no features where there is no linear layer."""
+    """Logits (N, K) and features (N, D) of images.
+
+    No features where there is no linear layer, or one that takes something else than one row an
+    image.
+    """
     rows: list[Tensor] = []
     with _features(model) as taken:
         run_batches(model, images, batch_size, take=lambda a, _: rows.append(logits(a[0]).cpu()))
-    features = torch.cat(taken).numpy() if taken else None
-    return torch.cat(rows), features
+    answers = torch.cat(rows)
+    plain = all(t.ndim == 2 for t in taken) and sum(map(len, taken)) == len(answers)
+    return answers, torch.cat(taken).numpy() if taken and plain else None
 
 
 @contextmanager

@@ -140,6 +140,7 @@ def closing_lines(run: Run, install_seconds: float | None = None) -> list[str]:
             f"{surest['label']}, "
             f"answered {surest['answer']} with {surest['probability']:.2%}"
         )
+    lines += _sure_lines(scores)
     lines += _own_data_lines(result)
     lines += [f"Warning: {warning}" for warning in warnings_of(result)]
     lines += [f"Limit: {limit}" for limit in scores["limits"]]
@@ -164,6 +165,20 @@ def _length_lines(run: Run) -> list[str]:
         ended = f"{epochs} of {planned} epochs, since {patience} brought no lower loss on them"
     kept = f"those of the best epoch, {best}" if run.kept == "best" else "the last ones"
     return [f"Watched: {held_out}; {ended}; the weights kept are {kept}"]
+
+
+def _sure_lines(scores: dict[str, Any]) -> list[str]:
+    """How sure it is, if pictures were held out to learn it from."""
+    if not (sure := scores.get("sure")):
+        return []
+    c, answered = scores["calibration"], sure["answered"]
+    rightly = f", {sure['right'] / answered:.1%} of them rightly" if answered else ""
+    return [
+        f"Sure of {answered:,} of {scores['test_images']:,} test pictures{rightly}; of the others "
+        "`normlab predict` says that it is not sure. Calibration error "
+        f"{c['before']['error']:.3f}, {c['after']['error']:.3f} with the temperature "
+        f"{c['temperature']:.2f} of {sure['held_out']:,} held-out pictures."
+    ]
 
 
 def _own_data_lines(result: Result) -> list[str]:
