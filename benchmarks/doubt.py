@@ -155,7 +155,8 @@ def table(r: dict[str, Any]) -> str:
             share = held["test_answered"] / r["test"]
             right = held["test_right"] / held["test_answered"]
             told = f"{share:.1%} answered, {right:.1%} right"
-        lines.append(f"| {row['rate']:.0%} | {told} | {splits['kept']} of {splits['shown']} |")
+        broken = splits["shown"] - splits["kept"]
+        lines.append(f"| {row['rate']:.0%} | {told} | {splits['shown']} | {broken} |")
     lines += [
         f"| {row['rate']:.0%} | {'each class' if row['by_class'] else 'all'} | "
         f"{row['coverage']:.3f} ± {row['sd']:.3f} | {row['worst_class'][1]:.3f} "
