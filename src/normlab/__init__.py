@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normlab.api.compare import Study as Study
+    from normlab.api.curve import learning_curve as learning_curve
     from normlab.api.run import Evaluation as Evaluation
     from normlab.api.run import Run as Run
     from normlab.api.run import evaluate as evaluate
@@ -66,6 +67,7 @@ _HOMES = {
     "doctor": "diagnosis",
     "evaluate": "api.run",
     "inspect": "reports.inspection_report",
+    "learning_curve": "api.curve",
     "load": "data",
     "open_run": "api.run",
     "open_study": "api.studies",

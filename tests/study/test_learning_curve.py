@@ -9,7 +9,7 @@ import pytest
 
 import normlab
 from normlab.__main__ import run as command
-from normlab.api.curve import _part, curve
+from normlab.api.curve import _part, learning_curve
 from normlab.data import load
 from normlab.errors import UserError
 from normlab.study.learning_curve import LearningCurve, Point, extrapolate
@@ -98,4 +98,4 @@ def test_a_curve_from_the_terminal_goes_on(
 @pytest.mark.parametrize("shares", [(1.0,), (0.5,), (0.5, 2.0), (0.0, 1.0)])
 def test_shares_that_are_no_line_are_refused(shares: tuple[float, ...]) -> None:
     with pytest.raises(UserError, match="shares"):
-        curve("fast79", data="sample", shares=shares)
+        learning_curve("fast79", data="sample", shares=shares)

@@ -22,7 +22,7 @@ from normlab.study.learning_curve import LearningCurve, Point
 SHARES = (0.25, 0.5, 1.0)
 
 
-def curve(
+def learning_curve(
     recipe: str | None = None,
     *,
     data: str | Path | Mapping[str, Any] | ImageData | None = None,

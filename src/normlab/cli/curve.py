@@ -61,7 +61,7 @@ def curve(
     Each training takes as many steps as the one on all pictures. The errors are continued to twice
     as many pictures, with the spread over the seeds.
     """
-    from normlab.api.curve import curve as draw
+    from normlab.api.curve import learning_curve
 
     def told(point: "Point") -> None:
         say(
@@ -69,7 +69,7 @@ def curve(
             err=True,
         )
 
-    found = draw(
+    found = learning_curve(
         recipe,
         data=data,
         shares=_shares(shares),
