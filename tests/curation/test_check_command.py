@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+import normlab
 from normlab.cli import cli
+from normlab.curation.first_look import first_look
 from normlab.data import load
 from normlab.data.changes import read_changes
+from normlab.data.images import from_mapping
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +178,38 @@ def test_it_fits_a_phone(checked: tuple[Path, Path, str], browser: Any) -> None:
     select.select_option("frog")
     assert page.locator("#save").is_enabled()
     context.close()
+
+
+def test_a_training_looks_first_and_is_loud_only_when_there_is_something(tmp_path: Path) -> None:
+    sample = load("sample")
+    clean = from_mapping(
+        {"x_train": sample.x_train, "y_train": sample.y_train}
+        | {"x_test": sample.x_test[:100], "y_test": sample.y_test[:100]},
+        name="pets",
+    )
+    assert first_look(clean) == []
+    x_test = clean.x_test.copy()
+    x_test[7] = clean.x_train[50][:, ::-1]
+    x_test[8] = clean.x_train[51] // 2 + 60
+    few = clean.y_train != 3
+    few[np.flatnonzero(~few)[:9]] = True
+    leaked = replace(clean, x_test=x_test, x_train=clean.x_train[few], y_train=clean.y_train[few])
+    lines = first_look(leaked)
+    assert lines[0] == "3: 9 to train on; give at least 20"
+    assert "2 of 100 test pictures have a near copy" in lines[-1]
+    assert "test/7 is much like train/" in lines[-1]
+    assert "test/8 is much like train/" in lines[-1]
+
+
+def test_train_tells_what_it_saw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = load("sample")
+    x_test = sample.x_test.copy()
+    x_test[0] = sample.x_train[5]
+    arrays = {"x_train": sample.x_train, "y_train": sample.y_train}
+    arrays |= {"x_test": x_test, "y_test": sample.y_test}
+    np.savez(tmp_path / "mine.npz", **arrays)
+    options = {"epochs": 1, "batch_size": 100, "out": tmp_path / "run", "threads": 1}
+    normlab.train("fast79", data=tmp_path / "mine.npz", **options)
+    said = capsys.readouterr().err
+    assert "mine.npz: 1 of 200 test pictures have a near copy among 400 training pictures" in said
+    assert "test/0 is much like train/5" in said

@@ -17,6 +17,7 @@ from normlab.core.environment import settings as machine_settings
 from normlab.core.files import locked, write_json
 from normlab.core.ranks import WAIT, Ranks, joined
 from normlab.core.tensors import digest, is_finite, write_tensors
+from normlab.curation.first_look import first_look
 from normlab.data import ImageData, load
 from normlab.data.changes import read_changes
 from normlab.data.loading import PUBLIC
@@ -183,6 +184,10 @@ def train(
             with machine_settings(threads, where):
                 started = time.perf_counter()
                 refuse_impossible(task, images)
+                if own and ranks.first:
+                    for line in first_look(images):
+                        text = printable(f"{images.name}: {line}")
+                        print(text, file=sys.stderr, flush=True)
                 expected = allowed = None
                 if minutes is not None:
                     fixed = recipe != DEFAULT_OWN or size is not None or images.files_train is None

@@ -12,8 +12,16 @@ from numpy.typing import NDArray
 
 from normlab.core.environment import settings
 from normlab.curation.copies import SURE, Copies, find_copies
-from normlab.curation.descriptors import describe, to_side
-from normlab.curation.labels import Suspects, by_regression, by_training, doubt, folds_of
+from normlab.curation.descriptors import SIDE, describe, to_side
+from normlab.curation.labels import (
+    FOLDS,
+    FOLDS_OF_MANY,
+    Suspects,
+    by_regression,
+    by_training,
+    doubt,
+    folds_of,
+)
 from normlab.curation.oddities import Oddity, class_notes, file_sizes, find_oddities
 from normlab.curation.pictures import Pictures
 
@@ -145,12 +153,15 @@ def _doubts(
     same = np.arange(len(labels))
     for one in groups:  # copies of a picture would tell its label
         same[list(one.members)] = one.members[0]
-    fold = folds_of(labels, same)
-    if len(labels) >= MANY:
+    many = len(labels) >= MANY
+    fold = folds_of(labels, same, FOLDS_OF_MANY if many else FOLDS)
+    if many:
         p = by_training(pictures.pixels, labels, k, fold)
         return doubt(labels, p), f"{fold.max() + 1} short trainings, each on the other folds"
-    if pictures.pixels.shape[1] != 32:
-        features = describe(pictures.pixels)
+    pixels = pictures.pixels
+    if pixels.shape[1] != SIDE:
+        features = describe(pixels)
+    features = (features + describe(pixels[:, :, ::-1])) / np.float32(2)
     p = by_regression(features, labels, k, fold)
     return doubt(labels, p), f"{fold.max() + 1} logistic regressions on the built-in body's answers"
 
@@ -191,7 +202,7 @@ def as_record(found: Check) -> dict[str, Any]:
                     "picture": names[i],
                     "label": classes[pictures.labels[i]],
                     "suggested": classes[suspects.suggested[i]],
-                    "margin": round(float(suspects.margin[i]), 4),
+                    "probability": round(float(suspects.own[i]), 4),
                 }
                 for i in doubted
             ],

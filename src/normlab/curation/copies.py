@@ -90,7 +90,7 @@ class Discriminant:
         return unit
 
 
-def fit_discriminant(pixels: Pixels, features: Features) -> Discriminant:
+def fit_discriminant(pixels: Pixels, features: Features, on: int = FIT_ON) -> Discriminant:
     """Fit it to changed copies of `pixels` (N, 32, 32, 3), whose descriptions are `features`."""
     if len(pixels) < LEAST:
         sample = load("sample")
@@ -98,7 +98,7 @@ def fit_discriminant(pixels: Pixels, features: Features) -> Discriminant:
         pixels = np.concatenate([pixels, extra])
         features = np.concatenate([features, describe(extra)])
     rng = stream(0, "check", "discriminant")
-    chosen = rng.permutation(len(pixels))[:FIT_ON]
+    chosen = rng.permutation(len(pixels))[:on]
     kinds = [*CHANGES.values(), *(CHANGES[k] for k in ("moved", "several", "several", "mirrored"))]
     changed = np.stack([kinds[k % len(kinds)](pixels[i], rng) for k, i in enumerate(chosen)])
     mean, scale = features.mean(0), features.std(0) + 1e-4
@@ -112,14 +112,11 @@ def fit_discriminant(pixels: Pixels, features: Features) -> Discriminant:
     return Discriminant(mean, scale, vectors.astype(np.float32))
 
 
-def find_copies(
-    pixels: Pixels, prints: Sequence[bytes], features: Features, *, most: int | None = None
-) -> Copies:
+def find_copies(pixels: Pixels, prints: Sequence[bytes], features: Features) -> Copies:
     """Search all pictures against all.
 
     pixels: (N, 32, 32, 3); prints: N, equal where pictures are equal before they were resized.
     features: (N, D), by `describe`.
-    most: candidates that are aligned.
     """
     exact = _exact(prints)
     first = np.array([indices[0] for indices in exact])
@@ -128,7 +125,7 @@ def find_copies(
     unit = discriminant(described)
     a, b, cosines = _neighbours(unit)
     bands = _bands(small)
-    pairs, scores = _compare(small, bands, a, b, cosines, most or max(MOST, len(pixels)))
+    pairs, scores = _compare(small, bands, a, b, cosines, max(MOST, len(pixels)))
     kept = scores > THRESHOLD
     near = first[pairs[kept]]
     chains = [(i, j) for indices in exact for i, j in pairwise(indices)]
@@ -137,6 +134,23 @@ def find_copies(
     order = np.argsort(-sure, kind="stable")
     found = measure(small, bands, unit, discriminant)
     return Copies(np.sort(every[order], 1), sure[order], len(pairs), found)
+
+
+def leaks(train: Pixels, test: Pixels, *, most: int) -> Indices:
+    """Pairs (P, 2) of a training and a test picture that show the same, the surest first.
+
+    A quick search: the discriminant is fitted on fewer copies, and `most` candidates are aligned.
+    """
+    pixels = np.concatenate([train, test])
+    features = describe(pixels)
+    unit = fit_discriminant(pixels, features, LEAST)(features)
+    a, b, cosines = _neighbours(unit)
+    across = (a < len(train)) & (b >= len(train))
+    bands = _bands(pixels)
+    pairs, scores = _compare(pixels, bands, a[across], b[across], cosines[across], most)
+    found = pairs[np.argsort(-scores, kind="stable")][: int((scores > SURE).sum())]
+    found[:, 1] -= len(train)
+    return found
 
 
 def measure(

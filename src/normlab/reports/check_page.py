@@ -214,7 +214,7 @@ def _findings(found: Check) -> str:
     if suspects is not None:
         for i in suspects.order[: suspects.count].tolist():
             suggested = pictures.class_names[suspects.suggested[i]]
-            add(i, "label in doubt", f"margin {suspects.margin[i]:.3f}", suggested)
+            add(i, "label in doubt", f"probability {suspects.own[i]:.3f}", suggested)
     for oddity in found.oddities:
         add(oddity.index, oddity.kind, oddity.why)
     for name, why in pictures.passed:
