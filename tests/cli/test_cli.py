@@ -276,3 +276,18 @@ def test_two_runs_at_once_get_folders_of_their_own(in_tmp: Path) -> None:
         for name in names
     }
     assert len(hashes) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ("4", "'4': give 8 to 512 pixels, or auto"),
+        ("huge", "'huge': give 8 to"),
+        ("auto", "nowhere"),
+    ],
+)
+def test_a_size_of_pictures_is_a_number_or_auto(
+    size: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", "--data", "nowhere", "--image-size", size]) == 2
+    assert said in capsys.readouterr().err

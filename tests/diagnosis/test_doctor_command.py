@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +50,14 @@ def test_a_clean_run_has_nothing_serious(
 
 
 def test_a_clean_run_needs_no_data(run: normlab.Run) -> None:
+    """Its own are used where they are as they were; else it is said what was not checked."""
     diagnosis = normlab.doctor(run)
     assert not diagnosis.serious
-    assert "score-gap" in diagnosis.not_checked
+    assert {"score-gap", "class-never-right"} <= {*diagnosis.checked}
+    for task in (replace(run.task, data="nowhere.npz"), replace(run.task, data_sha256="0" * 64)):
+        elsewhere = normlab.doctor(replace(run, task=task))
+        assert "score-gap" in elsewhere.not_checked
+        assert not elsewhere.serious
 
 
 def test_a_clean_run_of_the_fast_recipe_has_nothing_serious(tmp_path: Path) -> None:

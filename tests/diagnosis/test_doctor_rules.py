@@ -323,6 +323,8 @@ ELSEWHERE = {
     "training-mode-exported": "test_training_mode_exported",
     "no-normalizer": "test_a_file_without_normalisers_is_never_called_healthy",
     "not-read": "test_what_could_not_be_read_is_counted",
+    "class-never-right": "test_results_of_runs_are_read",
+    "no-better-than-simple": "test_results_of_runs_are_read",
 }
 
 WORST = {rule.id: rule.worst for rule in RULES}
@@ -362,6 +364,17 @@ def test_training_mode_exported(tmp_path: Path, opset: int) -> None:
     assert [(f.where, f.severity) for f in ill] == [("bn", "serious")]
     healthy_graph = exported(tmp_path / "healthy.onnx", training=False, opset=opset)
     assert of(rule, doctor(healthy_graph)) == []
+
+
+def test_results_of_runs_are_read() -> None:
+    described = from_module(settled())
+    classes = {"cat": (3, 4), "dog": (0, 9), "owl": (0, 2), "elk": (0, 0)}
+    diagnosis = examine(replace(described, classes=classes, simple=(0.5, 0.6)))
+    found = {f.where: f.severity for f in of("class-never-right", diagnosis)}
+    assert found == {"class dog": "serious", "class owl": "warning"}
+    assert [f.severity for f in of("no-better-than-simple", diagnosis)] == ["warning"]
+    good = examine(replace(described, classes={"cat": (1, 9)}, simple=(0.7, 0.6)))
+    assert of("class-never-right", good) == of("no-better-than-simple", good) == []
 
 
 def test_a_healthy_model_has_no_findings_at_all() -> None:

@@ -143,6 +143,7 @@ def test_an_epoch_of_tiny_data_is_many_passes() -> None:
         assert epochs <= 30
         assert 1500 <= epochs * steps <= 1575
     assert recipe.length(4) == (30, 50)
+    assert recipe.override(least_steps=43).length(1) == (22, 2)
     assert recipe.override(epochs=100).length(1) == (100, 1)
 
 

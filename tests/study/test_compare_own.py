@@ -9,7 +9,7 @@ from PIL import Image
 
 import normlab
 from normlab import UserError
-from normlab.data.batches import hold_out
+from normlab.data.batches import hold_out, split_images
 from normlab.study.arms import Arm, parse_arm
 from normlab.study.design import MEASURES
 from studies import make_design, make_outcome
@@ -44,6 +44,22 @@ def test_held_out_images_are_a_share_of_each_class_and_the_test_images_are_gone(
     for pixels, name in zip(held.x_test, held.files_test or (), strict=True):
         assert np.array_equal(pixels, images.x_train[where[name]])
     assert hold_out(images, 0.25).sha256 == held.sha256 != images.sha256
+
+
+def test_arrays_sorted_by_class_are_validated_on_all_classes() -> None:
+    labels = np.repeat(np.arange(4), 30)
+    pixels = np.arange(120, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    data = {"x_train": pixels, "y_train": labels, "x_test": pixels[::9], "y_test": labels[::9]}
+    images = normlab.load(data)
+    train, validation = split_images(images, 0.1)
+    assert np.bincount(validation.labels).tolist() == [3, 3, 3, 3]
+    assert np.bincount(train.labels).tolist() == [27, 27, 27, 27]
+    for part in (train, validation):
+        assert np.array_equal(labels[part.images[:, 0, 0, 0]], part.labels)
+    mixed = np.random.default_rng(0).permutation(120)
+    shuffled = normlab.load({**data, "x_train": pixels[mixed], "y_train": labels[mixed]})
+    _, last = split_images(shuffled, 0.1)
+    assert np.array_equal(last.images, shuffled.x_train[108:])
 
 
 def test_an_arm_may_have_its_own_size_and_start() -> None:

@@ -1,5 +1,6 @@
 """What happens around the steps: scores of the weights that are kept, stopping, repair, crops."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.nn.functional import interpolate
 
 import normlab
 from normlab.data.augment import crop, recolour
-from normlab.data.batches import Split, split_images
+from normlab.data.batches import Split, balanced_order, split_images
 from normlab.evaluation.recalibration import renew_stale
 from normlab.evaluation.scores import clearly_better, score
 from normlab.recipes import get
@@ -239,3 +240,37 @@ def test_colours_change_as_their_factors_say() -> None:
     torch.testing.assert_close(seen[1], x[1] * 1.2)
     assert seen[2].std() < 0.6 * x[2].std()
     torch.testing.assert_close(seen[3], x[3].mean(0, keepdim=True).expand(3, 8, 8))
+
+
+def test_sampling_shows_rare_classes_more_often_and_no_image_much_more_than_another() -> None:
+    counts = np.array([400, 100, 25, 0, 1])
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(5), counts))
+    order = balanced_order(labels, seed=3, epoch=0)
+    assert len(order) == len(labels)
+    shown = np.bincount(labels[order], minlength=5)
+    expected = np.sqrt(counts) / np.sqrt(counts).sum() * len(labels)
+    assert np.abs(shown - expected).max() <= 1
+    for label in (0, 1, 2):
+        times = np.bincount(order, minlength=len(labels))[labels == label]
+        assert times.max() - times.min() <= 1
+    assert not np.array_equal(order, balanced_order(labels, seed=3, epoch=1))
+    assert np.array_equal(order, balanced_order(labels, seed=3, epoch=0))
+
+
+def test_a_plan_that_samples_weighs_nothing_and_shows_what_it_should() -> None:
+    images = normlab.load("sample")
+    few = np.flatnonzero((images.y_train != 3) | (np.arange(400) % 8 == 0))
+    rare = replace(
+        images, x_train=images.x_train[few], y_train=images.y_train[few], files_train=None
+    )
+    task = normlab.runs.Task(
+        recipe=get("notebook").override(balance="sampling", validation=0.0, batch_size=50), seed=0,
+        data="sample", data_sha256=rare.sha256, class_names=rare.class_names, image_size=32,
+    )  # fmt: skip
+    plan = make_plan(task, rare, 1)
+    assert plan.class_weights() is None
+    batches = plan.batches()
+    labels = torch.cat([batches(step)[1] for step in range(len(plan.bounds))]).numpy()
+    shown, had = np.bincount(labels), np.bincount(rare.y_train)
+    assert shown[3] > 1.5 * had[3]
+    assert shown.sum() == had.sum()

@@ -10,10 +10,12 @@ import torch
 
 import normlab
 from normlab import UserError
+from normlab.api import train as training
 from normlab.recipes import get
 from normlab.runs import Task
 from normlab.training import pace as pacing
 from normlab.training.hooks import Deadline, make_hooks
+from normlab.training.loop import fit
 from normlab.training.pace import Pace, largest_in, measure, steps_in
 from normlab.training.preparation import make_plan, new_state
 from normlab.training.state import State, StepResult
@@ -24,6 +26,14 @@ PACE = Pace(step=0.1, half_step=0.03, image=0.001)
 @pytest.fixture(scope="module")
 def images() -> normlab.ImageData:
     return normlab.load("sample")
+
+
+def noise() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {
+        "x_train": rng.integers(0, 256, (60, 32, 32, 3), np.uint8), "y_train": np.arange(60) % 3,
+        "x_test": rng.integers(0, 256, (9, 32, 32, 3), np.uint8), "y_test": np.arange(9) % 3,
+    }  # fmt: skip
 
 
 def task(images: normlab.ImageData, recipe: str = "pictures", **changes: Any) -> Task:
@@ -109,11 +119,7 @@ def test_a_training_that_is_slower_than_planned_cools_down_in_time(
 
 @pytest.mark.soak
 def test_minutes_are_kept_by_a_real_training(in_tmp: Path) -> None:
-    rng = np.random.default_rng(0)
-    data = {
-        "x_train": rng.integers(0, 256, (60, 32, 32, 3), np.uint8), "y_train": np.arange(60) % 3,
-        "x_test": rng.integers(0, 256, (9, 32, 32, 3), np.uint8), "y_test": np.arange(9) % 3,
-    }  # fmt: skip
+    data = noise()
     run = normlab.train(data=data, threads=1, minutes=0.25)
     assert run.result is not None
     recipe = run.task.recipe
@@ -122,3 +128,56 @@ def test_minutes_are_kept_by_a_real_training(in_tmp: Path) -> None:
     assert run.result["train_seconds"] < 1.1 * 15
     with pytest.raises(UserError, match="minutes=0"):
         normlab.train(data=data, minutes=0)
+
+
+def test_own_data_are_trained_by_the_recipe_for_them(in_tmp: Path) -> None:
+    data = noise()
+    told: list[str] = []
+
+    class Listen:
+        def before_training(self, plan: Any) -> None:
+            told.append(plan.describe())
+
+        def after_step(self, *_: Any) -> None: ...
+
+    run = normlab.train(data=data, threads=1, epochs=2, observers=(Listen(),))
+    assert run.path.name == "0001-pictures"
+    assert not run.task.recipe.augmentation.flip  # its classes are called 0, 1 and 2
+    assert run.result is not None
+    assert run.result["length"] == {"epochs": 2, "planned": 2, "held_out": 6, "best_epoch": 1} or (
+        run.result["length"]["best_epoch"] == 2
+    )
+    (text,) = told
+    assert "3 classes: 0 20 + 3" in text
+    assert "10 % of the training images are held out" in text
+    assert "Plan: 32 × 32 pixels, network fast, each picture seen 2 times, never mirrored" in text
+    assert "; about " in text
+
+
+def test_a_cool_down_ends_without_the_hook_that_began_it(images: normlab.ImageData) -> None:
+    """As in a run that is resumed: what its minutes were, nothing says any more."""
+    asked = task(images, batch_size=36, epochs=5)
+    plan = make_plan(asked, images, 1)
+    state = new_state(asked, images, torch.device("cpu"))
+    state.ending = 0, 3
+    fit(plan, state, torch.device("cpu"), hooks=[])
+    assert (state.step, state.stopped) == (3, True)
+
+
+@pytest.mark.soak
+def test_time_that_is_up_in_the_first_epoch_leaves_a_whole_run(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = noise()
+    monkeypatch.setattr(training, "steps_in", lambda *_: 1_000_000)
+    run = normlab.train(data=data, threads=1, minutes=0.15)
+    assert run.result is not None
+    assert (run.history, run.result["val_accuracy"]) == ([], None)
+    assert 0 < run.result["steps"] < 33_334
+    assert (run.path / "report.html").exists()
+
+
+def test_three_way_scores_are_had_of_own_data_without_a_recipe(in_tmp: Path) -> None:
+    data = noise()
+    run = normlab.train(data=data, threads=1, epochs=1, three_way=True)
+    assert "val_loss_population" in run.history[0]

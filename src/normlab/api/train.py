@@ -122,12 +122,7 @@ def train(
                 observers = (*observers, Recorder(layers))
             source = starting_points.open_source(start, freeze=freeze, statistics=statistics)
             wanted = {k: v for k, v in changes.items() if v is not None} | dict(settings or {})
-            chosen = starting_points.choose_recipe(source, recipe, wanted)
-            if three_way and chosen.validation == 0:
-                raise UserError(
-                    f"--three-way scores validation images and {chosen.name} holds out none: "
-                    "add --validation 0.1"
-                )
+            starting_points.choose_recipe(source, recipe, wanted)  # before anything is read
             began = time.perf_counter()
             threads = resolve_threads(threads, ranks.local[1])
             where = resolve_device(device, ranks.local[0] if ranks.size > 1 else None)
@@ -176,6 +171,11 @@ def train(
                 )
 
             task = task_at(images.image_shape[0])
+            if three_way and task.recipe.validation == 0:
+                raise UserError(
+                    f"--three-way scores validation images and {task.recipe.name} holds out none: "
+                    "add --validation 0.1"
+                )
             if image_size is not None and image_size != task.image_size:
                 raise UserError(
                     f"image_size={image_size}: {images.name} has {task.image_size} × "
@@ -190,10 +190,8 @@ def train(
                         print(text, file=sys.stderr, flush=True)
                 expected = allowed = None
                 if minutes is not None:
-                    fixed = recipe != DEFAULT_OWN or size is not None or images.files_train is None
-                    sizes = [s for s in SIZES if s <= task.image_size and not fixed] or [
-                        task.image_size
-                    ]
+                    largest = images.natural_size if recipe == DEFAULT_OWN else None
+                    sizes = [s for s in SIZES if largest and s <= largest] or [task.image_size]
                     left = minutes * 60 - time.perf_counter() + began
                     side, pace = largest_in(left, sizes, task_at, images, where)
                     if side != task.image_size:
@@ -216,7 +214,7 @@ def train(
             folder = Path()
             with ranks.agreeing("folder"):
                 if ranks.first:
-                    folder = create_folder(out, chosen.name)
+                    folder = create_folder(out, task.recipe.name)
                     held.enter_context(locked(folder))
                     _claim(folder, task)
                     starting_points.write_start(folder, task, weights)
@@ -460,6 +458,7 @@ def _finish(
     evaluation_seconds = time.perf_counter() - started
     if not math.isfinite(evaluation.loss):
         raise NonFiniteError(f"the loss on the test images is {evaluation.loss}: {remedy}")
+    last = state.history[-1] if state.history else {}  # none where time was up in the first epoch
     result = {
         "run": str(folder),
         "recipe": recipe.name,
@@ -469,8 +468,8 @@ def _finish(
         "test_accuracy": evaluation.accuracy,
         "test_accuracy_interval": list(evaluation.interval),
         "test_loss": evaluation.loss,
-        "val_accuracy": state.history[-1]["val_accuracy"],
-        "val_loss": state.history[-1]["val_loss"],
+        "val_accuracy": last.get("val_accuracy"),
+        "val_loss": last.get("val_loss"),
         "train_seconds": state.seconds,
         "images_per_second": len(plan.train) * state.step / len(plan.bounds) / state.seconds,
         "weights_sha256": digest(state.model.state_dict()),

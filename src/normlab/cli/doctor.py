@@ -26,7 +26,8 @@ def doctor(path: str, data: str | None, weights: str, as_json: bool) -> None:
     """Say what is wrong with a batch-normalised model, where, how bad, and what to do.
 
     PATH is a run's folder, or a file: of torch.save or TorchScript, safetensors, of Keras (.keras,
-    .h5), an ONNX graph. With --data a run's network is run on its images, too. Exit code 1 if
+    .h5), an ONNX graph. A run's network is run on its own images, too, if they are at
+    hand, or on those of --data. Exit code 1 if
     anything is serious, or no batch normalisation was found or could be read.
     """
     from normlab.diagnosis import doctor

@@ -15,11 +15,6 @@ DATA = click.option(
     help="cifar10 (the default), sample (a few hundred images, no network), a folder of pictures, "
     "a .npz, a .parquet, or an archive or folder that holds CIFAR-10.",
 )
-IMAGE_SIZE = click.option(
-    "--image-size",
-    type=click.IntRange(8, 512),
-    help="Pixels a side of pictures; by default 32 or 64, as most of them allow.",
-)
 SKIP_BAD = click.option("--skip-bad", is_flag=True, help="Leave out pictures that cannot be used.")
 JSON = click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
 RATE = click.FloatRange(1, 100, max_open=True)  # per cent
@@ -37,6 +32,30 @@ SETS = click.option(
 )
 PER_CLASS = click.option(
     "--per-class", is_flag=True, help="With --sets: for the pictures of each class, too."
+)
+
+
+class ImageSize(click.ParamType[Any]):
+    """Pixels a side, 8 to 512, or `auto`, which is None: as the pictures allow."""
+
+    name = "pixels"
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> Any:
+        if value == "auto":
+            return None
+        if not str(value).isdigit() or not 8 <= int(value) <= 512:
+            self.fail(f"{value!r}: give 8 to 512 pixels, or auto", parameter, context)
+        return int(value)
+
+
+IMAGE_SIZE = click.option(
+    "--image-size",
+    type=ImageSize(),
+    metavar="PIXELS|auto",
+    help="Pixels a side of pictures; auto, the default, is what most of them allow: 32 or 64, and "
+    "with --minutes 96 or 128, too.",
 )
 SECTION = "Settings of the recipe, instead of its own"
 

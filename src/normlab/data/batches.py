@@ -62,7 +62,11 @@ def hold_out(images: ImageData, share: float) -> ImageData:
     Whoever chooses between ways to train by these still has test images that had no say. Drawn
     from a fixed seed; at least one image of each class that has two.
     """
-    last = np.sort(_last_of_each(images.y_train, share))
+    groups = images.groups_train
+    if groups is None:
+        last = np.sort(_last_of_each(images.y_train, share))
+    else:  # in one piece each
+        last = np.arange(boundary(groups, int(len(groups) * (1 - share))), len(groups))
     kept = np.delete(np.arange(len(images.y_train)), last)
     files = images.files_train
     return replace(
@@ -70,6 +74,7 @@ def hold_out(images: ImageData, share: float) -> ImageData:
         x_train=images.x_train[kept],
         y_train=images.y_train[kept],
         files_train=None if files is None else tuple(files[i] for i in kept),
+        groups_train=None if groups is None else groups[kept],
         x_test=images.x_train[last],
         y_test=images.y_train[last],
         files_test=None if files is None else tuple(files[i] for i in last),
@@ -89,7 +94,8 @@ def _last_of_each(labels: NDArray[np.integer], share: float) -> NDArray[np.int64
 def split_images(images: ImageData, fraction: float) -> tuple[Split, Split]:
     """What to train on and what to validate on, with the names of the files.
 
-    The data's own validation images, if they have any; else `split_validation`.
+    The data's own validation images, if they have any; else `split_validation`. Where the last
+    images lack a class, as those of arrays sorted by class do, a share of each class is held out.
 
     Raises:
         UserError: as `split_validation` does.
@@ -102,10 +108,25 @@ def split_images(images: ImageData, fraction: float) -> tuple[Split, Split]:
     train, validation = split_validation(
         images.x_train, images.y_train, fraction, images.groups_train
     )
+    if images.groups_train is None and _lacks_a_class(train.labels, validation.labels):
+        apart = hold_out(images, fraction)
+        return (
+            Split(apart.x_train, apart.y_train.astype(np.int64), apart.files_train),
+            Split(apart.x_test, apart.y_test.astype(np.int64), apart.files_test),
+        )
     if images.files_train is None:
         return train, validation
     files, cut = images.files_train, len(train)
     return replace(train, files=files[:cut]), replace(validation, files=files[cut:])
+
+
+def _lacks_a_class(train: NDArray[np.int64], held_out: NDArray[np.int64]) -> bool:
+    """Whether one of the parts has no image of a class that should have two or more in both."""
+    k = int(max(train.max(), held_out.max(initial=0))) + 1
+    left, kept = np.bincount(train, minlength=k), np.bincount(held_out, minlength=k)
+    share = len(held_out) / (len(train) + len(held_out))
+    expected = np.minimum(share, 1 - share) * (left + kept)
+    return bool(len(held_out) and (np.minimum(left, kept)[expected >= 2] == 0).any())
 
 
 def boundary(groups: NDArray[np.int64], cut: int) -> int:
@@ -139,6 +160,22 @@ def to_input(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> T
     return x.float().div_(255).permute(0, 3, 1, 2)
 
 
+def balanced_order(labels: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
+    """Indices (N,) of N images, class k's N_k of them √N_k/Σ√N times, class by class.
+
+    Each image of a class is shown as often as any other of it, or once more.
+    """
+    counts = np.bincount(labels)
+    ends = np.rint(np.cumsum(np.sqrt(counts)) / np.sqrt(counts).sum() * len(labels)).astype(int)
+    chosen = []
+    for label, count in enumerate(np.diff(ends, prepend=0)):
+        own = np.flatnonzero(labels == label)
+        rng = stream(seed, "sample", epoch, label)
+        rounds = [rng.permutation(own) for _ in range(-(-count // max(1, len(own))))]
+        chosen.append(np.concatenate(rounds)[:count] if rounds else own[:0])
+    return np.concatenate(chosen)
+
+
 @dataclass
 class Batches:
     """The batches of a training: each pass's in a new order, as its augmentation changes them.
@@ -149,6 +186,7 @@ class Batches:
         bounds: of the batches of a pass, in the order of its images.
         augmentation: how images are changed; None for as they are.
         half_steps: the steps below this one see images of half the height and width.
+        balanced: show images of rare classes more often, as `balanced_order` draws them.
         ranks: the processes that have a part each of every batch.
         whole: labels of all ranks' images of the batch that was asked for last.
     """
@@ -159,6 +197,7 @@ class Batches:
     seed: int
     augmentation: recipes.Augmentation | None = None
     half_steps: float = 0
+    balanced: bool = False
     device: torch.device | str = "cpu"
     ranks: Ranks = ALONE
     epoch: int = -1
@@ -182,5 +221,7 @@ class Batches:
         n = len(self.train)
         self.epoch = epoch
         self.order = stream(self.seed, "order", epoch).permutation(n)
+        if self.balanced:
+            self.order = balanced_order(self.train.labels, self.seed, epoch)[self.order]
         settings = self.augmentation or recipes.Augmentation()
         self.augment = Augmentation.draw(self.seed, epoch, n, settings)

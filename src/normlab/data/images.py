@@ -28,6 +28,8 @@ class ImageData:
     x_train, x_test: (N, H, W, 3) uint8; y_train, y_test: (N,) uint8 or int64.
     x_val, y_val: a validation part of its own, if the data have one; else it is drawn from the
         training images.
+    natural_size: the largest size to which at least half of the pictures need not be enlarged, of
+        `normlab.data.pictures.sizes.SIZES`, where they were resized to a size that nobody chose.
     files_train, files_test, files_val: N names of the files that the images were read from.
     groups_train: (N,) numbers of groups that no split may part, each group in one piece; or None.
     """
@@ -40,6 +42,7 @@ class ImageData:
     class_names: tuple[str, ...]
     x_val: Pixels | None = None
     y_val: Labels | None = None
+    natural_size: int | None = None
     files_train: tuple[str, ...] | None = None
     files_test: tuple[str, ...] | None = None
     files_val: tuple[str, ...] | None = None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from normlab.core.sandbox import LimitError, limited
 from normlab.data import ImageData, load
+from normlab.data.cifar10.cache import read_cache
 from normlab.diagnosis.findings import SEVERITIES, Diagnosis, Finding
 from normlab.diagnosis.modules import Samples, from_module, from_run
 from normlab.diagnosis.network import FACTS, Batches, Network
@@ -38,7 +39,8 @@ def doctor(
             `torch.save` or TorchScript, safetensors, of Keras, an ONNX graph. Files are read, never
             executed.
         data: for a module or a run: what `normlab.load` takes, whose training images give
-            statistics and whose test images are scored; for a module also `(images, labels)`:
+            statistics and whose test images are scored; None for a run's own, if they are at hand
+            as they were. For a module also `(images, labels)`:
             a tensor (N, C, *) as the network takes it, or a dictionary of its keyword arguments,
             and labels (N,) or None.
         weights: of a run: `last`, `best` or `recalibrated`.
@@ -64,13 +66,24 @@ def doctor(
         )
     if isinstance(subject, Run) or Path(subject).is_dir():
         run = subject if isinstance(subject, Run) else open_run(subject)
-        return examine(from_run(run, weights, None if data is None else load(data)))
+        return examine(from_run(run, weights, _own_data(run) if data is None else load(data)))
     if data is not None:
         raise UserError(
             f"data with {str(subject)!r}: a file's network cannot be run; give a run, or call "
             "normlab.doctor(model, data=…) in Python"
         )
     return examine_all(read(Path(subject)))
+
+
+def _own_data(run: Run) -> ImageData | None:
+    """The data that a run was trained on, if they are at hand and unchanged; nothing is fetched."""
+    if run.task.data == "cifar10" and read_cache() is None:
+        return None
+    try:
+        images = run.task.load()
+    except UserError:
+        return None
+    return images if images.sha256 == run.task.data_sha256 else None
 
 
 def _samples(data: Any) -> tuple[Samples | None, int | None]:

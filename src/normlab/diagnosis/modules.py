@@ -107,8 +107,36 @@ def from_run(run: Run, weights: str, data: ImageData | None) -> Network:
     norm = recipe.norm.name
     meant = "" if norm == "batch" else f"its recipe has norm={norm}"
     kind = f"run, {weights} weights"
-    network = replace(network, kind=kind, training=None, meant_without=meant)
+    network = replace(
+        network,
+        kind=kind,
+        training=None,
+        meant_without=meant,
+        classes=_classes(run) if weights == run.kept else {},
+        simple=_simple(run) if weights == run.kept else None,
+    )
     return network if run.task.start is None else _as_trained(network, run.task.start)
+
+
+def _classes(run: Run) -> dict[str, tuple[int, int]]:
+    """Right answers and images of each class in the run's own test."""
+    result = run.result
+    confusion = None if result is None else result.get("evaluation", {}).get("confusion")
+    names = run.task.class_names
+    if confusion is None or np.shape(confusion) != (len(names), len(names)):
+        return {}
+    rows = zip(names, confusion, strict=True)
+    return {name: (int(row[k]), int(sum(row))) for k, (name, row) in enumerate(rows)}
+
+
+def _simple(run: Run) -> tuple[float, float] | None:
+    """The run's accuracy, and where the interval of a logistic regression on its data ends."""
+    result = run.result
+    baselines = None if result is None else result.get("baselines")
+    if result is None or not baselines:
+        return None
+    simple = baselines["logistic regression"]
+    return result["test_accuracy"], simple["test_accuracy_interval"][1]
 
 
 def _as_trained(network: Network, start: Start) -> Network:

@@ -34,6 +34,8 @@ FACTS = {
     "accumulation": "the accumulation of gradients",
     "data": "images to run through the network (--data)",
     "scores": "labelled images to run through the network (--data)",
+    "classes": "the result of a run",
+    "simple": "the result of a run on data of one's own",
 }
 
 
@@ -128,6 +130,8 @@ class Network:
         unread: the normalisers that could not be read, each with the reason.
         unread_tensors: the same of other tensors.
         passed_over: what lies beside the weights and was not looked at.
+        classes: right answers and images of each class in a run's test, by its name.
+        simple: accuracy of a run, and the highest that is no better than a logistic regression.
         meant_without: why it is meant to have no batch normalisation, where that is known.
     """
 
@@ -148,6 +152,8 @@ class Network:
     unread_tensors: Mapping[str, str] = field(default_factory=dict)
     passed_over: tuple[str, ...] = ()
     meant_without: str = ""
+    classes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    simple: tuple[float, float] | None = None
 
     @property
     def facts(self) -> frozenset[str]:
@@ -170,5 +176,7 @@ class Network:
             "accumulation": self.batches.accumulation is not None,
             "data": any(n.data_var is not None for n in ns),
             "scores": self.scores is not None,
+            "classes": bool(self.classes),
+            "simple": self.simple is not None,
         }
         return frozenset(k for k, is_known in known.items() if is_known)

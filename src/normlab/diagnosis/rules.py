@@ -29,4 +29,6 @@ RULES = (
     training.accumulation,
     training.far_from_data,
     training.score_gap,
+    training.class_never_right,
+    training.no_better_than_simple,
 )

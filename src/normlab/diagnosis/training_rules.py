@@ -131,6 +131,38 @@ def score_gap(network: Network) -> Iterator[Observation]:
             )
 
 
+@rule(
+    "classes",
+    worst="serious",
+    remedy="look at its pictures (`normlab evaluate`) and their labels, give more of them, or "
+    "count them more (`--balance weights`)",
+    source="Johnson and Khoshgoftaar 2019, J. Big Data 6:27",
+)
+def class_never_right(network: Network) -> Iterator[Observation]:
+    """A class was never answered rightly in the run's test.
+
+    Serious from 5 test images of it on, else a warning: of one or two it may be chance.
+    """
+    for name, (right, images) in network.classes.items():
+        if images and not right:
+            severity = "serious" if images >= 5 else "warning"
+            yield Observation(f"class {name}", severity, f"0 of {images} test images were right")
+
+
+@rule(
+    "simple",
+    worst="warning",
+    remedy="train longer (`--minutes`), at a larger --image-size, or give more pictures",
+    source="`normlab.evaluation.baselines`",
+)
+def no_better_than_simple(network: Network) -> Iterator[Observation]:
+    """The network is not clearly better than a logistic regression on 8 × 8 pixels."""
+    if network.simple is not None and network.simple[0] <= network.simple[1]:
+        accuracy, bound = network.simple
+        evidence = f"accuracy {accuracy:.3f}; the regression's interval ends at {bound:.3f}"
+        yield Observation("model", "warning", evidence)
+
+
 def _cause(network: Network) -> str:
     """The likeliest reason why running statistics are not the population's."""
     causes = {

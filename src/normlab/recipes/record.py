@@ -172,7 +172,8 @@ class Recipe:
         least_steps: on small data more passes over the images follow, until there are so many
             steps; 0 for none. Whoever sets `epochs` gets so many and no more.
         balance: `weights` weighs an image of class k by √(N/(K·N_k)), scaled to a mean of 1;
-            `auto` does so where the largest class has three times the smallest's images, or more.
+            `sampling` shows it so much more often instead; `auto` is `weights` where the largest
+            class has three times the smallest's images, or more.
         half_size: share of the steps, the first ones, at half the images' height and width.
         validation: share of the training images, the last ones, held out; 0 for none.
         patience: stop after so many epochs without a lower validation loss; None for never.
@@ -203,8 +204,9 @@ class Recipe:
     )
     balance: str = setting(
         "none",
-        "Count rare classes more in the loss; auto does where one has a third of another's images.",
-        names=("none", "weights", "auto"),
+        "Count rare classes more in the loss, or show them more often; auto counts them more where "
+        "one has a third of another's images.",
+        names=("none", "weights", "sampling", "auto"),
     )
     half_size: float = setting(
         0.0,
@@ -242,8 +244,8 @@ class Recipe:
             return self.epochs, batches
         if passes <= MOST_EPOCHS and passes * batches <= 1.05 * least:
             return passes, batches
-        epochs = min(passes, MOST_EPOCHS)
-        return epochs, -(-least // epochs)
+        each = -(-least // min(passes, MOST_EPOCHS))
+        return -(-least // each), each
 
     def _parts(self) -> dict[str, Any]:
         return {part: getattr(self, part) for part in PARTS}
@@ -370,7 +372,7 @@ def _all_settings() -> Iterator[Setting]:
         name="augment",
         kind=str,
         optional=False,
-        help="Vary pictures for a purpose; none; symbols (no mirror); photos; strong.",
+        help="How pictures are varied; symbols are not mirrored, strong is for very few pictures.",
         names=tuple(AUGMENTS),
         allowed=lambda value: True,
         remedy="",

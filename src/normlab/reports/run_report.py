@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from normlab.core.files import write_atomic, write_json
 from normlab.core.places import make_folder
 from normlab.data import ImageData
 from normlab.data.loading import PUBLIC
+from normlab.data.pictures.sizes import USUAL
 from normlab.evaluation.evaluation import Evaluation
 from normlab.evaluation.heat import PASSES, Heat, Probabilities, heat_of, overlay
 from normlab.evaluation.prediction import run_predictor
@@ -213,7 +215,7 @@ def warnings_of(result: Result) -> list[str]:
     if simple and scores["test_accuracy"] <= simple["test_accuracy_interval"][1]:
         found.append(
             "this network is not clearly better than a logistic regression on 8 × 8 pixels: try "
-            "more pictures, or twice the --least-steps"
+            "more pictures, or more --minutes"
         )
     return found
 
@@ -231,26 +233,62 @@ def _data_words(run: Run) -> list[str]:
 
 def _next_commands(run: Run) -> list[str]:
     """What is worth doing next with a run, as commands with a reason."""
-    recipe, data = run.task.recipe, _data_words(run)
-    commands: list[tuple[list[str], str]] = []
     own = run.task.data not in PUBLIC
+    commands = _lacks(run) if own else _contrasts(run)
+    text = "every class, plots, the surest mistakes as pictures"
+    commands.append((["normlab", "evaluate", str(run.path)], text))
+    if own:
+        commands.append((["normlab", "serve", str(run.path)], "a page to drop pictures on"))
+    return [f"{shell(words)}    # {reason}" for words, reason in commands]
+
+
+def _contrasts(run: Run) -> list[tuple[list[str], str]]:
+    """On data of known standing: what to compare the run with."""
+    recipe, data = run.task.recipe, _data_words(run)
+    commands = []
     if recipe.name in RECIPES:
         train = ["normlab", "train", recipe.name]
         if run.task.start:
             commands.append(([*train, *data], "the same without --from"))
-        if own and recipe.name == DEFAULT_OWN and not changed_settings(recipe):
-            steps = str(2 * recipe.least_steps)
-            commands.append(([*train, "--least-steps", steps, *data], "twice as long"))
         twin = "none" if recipe.norm.name == "batch" else "batch"
         commands.append(([*train, "--norm", twin, *data], "its twin"))
-    if own and recipe.name != DEFAULT_OWN:
-        commands.append((["normlab", "train", DEFAULT_OWN, *data], "the recipe for own pictures"))
-    elif not own and recipe.name != "notebook":
+    if recipe.name != "notebook":
         text = "the notebook's own 25 epochs"
         commands.append((["normlab", "train", "notebook", *data], text))
-    text = "every class, plots, the surest mistakes as pictures"
-    commands.append((["normlab", "evaluate", str(run.path)], text))
-    return [f"{shell(words)}    # {reason}" for words, reason in commands]
+    return commands
+
+
+def _lacks(run: Run) -> list[tuple[list[str], str]]:
+    """On data of one's own: what this run's scores say that it lacks; at most two commands.
+
+    Nothing where it errs on one test picture in fifty or fewer.
+    """
+    recipe, result, scores = run.task.recipe, run.finished(), run.finished()["evaluation"]
+    data, size = _data_words(run), "--image-size"
+    data = data[: data.index(size)] + data[data.index(size) + 2 :] if size in data else data
+    if recipe.name != DEFAULT_OWN:
+        words = ["normlab", "train", *data]
+        return [(words, "the recipe for own pictures, with the size that suits them")]
+    learnt = (run.history[-1].get("accuracy") if run.history else None) or 0.0
+    accuracy, counts = result["test_accuracy"], np.sum(scores["confusion"], axis=1)
+    found = []
+    if accuracy >= 0.98:
+        return []
+    if accuracy - scores["balanced_accuracy"] > 0.03 and recipe.balance != "sampling":
+        text = "rare classes are answered worse: show them more often"
+        found.append((["--balance", "sampling"], text))
+    if learnt - accuracy > 0.1 and run.task.start is None and counts.size:
+        text = "it knows its own pictures much better than new ones: start from CIFAR-10"
+        found.append((["--from", "builtin"], text))
+    if learnt < 0.9:
+        minutes = max(1, math.ceil(3 * result["train_seconds"] / 60))
+        text = "it has not learnt its own pictures yet: three times as long"
+        found.append((["--minutes", str(minutes)], text))
+    elif run.task.image_size <= USUAL and len(found) < 2:
+        minutes = max(5, math.ceil(4 * result["train_seconds"] / 60))
+        text = "larger pictures and a deeper network, if the pictures have the pixels"
+        found.append((["--minutes", str(minutes)], text))
+    return [(["normlab", "train", *data, *options], reason) for options, reason in found[:2]]
 
 
 def run_summary_html(run: Run) -> str:

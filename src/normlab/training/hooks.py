@@ -185,9 +185,7 @@ class Patience(Hook):
         self.first = first_low(self.schedule, plan.steps) // plan.epoch_steps
 
     def after_step(self, state: State, done: StepResult) -> None:
-        if state.ending is not None:
-            state.stopped = state.step >= state.ending[1]
-        elif done.ends_epoch and self._is_over(state):
+        if state.ending is None and done.ends_epoch and self._is_over(state):
             rate = self.schedule.share(state.step / self.steps)
             epochs = max(1, round(self.COOL_DOWN * rate * len(state.history)))
             end = state.step + epochs * self.epoch
@@ -218,9 +216,8 @@ class Deadline(Hook):
         took, self.last = state.seconds - self.last, state.seconds
         self.pace = took if not self.pace else 0.95 * self.pace + 0.05 * took
         left = self.seconds - state.seconds
-        if state.ending is not None:
-            state.stopped = state.step >= state.ending[1]
-        elif left <= state.seconds / 5 and (self.steps - state.step) * self.pace > 1.05 * left:
+        late = (self.steps - state.step) * self.pace > 1.05 * left
+        if state.ending is None and left <= state.seconds / 5 and late:
             state.ending = state.step, state.step + max(1, int(left / self.pace))
 
 

@@ -10,6 +10,7 @@ import torch
 from normlab.core.streams import stream
 from normlab.data import ImageData
 from normlab.data.batches import EVALUATION_BATCH, Split
+from normlab.data.pictures.sizes import USUAL
 from normlab.errors import UserError
 from normlab.evaluation.forward import logits_of
 from normlab.evaluation.population import SAMPLE
@@ -65,11 +66,14 @@ def largest_in(
 ) -> tuple[int, Pace]:
     """The largest size of pictures at which the recipe's own length fits into the time, and the
     pace there; the smallest size where none does.
+
+    Above the usual size twice that length has to fit: deeper networks take longer to learn.
     """
     for size in sorted(sizes, reverse=True):
         task = task_at(size)
         pace, plan = measure(task, device), make_plan(task, images, 1)
-        if pace.seconds(plan) + pace.ending(plan, images) <= seconds:
+        lengths = 2 if size > USUAL else 1
+        if lengths * pace.seconds(plan) + pace.ending(plan, images) <= seconds:
             break
     return size, pace
 

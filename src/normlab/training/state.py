@@ -58,6 +58,7 @@ class Plan:
             seed=self.seed,
             augmentation=self.recipe.augmentation,
             half_steps=self.recipe.half_size * self.steps,
+            balanced=self.recipe.balance == "sampling",
             device=device,
             ranks=self.ranks,
         )
@@ -66,7 +67,9 @@ class Plan:
         """What an image of each class counts in the loss (K,); None for all alike."""
         counts = np.bincount(self.train.labels)
         balance = self.recipe.balance
-        if balance == "none" or (balance == "auto" and counts.max() < 3 * max(counts.min(), 1)):
+        if balance in ("none", "sampling") or (
+            balance == "auto" and counts.max() < 3 * max(counts.min(), 1)
+        ):
             return None
         weights = np.sqrt(len(self.train) / (len(counts) * np.maximum(counts, 1)))
         weights /= weights[self.train.labels].mean()
@@ -136,7 +139,6 @@ class State:
         best_epoch: from 1; None before the first validation.
         average: averaged parameters by name; empty without averaging.
         ending: the first and the last step of a cool-down: the rate falls to 0 between them.
-        stopped: no further step is wanted.
     """
 
     model: nn.Module
@@ -152,7 +154,11 @@ class State:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
     ending: tuple[int, int] | None = None
-    stopped: bool = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the cool-down is over: no further step is wanted."""
+        return self.ending is not None and self.step >= self.ending[1]
 
     def share(self, rate: float) -> float:
         """The share of the learning rate at the next step, where a schedule says `rate`."""

@@ -259,11 +259,11 @@ def test_one_parquet_file_of_plain_bytes_and_labels(root: Path) -> None:
 
 def test_bad_rows_and_other_files_are_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parquet(root / "a.parquet", "image", [0, 1, 0, 1, -1], ["a", "b"], 0)
-    with pytest.raises(DataError, match="1 problems"):
+    with pytest.raises(DataError, match="1 problem,"):
         load(root / "a.parquet")
     assert "row 4: no label (-1)" in capsys.readouterr().err
     parquet(root / "a.parquet", "image", [0, 1, 0, 7, 1], ["a", "b"], 0)
-    with pytest.raises(DataError, match="1 problems"):
+    with pytest.raises(DataError, match="1 problem,"):
         load(root / "a.parquet")
     assert "row 3: the label 7 is none of 0 to 1" in capsys.readouterr().err
     parquet(root / "b.parquet", "photo", [0], [], 0)
@@ -295,7 +295,7 @@ def test_labels_with_gaps_keep_their_values(
 ) -> None:
     """A gap makes numbers floats in most programs; 2.0 is the class 2, and NaN is none."""
     parquet(root / "a.parquet", "image", labels, [], 0)
-    with pytest.raises(DataError, match="1 problems"):
+    with pytest.raises(DataError, match="1 problem,"):
         load(root / "a.parquet")
     assert f"a.parquet {gap}" in capsys.readouterr().err
     assert load(root / "a.parquet", skip_bad=True).class_names == names

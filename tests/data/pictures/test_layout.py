@@ -228,7 +228,7 @@ def test_files_that_are_no_pictures_are_told_in_one_line_and_damaged_ones_stop(
         "pets/: pictures in no folder of a class are passed over: poster.png",
     ]
     (root / "owl" / "1.png").write_bytes(b"<html>")
-    with pytest.raises(DataError, match=r"1 problems, listed above; .*--skip-bad"):
+    with pytest.raises(DataError, match=r"1 problem, listed above; .*--skip-bad"):
         load(root, image_size=8)
     assert "    owl/1.png: not a picture, or damaged" in capsys.readouterr().err
 

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from normlab.core.streams import stream
 from normlab.data.changes import Changes
 from normlab.data.images import ImageData
-from normlab.data.pictures.decoding import Decoded
+from normlab.data.pictures.decoding import Decoded, natural_size
 from normlab.data.pictures.grouping import deal, group_order, groups_of
 from normlab.data.pictures.naming import canonical
+from normlab.data.pictures.sizes import USUAL
 from normlab.errors import DataError
-from normlab.text import printable, shown
+from normlab.text import counted, printable, shown
 
 TEST_SHARE = 0.2
 PARTS = ("train", "test")
@@ -58,6 +59,7 @@ class Collection:
     passed: the same of what is left out by a rule.
     notes: lines about what was decided.
     others: names of files that are no pictures.
+    natural_size: as `ImageData` has it.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Collection:
     passed: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
+    natural_size: int | None = None
 
     def note(self, kind: str, what: str) -> None:
         """A problem, which stops it unless the user said otherwise."""
@@ -75,6 +78,16 @@ class Collection:
     def pass_over(self, kind: str, what: str) -> None:
         """What is left out by a rule; of one kind some examples are told."""
         self.passed.append((kind, what))
+
+
+def choose_size(
+    collection: Collection, sources: Sequence[Path | bytes], image_size: int | None
+) -> int:
+    """The size to decode to: `image_size`, or the pictures' own, if that is not above the usual."""
+    if image_size is not None:
+        return image_size
+    collection.natural_size = natural_size(sources)
+    return min(collection.natural_size, USUAL)
 
 
 def settle(collection: Collection, report: Report | None = None) -> None:
@@ -157,7 +170,12 @@ def assemble(
         arrays[f"x_{short}"] = decoded.pixels[np.array(kept)[order]]
         arrays[f"y_{short}"] = labels[order]
         arrays[f"files_{short}"] = tuple(collection.pictures[kept[j]].name for j in order)
-    return ImageData(name=collection.name, class_names=tuple(classes), **arrays)
+    return ImageData(
+        name=collection.name,
+        class_names=tuple(classes),
+        natural_size=collection.natural_size,
+        **arrays,
+    )
 
 
 def drawn_parts(collection: Collection, decoded: Decoded) -> dict[int, str]:
@@ -391,14 +409,14 @@ def _summarise(collection: Collection, skip_bad: bool, report: Report) -> None:
     kinds: dict[str, list[str]] = defaultdict(list)
     for kind, what in collection.problems:
         kinds[kind].append(what)
-    report(f"{collection.name}: {len(collection.problems)} problems")
+    report(f"{collection.name}: {counted(len(collection.problems), 'problem')}")
     for kind, whats in kinds.items():
         report(f"  {kind}: {len(whats)}")
         for what in whats:
             report(f"    {what}")
     if not skip_bad:
         raise DataError(
-            f"{collection.name}: {len(collection.problems)} problems, listed above; "
+            f"{collection.name}: {counted(len(collection.problems), 'problem')}, listed above; "
             "mend them, or leave those pictures out with --skip-bad"
         )
 

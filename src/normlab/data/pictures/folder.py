@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from normlab.data.pictures.collection import Collection, Labelled, settle
-from normlab.data.pictures.decoding import Decoded, decode, natural_size
+from normlab.data.pictures.collection import Collection, Labelled, choose_size, settle
+from normlab.data.pictures.decoding import Decoded, decode
 from normlab.data.pictures.layout import WILD, Layout, arrange, match
 from normlab.data.pictures.naming import ending
 from normlab.data.pictures.walking import Tree, grow
@@ -39,7 +39,8 @@ def read_folder(path: Path, *, image_size: int | None = None) -> tuple[Collectio
             "give train/CLASS/ and test/CLASS/, or CLASS/ alone"
         )
     settle(collection)
-    decoded = decode(path, _key(files), files, image_size or natural_size(files))
+    size = choose_size(collection, files, image_size)
+    decoded = decode(path, _key(files), files, size)
     return collection, decoded
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from normlab.core.sandbox import LimitError, limited
-from normlab.data.pictures.collection import Collection, Labelled, settle
-from normlab.data.pictures.decoding import Decoded, decode, natural_size
+from normlab.data.pictures.collection import Collection, Labelled, choose_size, settle
+from normlab.data.pictures.decoding import Decoded, decode
 from normlab.data.pictures.naming import part_of
 from normlab.errors import DataError, UserError
 from normlab.text import shown
@@ -66,7 +66,8 @@ def read_parquet(path: Path, *, image_size: int | None = None) -> tuple[Collecti
         raise DataError(f"{shown(path)} has no rows with a picture and a label; give another file")
     settle(collection)
     key = [(str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, statuses, strict=True)]
-    decoded = decode(path, json.dumps(key), contents, image_size or natural_size(contents))
+    size = choose_size(collection, contents, image_size)
+    decoded = decode(path, json.dumps(key), contents, size)
     return collection, decoded
 
 
