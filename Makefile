@@ -8,6 +8,7 @@
 #   make profile where the time of a training step goes, pass by pass
 #   make soak    longer tests
 #   make torture kill 240 trainings and studies, let every write fail, count what survives
+#   make ranks   kill one of two processes of a training 30 times, count what survives
 #   make attack  hostile files and clients, counted: tried and survived
 #   make fuzz    a million changed files for each parser written here, 100,000 for the libraries'
 #
@@ -22,7 +23,7 @@ PIP := $(BIN)/python $(INSTALL) constraints.txt
 BENCH_PIP := $(BENCH)/bin/python $(INSTALL) $(BENCH)/constraints.txt
 INPUTS := pyproject.toml constraints.txt setup.py $(wildcard src/normlab/kernels/*.[ch])
 
-.PHONY: run compare docs bench test check soak torture attack fuzz clean
+.PHONY: run compare docs bench bench-scale test check soak torture ranks attack fuzz clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
@@ -56,6 +57,12 @@ profile: $(VENV)/.installed
 
 torture: $(VENV)/.tested
 	$(BIN)/python tests/torture.py $(ARGS)
+
+ranks: $(VENV)/.tested
+	$(BIN)/python tests/ranks.py $(ARGS)
+
+bench-scale: $(VENV)/.tested
+	$(BIN)/python -m benchmarks.scale $(ARGS)
 
 attack: $(VENV)/.tested
 	$(BIN)/python tests/attack $(ARGS)

@@ -10,6 +10,7 @@ if __name__ == "__main__":  # `python -m` has put the folder first: before anyth
     leave_out_current_folder()
 
 import errno
+import os
 import signal
 import sys
 
@@ -46,6 +47,8 @@ def run(arguments: list[str] | None = None) -> int:
         words = sys.argv[1:] if arguments is None else arguments
         return int(cli.main(words, prog_name="normlab", standalone_mode=False, obj=words) or 0)
     except click.UsageError as e:
+        if os.environ.get("RANK", "0") != "0":  # rank 0 has the same words and says it
+            return 2
         path = e.ctx.command_path if e.ctx else "normlab"
         return _fail(f"{e.format_message().rstrip('.')} (`{path} --help` lists what there is)", 2)
     except click.ClickException as e:

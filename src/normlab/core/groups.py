@@ -83,5 +83,5 @@ class _Explained(AbstractContextManager[None]):
     """Turns what a backend raises into a `RankError`."""
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, NormlabError):
+        if isinstance(error, RuntimeError | TimeoutError) and not isinstance(error, NormlabError):
             raise RankError(f"no message from another process ({error})") from None

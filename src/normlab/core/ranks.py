@@ -12,12 +12,13 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from normlab.core.groups import Group
 from normlab.core.launcher import GOES_ON, world
 from normlab.errors import Interrupted, NonFiniteError, NormlabError, RankError, UserError
 from normlab.text import listed
+
+T = TypeVar("T")
 
 WAIT = 120.0  # seconds for the others to come, and for any message
 READY = 1_800.0  # seconds for the data of all, which may have to be fetched
@@ -100,16 +103,23 @@ class Ranks:
         """
         if self.size == 1:
             return [value]
-        self._tell(f"{name}/{self.rank}", value)
         wait = self.wait if wait is None else wait
-        missing = self._await(name, wait)
+
+        def ask() -> tuple[list[int], list[Any]]:
+            self._tell(f"{name}/{self.rank}", value)
+            missing = self._await(name, wait)
+            told = [] if missing else [self.store.get(f"{name}/{r}") for r in range(self.size)]
+            return missing, [json.loads(text) for text in told]
+
+        with self.numbers.explained():
+            missing, everyone = bounded(ask, wait + FAREWELL)
         if missing:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise RankError(
                 f"{_ranks(missing)} of {self.size} did not come within {wait:g} s: see whether it "
                 f"was started, and whether its machine reaches {where}"
             )
-        return [json.loads(self.store.get(f"{name}/{r}")) for r in range(self.size)]
+        return everyone
 
     def refuse(self, *, record: bool | Any = False, minutes: bool = False) -> None:
         """Refuse what works in one process only.
@@ -179,17 +189,31 @@ class Ranks:
 
     def explain(self, error: BaseException) -> str:
         """Why a message failed: the rank that failed, or those that do not answer any more."""
-        with contextlib.suppress(RuntimeError):
+
+        def ask() -> str:
+            if not self.store.check(["failed"]):
+                self._tell(f"farewell/{self.rank}", None)
+                missing = self._await("farewell", FAREWELL, heed=False)
+                if missing:
+                    return f"{_ranks(missing)} ended or cannot be reached any more"
             if self.store.check(["failed"]):
-                return f"{self.store.get('failed').decode()}"
-            self._tell(f"farewell/{self.rank}", None)
-            missing = self._await("farewell", FAREWELL, heed=False)
-            if self.store.check(["failed"]):
-                return f"{self.store.get('failed').decode()}"
-            if missing:
-                return f"{_ranks(missing)} ended or cannot be reached any more"
+                return str(self.store.get("failed").decode())
             return str(error)
+
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            return bounded(ask, 2 * FAREWELL)
         return "rank 0, or torchrun on its machine, ended or cannot be reached any more"
+
+    def leave(self) -> None:
+        """Go; rank 0 goes last where the store is its own, so that the others can read in it."""
+
+        def ask() -> None:
+            self._tell(f"left/{self.rank}", None)
+            if self.first and not hosted():
+                self._await("left", FAREWELL, heed=False)
+
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            bounded(ask, 2 * FAREWELL)
 
     def _tell(self, key: str, value: Any) -> None:
         self.store.set(key, json.dumps(value))
@@ -211,6 +235,31 @@ class Ranks:
 ALONE = Ranks()
 
 
+def bounded(call: Callable[[], T], seconds: float) -> T:
+    """What `call` returns, or the error it raises; a store whose machine hangs has no end itself.
+
+    Raises:
+        TimeoutError: it did not return in time.
+    """
+    results: list[tuple[T | None, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            results.append((call(), None))
+        except BaseException as e:
+            results.append((None, e))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not results:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    value, error = results[0]
+    if error is not None:
+        raise error
+    return cast(T, value)
+
+
 @contextlib.contextmanager
 def joined(wait: float = WAIT) -> Iterator[Ranks]:
     """Meet the other processes for the duration of the `with` block.
@@ -223,18 +272,29 @@ def joined(wait: float = WAIT) -> Iterator[Ranks]:
     """
     rank, size = world()
     if size == 1:
-        yield ALONE
+        again = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun may start another in its place
+        yield Ranks(lasting=_open_store(0, 1, wait)) if again else ALONE
         return
     ranks = _meet(rank, size, wait)
     try:
-        yield ranks
+        with _told_once(ranks):
+            yield ranks
+    finally:
+        ranks.leave()
+
+
+@contextlib.contextmanager
+def _told_once(ranks: Ranks) -> Iterator[None]:
+    """Let what ends the ranks be told once; see `joined`."""
+    try:
+        yield
     except (Together, NonFiniteError, Interrupted) as e:  # known to all of them
         _end(ranks, e)
     except RankError as e:
         raise RankError(f"{ranks.name} ended: {ranks.explain(e)}{GOES_ON}") from None
     except BaseException as e:
         text = f"{ranks.name}: {e if isinstance(e, NormlabError | OSError) else repr(e)}"
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, TimeoutError):
             ranks.store.set("failed", text)
         if isinstance(e, NormlabError):
             raise Together(text, e.exit_code) from None
@@ -253,38 +313,13 @@ def _end(ranks: Ranks, error: BaseException) -> None:
 def _meet(rank: int, size: int, wait: float) -> Ranks:
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         raise UserError("this PyTorch has no torch.distributed with gloo: install one that has")
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
-    if not host or not port.isdecimal():
-        raise UserError(
-            f"WORLD_SIZE={size} and no MASTER_ADDR and MASTER_PORT in the environment: start with "
-            "torchrun, or name the machine of rank 0 and a free port there"
-        )
     end_with_parent()
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
-    seconds = timedelta(seconds=wait)
-    try:
-        lasting = TCPStore(
-            host,
-            int(port),
-            is_master=rank == 0 and not hosted,
-            timeout=seconds,
-            wait_for_workers=False,
-        )
-    except RuntimeError as e:
-        used = "EADDRINUSE" in str(e) or "address already in use" in str(e).lower()
-        raise RankError(
-            f"rank {rank} of {size}: "
-            + (
-                f"port {port} of this machine is in use: choose another MASTER_PORT"
-                if used
-                else f"rank 0 does not answer at {host}:{port} within {wait:g} s: see whether it "
-                "was started, and whether this machine reaches that one"
-            )
-        ) from None
+    lasting = _open_store(rank, size, wait)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"normlab/{attempt}", lasting)
+    store = PrefixStore(attempt, lasting)
     local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    ranks = Ranks(rank, size, local, wait, store, PrefixStore("normlab", lasting))
+    ranks = Ranks(rank, size, local, wait, store, lasting)
+    seconds = timedelta(seconds=wait)
     try:
         ranks.exchange("come", None)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -296,7 +331,45 @@ def _meet(rank: int, size: int, wait: float) -> Ranks:
         raise RankError(f"{ranks.name}: {e}") from None
     except RuntimeError as e:
         raise RankError(f"{ranks.name} ended: {ranks.explain(e)}") from None
-    return Ranks(rank, size, local, wait, store, ranks.lasting, Group(handle), Group())
+    return Ranks(rank, size, local, wait, store, lasting, Group(handle), Group())
+
+
+def _open_store(rank: int, size: int, wait: float) -> Any:
+    """Where the processes meet: rank 0's, or torchrun's, which outlives the processes."""
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdecimal():
+        raise UserError(
+            f"WORLD_SIZE={size} and no MASTER_ADDR and MASTER_PORT in the environment: start with "
+            "torchrun, or name the machine of rank 0 and a free port there"
+        )
+    try:
+        store = bounded(
+            lambda: TCPStore(
+                host,
+                int(port),
+                is_master=rank == 0 and not hosted(),
+                timeout=timedelta(seconds=wait),
+                wait_for_workers=False,
+            ),
+            wait + FAREWELL,
+        )
+    except (RuntimeError, TimeoutError) as e:
+        used = "EADDRINUSE" in str(e) or "address already in use" in str(e).lower()
+        raise RankError(
+            f"rank {rank} of {size}: "
+            + (
+                f"port {port} of this machine is in use: choose another MASTER_PORT"
+                if used
+                else f"rank 0 does not answer at {host}:{port} within {wait:g} s: see whether it "
+                "was started, and whether this machine reaches that one"
+            )
+        ) from None
+    return PrefixStore("normlab", store)
+
+
+def hosted() -> bool:
+    """Whether torchrun keeps the store, not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def end_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -43,7 +44,7 @@ def fit(
     for observer in observers:
         observer.before_training(plan)
     state.model.train()
-    with _signals() as interrupted:
+    with _signals(patience=2.0 if plan.ranks.size > 1 else 0.0) as interrupted:
         if plan.ranks.size > 1:
             together = ParallelStep(state.model, batches, interrupted)
         take = together or train_step
@@ -79,8 +80,11 @@ def fit(
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def _signals(patience: float = 0.0) -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of dying of them; a second one ends at once.
+
+    With `patience`, one within so many seconds counts as the first: torchrun passes on to its
+    processes what they got from the terminal, too.
 
     At once means within a step, where weights and step number may not belong together: so it is no
     `Interrupted`, after which a checkpoint is written. The one before it stays.
@@ -88,14 +92,18 @@ def _signals() -> Iterator[list[int]]:
     Outside the main thread, where Python allows no handlers, signals are left as they are.
     """
     received: list[int] = []
+    first = 0.0
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
 
     def note(signum: int, _: object) -> None:
-        if received:
+        nonlocal first
+        if not received:
+            received.append(signum)
+            first = time.monotonic()
+        elif time.monotonic() - first >= patience:
             raise SystemExit(128 + signum)
-        received.append(signum)
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
