@@ -284,3 +284,43 @@ def test_non_finite_input_is_not_hidden() -> None:
     y = BatchNorm(3)(x)
     assert not torch.isfinite(y[:, 1]).all()
     assert torch.isfinite(y[:, [0, 2]]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ghost_batches_are_layers_on_the_pieces(dtype: torch.dtype) -> None:
+    """Outputs and gradients piece by piece; running statistics see the mean of the pieces."""
+    x = torch.randn(10, 3, 4, 4, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    g = torch.randn(10, 3, 4, 4, dtype=dtype)
+    ghost, x_ghost = random_layer(3, ghost=4).to(dtype), x.clone().requires_grad_()
+    y = ghost(x_ghost)
+    y.backward(g)
+    plain, found = random_layer(3).to(dtype), []
+    x_plain, statistics = x.clone().requires_grad_(), []
+    for a, b in ((0, 4), (4, 8), (8, 10)):
+        plain.reset_running_stats()
+        found.append(plain(x_plain[a:b]))
+        statistics.append((plain.running_mean.clone(), plain.running_var.clone()))
+    torch.cat(found).backward(g)
+    torch.testing.assert_close(y, torch.cat(found))
+    torch.testing.assert_close(x_ghost.grad, x_plain.grad)
+    torch.testing.assert_close(ghost.weight.grad, plain.weight.grad)
+    torch.testing.assert_close(ghost.bias.grad, plain.bias.grad)
+    means, variances = zip(*statistics, strict=True)
+    torch.testing.assert_close(ghost.running_mean, torch.stack(means).mean(0))
+    torch.testing.assert_close(ghost.running_var, torch.stack(variances).mean(0))
+    assert int(ghost.num_batches_tracked) == 1
+
+
+def test_a_ghost_batch_of_the_whole_batch_is_the_layer_and_a_single_value_joins() -> None:
+    x = torch.randn(9, 5)
+    for ghost in (9, 20):
+        torch.testing.assert_close(BatchNorm(5, ghost=ghost)(x), BatchNorm(5)(x))
+    pieces = BatchNorm(5, ghost=4).pieces(x)
+    assert [len(piece) for piece in pieces] == [4, 5]
+    frozen = BatchNorm(5, ghost=4).freeze()
+    torch.testing.assert_close(frozen(x), BatchNorm(5).eval()(x))
+    layer = BatchNorm(3, ghost=3).double()
+    assert torch.autograd.gradcheck(layer, (torch.randn(7, 3).double().requires_grad_(),))
+    assert torch.autograd.gradgradcheck(layer, (torch.randn(6, 3).double().requires_grad_(),))
+    with pytest.raises(UserError, match="ghost=0"):
+        BatchNorm(3, ghost=0)

@@ -30,6 +30,7 @@ STEPS = 20
 RECIPES: dict[str, dict[str, Any]] = {
     "notebook": {"flip": True, "shift": 2, "colour": 0.1, "crop": 0.9},
     "fast79": {"label_smoothing": 0.2, "half_size": 0.0},
+    "fast79 by pieces": {"norm_images": 4},
 }
 
 
@@ -44,7 +45,7 @@ def pictures() -> ImageData:
 
 
 def task_of(name: str, images: ImageData, **changes: Any) -> Task:
-    recipe = ALL[name]().override(
+    recipe = ALL[name.split()[0]]().override(
         **{"batch_size": 10, "balance": "weights", "validation": 0.0, **RECIPES[name], **changes}
     )
     return Task(
@@ -118,12 +119,14 @@ def test_any_number_of_ranks_trains_alike_in_float64(
     """A batch of ten, which three do not divide, and a last one of seven; dropout, flips, shifts,
     crops, colours, weights of classes: all by an image's place in the whole batch."""
     for rank in together(size, train_both, size, torch.float64):
-        for (found, own), (losses, weights) in zip(rank, alone[torch.float64], strict=True):
+        both = zip(RECIPES, rank, alone[torch.float64], strict=True)
+        for name, (found, own), (losses, weights) in both:
             np.testing.assert_allclose(
                 [loss for loss, _ in found], [loss for loss, _ in losses], rtol=1e-12
             )
             assert [n for _, n in found] == [n for _, n in losses]
-            assert distance(own, weights) <= 1e-12
+            # Statistics of four images magnify rounding more.
+            assert distance(own, weights) <= (1e-11 if "pieces" in name else 1e-12)
 
 
 def test_float32_differs_as_two_orders_of_summation_do(
@@ -165,6 +168,14 @@ def _score(rank: int, size: int) -> list[Any]:
     moments = population_moments(model, many, ranks=ranks)
     flat = {k: (m.mean.numpy(), m.var.numpy(), m.count) for k, m in moments.items()}
     return [seen, [(s.loss, s.accuracy) for s in scores], flat]
+
+
+def test_pieces_of_a_batch_stay_together() -> None:
+    """Four images each; the last one of 13 joins the piece before it."""
+    parts = [Ranks(r, 3, piece=4).share(13) for r in range(3)]
+    assert parts == [(0, 4), (4, 8), (8, 13)]
+    assert [Ranks(r, 4, piece=4).share(8) for r in range(4)] == [(0, 0), (0, 4), (4, 4), (4, 8)]
+    assert [Ranks(r, 2).share(5) for r in range(2)] == [(0, 2), (2, 5)]
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, TypeVar, cast
@@ -55,6 +55,7 @@ class Ranks:
         local: rank and number of those on this machine.
         wait: seconds for any message.
         store: what they tell each other by; None where there is one process.
+        piece: so many images of a batch stay together in one rank.
         statistics: for the messages of batch normalisations.
         numbers: for all others.
     """
@@ -63,6 +64,7 @@ class Ranks:
     size: int = 1
     local: tuple[int, int] = (0, 1)
     wait: float = WAIT
+    piece: int = 1
     store: Any = field(default=None, repr=False)
     lasting: Any = field(default=None, repr=False)
     statistics: Group = field(default_factory=Group, repr=False)
@@ -77,8 +79,18 @@ class Ranks:
         return f"rank {self.rank} of {self.size}"
 
     def share(self, n: int) -> tuple[int, int]:
-        """Where this rank's part of n images begins and ends; parts differ by one image at most."""
-        return n * self.rank // self.size, n * (self.rank + 1) // self.size
+        """Where this rank's part of n images begins and ends; parts differ by one piece at most."""
+        begin, end, pieces = self.pieces(n)
+        return self.piece * begin, n if end == pieces else self.piece * end
+
+    def pieces(self, n: int) -> tuple[int, int, int]:
+        """The first piece of this rank's part of n images, the one after its last, and how many
+        there are in all.
+        """
+        pieces = -(-n // self.piece)
+        if pieces > 1 and n % self.piece == 1:
+            pieces -= 1  # a single image has no variance: it joins the piece before it
+        return pieces * self.rank // self.size, pieces * (self.rank + 1) // self.size, pieces
 
     def mine(self, items: list[Any]) -> list[Any]:
         """Every so-manieth item."""
@@ -318,7 +330,7 @@ def _meet(rank: int, size: int, wait: float) -> Ranks:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(attempt, lasting)
     local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    ranks = Ranks(rank, size, local, wait, store, lasting)
+    ranks = Ranks(rank, size, local, wait, store=store, lasting=lasting)
     seconds = timedelta(seconds=wait)
     try:
         ranks.exchange("come", None)
@@ -331,7 +343,7 @@ def _meet(rank: int, size: int, wait: float) -> Ranks:
         raise RankError(f"{ranks.name}: {e}") from None
     except RuntimeError as e:
         raise RankError(f"{ranks.name} ended: {ranks.explain(e)}") from None
-    return Ranks(rank, size, local, wait, store, lasting, Group(handle), Group())
+    return replace(ranks, statistics=Group(handle))
 
 
 def _open_store(rank: int, size: int, wait: float) -> Any:

@@ -195,6 +195,53 @@ def part_gradient(
     return dx * per_channel(scale, x), product * r, bias_grad
 
 
+class _GhostNormalize(torch.autograd.Function):
+    """Pieces of a batch, each normalised by its own statistics; the running ones see their mean."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: "BatchNorm"
+    ) -> Tensor:
+        compiled, pieces = norm.is_float32(), norm.pieces(x)
+        ctx.shapes = [kernels.layout(piece) if compiled else None for piece in pieces]
+        outputs, ctx.moments = [], []
+        for piece, shape in zip(pieces, ctx.shapes, strict=True):
+            if shape is not None:
+                y, mean, var = kernels.batch_norm(piece, shape, weight, bias, norm.eps, None)
+            else:
+                mean, var = moments(piece)
+                y = normalize(piece, mean, var, weight, bias, norm.eps)
+            outputs.append(y)
+            ctx.moments.append((mean, var))
+        mean, var = (torch.stack(v).mean(0) for v in zip(*ctx.moments, strict=True))
+        norm.track(mean, var, norm.running(x.numel() // (x.shape[1] * len(pieces))))
+        ctx.save_for_backward(x, weight)
+        ctx.norm, ctx.has_bias = norm, bias is not None
+        return torch.cat(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grads: list[tuple[Tensor | None, Tensor, Tensor]] = []
+        start = 0
+        for piece, shape, found in zip(ctx.norm.pieces(x), ctx.shapes, ctx.moments, strict=True):
+            part = g[start : start + len(piece)]
+            start += len(piece)
+            mean, var = moments(piece) if torch.is_grad_enabled() else found
+            if shape is None or torch.is_grad_enabled():
+                grads.append(gradient(piece, part, mean, var, weight, ctx.norm.eps))
+            else:
+                eps = ctx.norm.eps
+                grads.append(kernels.gradient(piece, shape, part, mean, var, weight, eps))
+        dx, dw, db = zip(*grads, strict=True)
+        return (
+            torch.cat(dx),
+            None if weight is None else torch.stack(dw).sum(0),
+            torch.stack(db).sum(0) if ctx.has_bias else None,
+            None,
+        )
+
+
 class _BatchNormalize(torch.autograd.Function):
     """`moments`, `normalize` and `gradient`, in compiled passes where these apply.
 
@@ -284,6 +331,10 @@ class BatchNorm(TorchBatchNorm):
             the layer sends nothing. Gradients of γ and β stay each process's own, as those of all
             weights are until somebody adds or averages them (`DistributedDataParallel` does).
         statistics: "group" for those of all the group's images, "local" for this process's own.
+        ghost: in training, normalise so many images at a time by their own statistics (ghost
+            batches: Hoffer et al. 2017, arXiv 1705.08741), as one process of several does with
+            "local"; the running statistics see the mean of them. None for the whole batch. A last
+            piece that holds a single value a channel joins the one before it.
 
     Half-precision inputs are normalised in float32 and returned as they came. Running statistics
     stay float32 when the layer is cast to half precision: in bfloat16 they would stop moving.
@@ -328,6 +379,7 @@ class BatchNorm(TorchBatchNorm):
         track_running_stats: bool = True,
         group: Any = None,
         statistics: str = "group",
+        ghost: int | None = None,
     ) -> None:
         nn.Module.__init__(self)
         if convention not in CONVENTIONS:
@@ -342,7 +394,9 @@ class BatchNorm(TorchBatchNorm):
         self.frozen = False
         if statistics not in ("group", "local"):
             raise UserError(f"statistics={statistics!r}: choose group or local")
-        self.group, self.statistics = as_group(group), statistics
+        if ghost is not None and ghost < 1:
+            raise UserError(f"ghost={ghost}: choose 1 image or more, or None for the whole batch")
+        self.group, self.statistics, self.ghost = as_group(group), statistics, ghost
         if num_features < 1:
             raise UserError(f"num_features={num_features}: a batch normalisation needs ≥ 1 channel")
         if not 0 <= self.momentum <= 1:
@@ -384,8 +438,20 @@ class BatchNorm(TorchBatchNorm):
         if not x.numel() and self.partners() is None:  # nothing to take statistics from
             nothing = x.new_zeros(self.num_features)
             return normalize(x, nothing, nothing, weight, bias, self.eps)
-        y: Tensor = _BatchNormalize.apply(x, weight, bias, self)  # type: ignore[no-untyped-call]
+        apply: Any = _GhostNormalize.apply if self.has_ghosts() else _BatchNormalize.apply
+        y: Tensor = apply(x, weight, bias, self)
         return y
+
+    def has_ghosts(self) -> bool:
+        """Whether `forward` would now normalise a batch piece by piece."""
+        return self.ghost is not None and self.training and not self.frozen
+
+    def pieces(self, x: Tensor) -> list[Tensor]:
+        """The parts of `x` (N, C, *) that are normalised by statistics of their own."""
+        pieces = list(torch.split(x, self.ghost or len(x)))
+        if len(pieces) > 1 and pieces[-1].numel() == self.num_features:
+            pieces[-2:] = [x[len(x) - len(pieces[-2]) - len(pieces[-1]) :]]
+        return pieces
 
     def standardize(self, x: Tensor) -> Tensor:
         """x̂ of a training batch that needs no gradient; moves the running statistics."""
@@ -406,7 +472,9 @@ class BatchNorm(TorchBatchNorm):
             UserError: the layer has a group, and `torch.distributed` was not started.
         """
         group = self.group
-        if group is None or self.statistics == "local" or not self.training or self.frozen:
+        if group is None or not self.training or self.frozen:
+            return None
+        if self.statistics == "local" or self.ghost is not None:
             return None
         return group if group.size > 1 else None
 
@@ -510,5 +578,6 @@ class BatchNorm(TorchBatchNorm):
             f"eps={self.eps}, scale={self.weight is not None}, center={self.bias is not None}"
             + ("" if self.track_running_stats else ", track_running_stats=False")
             + ("" if self.group is None else f", statistics={self.statistics!r}")
+            + ("" if self.ghost is None else f", ghost={self.ghost}")
             + (", frozen" if self.frozen else "")
         )

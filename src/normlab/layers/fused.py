@@ -106,7 +106,9 @@ class _ReluDropout(torch.autograd.Function):
 
 def norm_relu(x: Tensor, norm: nn.Module) -> Tensor:
     """relu(norm(x)) for `x` (N, C) or channels-last (N, C, H, W)."""
-    if type(norm) is not BatchNorm or _hooked(norm) or (shape := _matrix(x, norm)) is None:
+    if type(norm) is not BatchNorm or norm.has_ghosts() or _hooked(norm):
+        return relu(norm(x))
+    if (shape := _matrix(x, norm)) is None:
         return relu(norm(x))
     norm.check(x)
     if norm.uses_batch():
@@ -301,7 +303,9 @@ class _MaxPool(torch.autograd.Function):
 
 def _batch_normalizes(norm: nn.Module) -> TypeGuard[BatchNorm]:
     """Whether `norm` is a BatchNorm that would now use the batch's own statistics, unobserved."""
-    return type(norm) is BatchNorm and norm.uses_batch() and not _hooked(norm)
+    if type(norm) is not BatchNorm or norm.has_ghosts() or _hooked(norm):
+        return False
+    return norm.uses_batch()
 
 
 def _matrix(x: Tensor, norm: BatchNorm) -> tuple[int, int, int] | None:

@@ -54,6 +54,8 @@ class Norm:
             (1 − m)·batch. It hangs together with the number of steps: a run of some hundred steps
             ends before 0.99 has forgotten its first weights.
         epsilon: ε, added to the variance.
+        images: how many of a batch are normalised together; None for all of it. With several
+            processes and None, the batch of all of them.
     """
 
     name: str = setting("batch", "The normaliser.", name="norm", names=tuple(NORMS))
@@ -76,6 +78,13 @@ class Norm:
         name="norm_epsilon",
         allowed=in_range(0, float("inf")),
         remedy="choose a finite number, 0 or more",
+    )
+    images: int | None = setting(
+        None,
+        "Batch normalisation of so many images at a time by their own statistics.",
+        name="norm_images",
+        allowed=in_range(2, 10**9),
+        remedy="choose 2 or more, or none for the whole batch",
     )
 
 

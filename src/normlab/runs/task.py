@@ -16,7 +16,7 @@ from normlab.data.changes import Changes
 from normlab.data.given import was_given
 from normlab.data.loading import PUBLIC
 from normlab.errors import DataError
-from normlab.layers import use_tiles
+from normlab.layers import BatchNorm, use_tiles
 from normlab.recipes import Recipe
 from normlab.recipes.families import MODELS
 
@@ -115,6 +115,9 @@ class Task:
             seed=self.seed,
         )
         use_tiles(network, model.winograd)
+        for layer in network.modules():
+            if isinstance(layer, BatchNorm):
+                layer.ghost = norm.images
         return network
 
     def values(self) -> int:

@@ -150,10 +150,26 @@ class ParallelStep:
         self.ranks.numbers.finish(sent)
         value, total, *asked = scores.tolist()
         self.stop = signal.SIGINT if asked[0] else signal.SIGTERM if asked[1] else 0
+        self._join_running(len(whole))
         if not math.isfinite(value):
             raise NonFiniteError(f"the loss is {value}")
         optimizer.step()
         return value, int(total)
+
+    def _join_running(self, images: int) -> None:
+        """Running statistics of pieces, which each rank has moved by its own: all pieces' mean."""
+        layers = [m for m in self.model.modules() if isinstance(m, BatchNorm) and m.has_ghosts()]
+        kept = [layer for layer in layers if layer.running_mean is not None]
+        if not kept:
+            return
+        begin, end, pieces = self.ranks.pieces(images)
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        values = [getattr(layer, name) for layer in kept for name in names]
+        flat = torch.cat([v.double().flatten() for v in values]) * (end - begin) / pieces
+        parts = torch.split(self.ranks.sum(flat), [v.numel() for v in values])
+        for value, part in zip(values, parts, strict=True):
+            part = part if value.is_floating_point() else part.round()
+            value.copy_(part.view_as(value))
 
     def close(self) -> None:
         """Leave the model as an ordinary one."""

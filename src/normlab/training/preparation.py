@@ -1,5 +1,6 @@
 """What stands before the first step: a network, an optimiser, a plan, and what cannot be done."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -107,5 +108,5 @@ def make_plan(
         validation=validation,
         start="" if task.start is None else str(task.start),
         classes=classes.replace("%", " %"),
-        ranks=ranks,
+        ranks=replace(ranks, piece=task.recipe.norm.images or 1),
     )
