@@ -130,10 +130,11 @@ class Trainings:
         self.place.mkdir(exist_ok=True)
         self.data = self.place / "data.npz"
         write_data(self.data)
+        begin(1, ["--version"], self.place)[0].wait()  # until then everything is loaded
 
     def words(self, out: Path, *more: str) -> list[str]:
         """`normlab train` into `out`; or on with it, where it can be gone on with."""
-        wait = ["--wait", "40"]
+        wait = ["--wait", "20"]
         if (out / "environment.json").exists():
             return ["train", "--resume", str(out), *wait, *more]
         shutil.rmtree(out, ignore_errors=True)

@@ -119,6 +119,33 @@ def _other_data() -> None:
     loading.read_npz = changed  # type: ignore[attr-defined,assignment]
 
 
+def _dies_while_it_reads_its_data() -> None:
+    from normlab.data import loading
+
+    loading.read_npz = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[attr-defined]
+
+
+def _waits_less() -> None:
+    from normlab.core import ranks
+
+    ranks.DEAD = 3.0
+
+
+def test_a_rank_that_is_killed_before_the_first_message_is_missed(trainings: Trainings) -> None:
+    """It gives no more signs of life; in a training that is waited for 20 seconds, here for 3."""
+    changes = {0: _waits_less, 1: _dies_while_it_reads_its_data}
+    out = trainings.place / "early"
+    began = begin(2, trainings.words(out), trainings.place, changes=changes)
+    try:
+        assert began[1].wait() == -signal.SIGKILL
+        assert began[0].wait(ranks.END) == 1
+        (line,) = began[0].lines
+        assert "rank 0 of 2 ended: rank 1 ended or cannot be reached any more" in line
+    finally:
+        end(began)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("change", "said", "code"),
     [
@@ -276,3 +303,16 @@ def test_a_restart_goes_on_from_the_last_checkpoint_by_itself(trainings: Trainin
         _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors
         check_same(whole, out)
+
+
+def test_the_files_for_clusters_have_no_mistake_of_syntax() -> None:
+    folder = Path(__file__).parents[2] / "examples" / "scale"
+    subprocess.run(["bash", "-n", str(folder / "slurm.sh")], check=True)
+    yaml = pytest.importorskip("yaml")
+    service, job = yaml.safe_load_all((folder / "kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert job["spec"]["template"]["metadata"]["labels"] == service["spec"]["selector"]
+    arguments = pod["containers"][0]["args"]
+    assert f"--nnodes={job['spec']['completions']}" in arguments
+    assert any(pod["subdomain"] in a for a in arguments if a.startswith("--rdzv-endpoint="))

@@ -8,6 +8,7 @@ others at once.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -34,6 +35,7 @@ T = TypeVar("T")
 WAIT = 120.0  # seconds for the others to come, and for any message
 READY = 1_800.0  # seconds for the data of all, which may have to be fetched
 FAREWELL = 5.0  # seconds for the survivors to say that they are
+BEAT, DEAD = 2.0, 20.0  # seconds between signs of life, and without one until a rank counts as dead
 RUN = "run"  # the key that holds the run's folder, for processes that are started again
 
 
@@ -227,6 +229,17 @@ class Ranks:
         with contextlib.suppress(RuntimeError, TimeoutError):
             bounded(ask, 2 * FAREWELL)
 
+    def live(self) -> None:
+        """Give signs of life until the store ends, or this process."""
+
+        def beat() -> None:
+            with contextlib.suppress(RuntimeError):
+                for number in itertools.count():
+                    self.store.set(f"alive/{self.rank}", str(number))
+                    time.sleep(BEAT)
+
+        threading.Thread(target=beat, daemon=True).start()
+
     def _tell(self, key: str, value: Any) -> None:
         self.store.set(key, json.dumps(value))
 
@@ -234,12 +247,21 @@ class Ranks:
         """Which ranks have not told their `name` after so many seconds."""
         end, pause = time.monotonic() + wait, 0.01
         waiting = list(range(self.size))
+        seen: dict[int, tuple[bytes, float]] = {}  # the last sign of life, and when it was new
         while True:
             waiting = [r for r in waiting if not self.store.check([f"{name}/{r}"])]
-            if not waiting or time.monotonic() > end:
+            now = time.monotonic()
+            if not waiting or now > end:
                 return waiting
             if heed and self.store.check(["failed"]):
                 raise RankError("another rank has failed")
+            for r in waiting if heed else []:
+                if self.store.check([f"alive/{r}"]):  # else it has not come yet
+                    sign = self.store.get(f"alive/{r}")
+                    if seen.get(r, (b"", 0.0))[0] != sign:
+                        seen[r] = sign, now
+                    elif now - seen[r][1] > DEAD:
+                        raise RankError(f"rank {r} gives no sign of life")
             time.sleep(pause)
             pause = min(2 * pause, 0.2)
 
@@ -332,6 +354,7 @@ def _meet(rank: int, size: int, wait: float) -> Ranks:
     local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     ranks = Ranks(rank, size, local, wait, store=store, lasting=lasting)
     seconds = timedelta(seconds=wait)
+    ranks.live()
     try:
         ranks.exchange("come", None)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
