@@ -345,10 +345,14 @@ def table(result: dict[str, Any]) -> list[str]:
             f"{c['waited']['gradients'] / c['step']:.0%} | {c['bytes']['statistics']:,.0f} | "
             f"{c['bytes']['gradients']:,.0f} |"
         )
-    lines += ["", "| machines | " + " | ".join(result["model"]) + " |", "|---|---|---|"]
+    nets = result["model"]
+    head = [*(f"{n}, notebook" for n in nets), *(f"{n}, no dropout" for n in nets)]
+    lines += ["", "| machines | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"]
     for p in MACHINES:
-        cells = [f"{m[str(p)]['efficiency']:.0%}" for m in result["model"].values()]
-        lines.append(f"| {p} | " + " | ".join(cells) + " |")
+        of_all = [m[str(p)]["efficiency"] for m in nets.values()]
+        compute = result["model_compute_seconds"]
+        without = [compute / (m[str(p)]["step"] - m[str(p)]["draws"]) for m in nets.values()]
+        lines.append(f"| {p} | " + " | ".join(f"{v:.0%}" for v in (*of_all, *without)) + " |")
     for name, case in result["predicted_two_ranks"].items():
         lines.append(f"predicted for two ranks, {name}: {case['step']:.3f} s")
     measured = {"loopback": result["cases"]["2 × 1"], "delayed": result["delayed"]}

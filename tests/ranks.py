@@ -6,6 +6,7 @@ kills one of two ranks that many times, each at a random instant, and counts wha
 """
 
 import argparse
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -47,6 +48,7 @@ def _rank(
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1)
     if change is not None:
         change()
     code = run(words)
@@ -65,6 +67,8 @@ class Rank:
         """The exit code; negative for the signal that ended it."""
         self.process.join(seconds)
         if self.process.exitcode is None:
+            self.kill(signal.SIGUSR1)  # it says where it stands
+            time.sleep(1)
             self.process.kill()
             raise AssertionError(f"a rank hangs: {self.errors.read_text()}")
         return int(self.process.exitcode)
@@ -134,7 +138,7 @@ class Trainings:
 
     def words(self, out: Path, *more: str) -> list[str]:
         """`normlab train` into `out`; or on with it, where it can be gone on with."""
-        wait = ["--wait", "20"]
+        wait = ["--wait", "10"]
         if (out / "environment.json").exists():
             return ["train", "--resume", str(out), *wait, *more]
         shutil.rmtree(out, ignore_errors=True)
@@ -159,6 +163,7 @@ class Trainings:
         """
         ranks = begin(size, self.words(out), self.place)
         try:
+            print(f"  kill rank {which} after {after:.2f} s", flush=True)
             time.sleep(after)
             ranks[which].kill()
             killed = ranks[which].wait() == -signal.SIGKILL

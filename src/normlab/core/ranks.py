@@ -34,8 +34,8 @@ T = TypeVar("T")
 
 WAIT = 120.0  # seconds for the others to come, and for any message
 READY = 1_800.0  # seconds for the data of all, which may have to be fetched
-FAREWELL = 5.0  # seconds for the survivors to say that they are
-BEAT, DEAD = 2.0, 20.0  # seconds between signs of life, and without one until a rank counts as dead
+FAREWELL = 3.0  # seconds for the survivors to say that they are
+BEAT, DEAD = 2.0, 15.0  # seconds between signs of life, and without one until a rank counts as dead
 RUN = "run"  # the key that holds the run's folder, for processes that are started again
 
 
