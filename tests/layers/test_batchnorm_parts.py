@@ -263,6 +263,7 @@ def _ddp(rank: int, kind: type[nn.Module]) -> tuple[Any, Any]:
     )
 
 
+@pytest.mark.soak  # its first object imports a compiler
 def test_convert_sync_batchnorm_in_a_script_with_ddp() -> None:
     for alone, parts in together(2, _ddp, nn.BatchNorm2d):
         for name, value in alone.items():

@@ -112,7 +112,9 @@ def alone() -> dict[torch.dtype, list[Any]]:
     return {dtype: train_both(0, 1, dtype) for dtype in (torch.float64, torch.float32)}
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(
+    "size", [3, pytest.param(2, marks=pytest.mark.soak), pytest.param(4, marks=pytest.mark.soak)]
+)
 def test_any_number_of_ranks_trains_alike_in_float64(
     size: int, alone: dict[torch.dtype, list[Any]]
 ) -> None:
@@ -178,7 +180,7 @@ def test_pieces_of_a_batch_stay_together() -> None:
     assert [Ranks(r, 2).share(5) for r in range(2)] == [(0, 2), (2, 5)]
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [4])
 def test_every_image_is_scored_once_and_the_scores_have_the_same_bits(size: int) -> None:
     """With four ranks, one has no batch of the three."""
     total, scores, moments = _score(0, 1)
