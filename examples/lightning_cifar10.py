@@ -29,7 +29,7 @@ class Module(LightningModule):
         self.log("val_acc", right.float().mean())
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
+        return torch.optim.SGD(self.parameters(), 0.003, momentum=0.9)
 
 
 def loader(images, labels, shuffle):

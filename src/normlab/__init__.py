@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from normlab.evaluation.recalibration import recalibrate as recalibrate
     from normlab.evaluation.scores import ThreeWay as ThreeWay
     from normlab.evaluation.scores import three_way as three_way
+    from normlab.inspection.landscape import walk as walk
     from normlab.inspection.watching import watch as watch
     from normlab.layers import BatchNorm as BatchNorm
     from normlab.layers import convert_batchnorm as convert_batchnorm
@@ -75,6 +76,7 @@ _HOMES = {
     "resume": "api.train",
     "three_way": "evaluation.scores",
     "train": "api.train",
+    "walk": "inspection.landscape",
     "watch": "inspection.watching",
 }
 

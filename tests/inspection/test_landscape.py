@@ -4,6 +4,7 @@ import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,3 +149,37 @@ def test_what_cannot_be_done_is_refused(images: normlab.ImageData, tmp_path: Pat
         explore(task, images, seeds=1, threads=1)
     with pytest.raises(UserError, match="points=50 of 7 steps"):
         explore(task, images, steps=7, threads=1)
+
+
+def test_any_model_and_loss_is_walked_and_left_as_it_was() -> None:
+    """On a quadratic loss ½·wᵀAw the measures have closed forms."""
+    curvature = torch.tensor([1.0, 4.0])
+
+    class Bowl(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([2.0, 1.0]))
+            self.norm = nn.BatchNorm1d(3)
+            self.drop = nn.Dropout(0.5)
+
+    def loss(model: Any, batch: float) -> torch.Tensor:
+        model.norm(torch.randn(4, 3))  # moves running statistics and draws
+        return batch * (curvature * model.w.square()).sum() / 2
+
+    model = Bowl()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(3)
+    expected_draw = torch.rand(1)
+    torch.manual_seed(3)
+    found = normlab.walk(model, loss, [1.0, 2.0], sizes=[0.1, 0.2])
+    assert torch.equal(torch.rand(1), expected_draw)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    g = curvature * torch.tensor([2.0, 1.0])
+    beta = float((curvature * g).norm() / g.norm())  # ‖A·ηg‖ / ‖ηg‖
+    assert found["smoothness"] == pytest.approx([beta, 2 * beta], rel=1e-5)
+    assert found["change"] == pytest.approx([0.2 * beta, 0.4 * beta], rel=1e-5)
+    with pytest.raises(UserError, match="give lengths above 0"):
+        normlab.walk(model, loss, [1.0], sizes=[0.0])
+    with pytest.raises(UserError, match="no batch to walk on"):
+        normlab.walk(model, loss, [], sizes=[0.1])

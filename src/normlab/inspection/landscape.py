@@ -13,7 +13,7 @@ L is the loss on one fixed set of training images with one fixed dropout mask, i
 same η serve both arms. The change is told as a share of ‖g‖, where the paper has it absolute.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +30,7 @@ from normlab.data import ImageData
 from normlab.data.batches import Split, to_input
 from normlab.errors import UserError
 from normlab.evaluation.forward import untouched
+from normlab.inspection.watching import random_streams, refuse_unwatchable
 from normlab.recipes.optimizers import SGD
 from normlab.runs import Task
 from normlab.training.loop import fit
@@ -205,32 +206,12 @@ class Walker:
                 cosine = torch.cosine_similarity(self.last, gradient, dim=0)
                 self.found[state.step - 1]["agreement"] = cosine.item()
             if begins:
-                self.found[state.step] = self._walk(state.model, loss, gradient)
+                self.found[state.step] = walk_along(
+                    state.model, self._gradient, loss, gradient, self.sizes
+                )
                 self.last = gradient
         if state.step > max(self.steps):
             raise EndOfReplay
-
-    def _walk(self, model: nn.Module, loss: float, gradient: Tensor) -> dict[str, float]:
-        parameters = _trainable(model)
-        home = [p.detach().clone() for p in parameters]
-        norm = gradient.norm().item()
-        losses, changes = [loss], []
-        directions = torch.split(gradient, [p.numel() for p in parameters])
-        for size in self.sizes:
-            with torch.no_grad():
-                for p, h, g in zip(parameters, home, directions, strict=True):
-                    p.copy_(h - size * g.view(p.shape))
-            there, new = self._gradient(model)
-            losses.append(there)
-            changes.append((new - gradient).norm().item())
-        with torch.no_grad():
-            for p, h in zip(parameters, home, strict=True):
-                p.copy_(h)
-        return {
-            "range": max(losses) - min(losses),
-            "change": max(changes) / norm,
-            "smoothness": max(c / (s * norm) for c, s in zip(changes, self.sizes, strict=True)),
-        }
 
     def _gradient(self, model: nn.Module) -> tuple[float, Tensor]:
         """The loss and its gradient by all trainable parameters, as one vector."""
@@ -238,6 +219,85 @@ class Walker:
         loss = cross_entropy(model(self.x, rng), self.labels)
         parts = torch.autograd.grad(loss, _trainable(model))
         return loss.item(), torch.cat([g.reshape(-1) for g in parts])
+
+
+def walk(
+    model: nn.Module,
+    loss: Callable[[nn.Module, Any], Tensor],
+    batches: Iterable[Any],
+    *,
+    sizes: Sequence[float],
+) -> dict[str, NDArray[np.float64]]:
+    """Walk from a model's weights along the gradient, on each of several batches.
+
+        found = normlab.walk(
+            model, lambda m, b: cross_entropy(m(b[0]), b[1]), batches, sizes=[0.05, 0.1, 0.2, 0.4]
+        )
+
+    For any model and loss, at any moment of a training; the model is left as it was, and nothing
+    random is drawn from the training's streams. What is dropped is the same at every place of a
+    walk. See the module for the measures and their source.
+
+    Args:
+        loss: called as loss(model, batch), in training mode; one number.
+        batches: B of them, whatever `loss` takes; two models are compared on the same ones.
+        sizes: η, lengths along the gradient: about ½ to 4 times a rate of SGD.
+
+    Returns:
+        `range`, `change` and `smoothness`, each (B,).
+
+    Raises:
+        UserError: no batch, sizes that are not above 0, or a model that `normlab.watch` refuses.
+    """
+    refuse_unwatchable(model)
+    if not sizes or not all(0 < size < float("inf") for size in sizes):
+        raise UserError(f"sizes={list(sizes)}: give lengths above 0, such as 0.05, 0.1, 0.2, 0.4")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    rows = []
+    with untouched(model):
+        model.train()
+        for batch in batches:
+
+            def gradient_of(m: nn.Module, batch: Any = batch) -> tuple[float, Tensor]:
+                with random_streams(device), torch.enable_grad():
+                    value = loss(m, batch)
+                    parts = torch.autograd.grad(value, _trainable(m), materialize_grads=True)
+                return value.item(), torch.cat([g.reshape(-1) for g in parts])
+
+            rows.append(walk_along(model, gradient_of, *gradient_of(model), sizes))
+    if not rows:
+        raise UserError("no batch to walk on: give one or more")
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def walk_along(
+    model: nn.Module,
+    gradient_of: Callable[[nn.Module], tuple[float, Tensor]],
+    loss: float,
+    gradient: Tensor,
+    sizes: Sequence[float],
+) -> dict[str, float]:
+    """One walk from where the model stands, `loss` and `gradient`, and back."""
+    parameters = _trainable(model)
+    home = [p.detach().clone() for p in parameters]
+    norm = gradient.norm().item()
+    losses, changes = [loss], []
+    directions = torch.split(gradient, [p.numel() for p in parameters])
+    for size in sizes:
+        with torch.no_grad():
+            for p, h, g in zip(parameters, home, directions, strict=True):
+                p.copy_(h - size * g.view(p.shape))
+        there, new = gradient_of(model)
+        losses.append(there)
+        changes.append((new - gradient).norm().item())
+    with torch.no_grad():
+        for p, h in zip(parameters, home, strict=True):
+            p.copy_(h)
+    return {
+        "range": max(losses) - min(losses),
+        "change": max(changes) / norm,
+        "smoothness": max(c / (s * norm) for c, s in zip(changes, sizes, strict=True)),
+    }
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
