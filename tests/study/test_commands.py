@@ -221,6 +221,19 @@ def test_a_run_that_fails_stops_the_study_unless_it_was_declared(
         assert "Diverged and counted as 0.1: 2 of 2 runs" in study.comparisons[0].sentence
 
 
+def test_a_script_that_failed_at_once_may_be_mended(in_tmp: Path) -> None:
+    """The plan holds its hash, but nothing was seen of it."""
+    Path("train.py").write_text("raise SystemExit(3)")
+    command = f"{PYTHON} train.py {{norm}} {{seed}}"
+    with pytest.raises(StudyStopped, match="ended with exit code 3"):
+        compare(command, out="s", seeds=1)
+    Path("train.py").write_text(TRAIN)
+    assert compare(command, out="s", seeds=1).complete
+    Path("train.py").write_text(TRAIN + "# another\n")
+    with pytest.raises(UserError, match="which changed since"):
+        compare(command, out="s", seeds=1)
+
+
 def test_a_program_that_is_not_there_is_named(in_tmp: Path) -> None:
     with pytest.raises(StudyStopped, match=r"no-such-program.*name a program that is there"):
         compare("no-such-program {norm} {seed}", out="s")

@@ -40,6 +40,8 @@ def claim(folder: Path, wanted: Plan, seeds: int | None, parts: Sequence[str]) -
                 f"study {str(folder)!r} is of another kind of runs: choose another --out"
             )
         differing = there.differences(wanted)
+        if differing and there.kind == "measured" and not open_study(folder).outcomes:
+            there, differing = wanted, []  # nothing was seen yet: what was mended may be begun
         if differing:
             raise UserError(
                 f"study {str(folder)!r} was begun with other {'; '.join(differing)}: "

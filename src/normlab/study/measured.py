@@ -374,8 +374,9 @@ class _Job:
             if self.design.diverged is None:
                 raise StudyStopped(
                     f"{self.name}: {failure}{where}; the study stops, since nothing says what such "
-                    "a run counts as: mend it and go on with the same command, or begin a study "
-                    "with --diverged VALUE"
+                    "a run counts as: mend it and go on with the same command (another --out if a "
+                    "file that the command names has changed since a run was kept), or begin a "
+                    "study with --diverged VALUE"
                 )
             value = None
         outcome = Outcome(
