@@ -62,6 +62,7 @@ def fit(folder: Path, how: str) -> dict[str, object]:
     return found
 
 
+@pytest.mark.soak
 def test_a_keras_training_is_watched_examined_and_noted(tmp_path: Path) -> None:
     folder = tmp_path / "w"
     watched, alone = fit(folder, "watched"), fit(folder, "alone")

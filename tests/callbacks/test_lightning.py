@@ -87,6 +87,7 @@ def test_a_lightning_training_is_watched_examined_and_noted(tmp_path: Path) -> N
     assert (tmp_path / "drawn" / "figure-1.png").exists()
 
 
+@pytest.mark.soak
 def test_accumulated_gradients_are_one_step(tmp_path: Path) -> None:
     fit(tmp_path, [Watch(tmp_path / "w", every=2)], accumulate_grad_batches=3)
     assert list(read_recording(tmp_path / "w").steps) == [1, 2, 4]

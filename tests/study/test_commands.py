@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import normlab
 from normlab.__main__ import run as normlab_command
 from normlab.api.measured import compare_command, open_study
 from normlab.errors import UserError
+from normlab.reports import measured_report
 from normlab.reports.measured_report import closing_lines, methods
 from normlab.study.commands import Command, NoNumber, parse_arm, pick, write_arm
 from normlab.study.runner import StudyStopped
@@ -39,6 +40,17 @@ ARMS = ["batch: norm=batch", "none: norm=none"]
 
 
 @pytest.fixture
+def report() -> None:
+    """For tests of what is drawn of a study; the others save the second that it takes."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "report" not in request.fixturenames:
+        monkeypatch.setattr(measured_report, "write_report", lambda study: None)
+
+
+@pytest.fixture
 def script(in_tmp: Path) -> str:
     (in_tmp / "train.py").write_text(TRAIN)
     return f"{PYTHON} train.py {{norm}} {{seed}}"
@@ -53,7 +65,9 @@ def fake(code: str) -> str:
     return f"{PYTHON} -c {shlex.quote(code)} {{norm}} {{seed}}"
 
 
-def test_a_command_is_compared_and_its_study_goes_on_and_grows(script: str, in_tmp: Path) -> None:
+def test_a_command_is_compared_and_its_study_goes_on_and_grows(
+    script: str, in_tmp: Path, report: None
+) -> None:
     study = compare(script, seeds=6, jobs=2)
     [c] = study.comparisons
     assert (c.verdict, c.n, c.margin) == ("better", 6, None)
@@ -128,6 +142,7 @@ def test_values_are_arguments_and_no_shell_reads_them(in_tmp: Path) -> None:
     assert not Path("x").exists()
 
 
+@settings(max_examples=40)
 @given(
     name=st.from_regex(r"[a-z]{1,8}", fullmatch=True),
     values=st.dictionaries(
@@ -140,6 +155,7 @@ def test_an_arm_is_read_as_it_is_written(name: str, values: dict[str, str]) -> N
     assert parse_arm(write_arm(name, values)) == (name, values)
 
 
+@settings(max_examples=40)
 @given(value=st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20))
 def test_any_value_reaches_the_program_as_one_argument(value: str) -> None:
     assert Command(text="p --x {x} {seed}").words({"x": value, "seed": "1"}) == [
@@ -444,6 +460,7 @@ def test_a_function_is_compared_in_processes(in_tmp: Path) -> None:
         normlab.compare(train, arms=arms, metric="pid", out="s")
 
 
+@pytest.mark.soak
 def test_commands_go_to_the_workers_of_a_dask_scheduler(script: str, in_tmp: Path) -> None:
     distributed = pytest.importorskip("distributed", reason="needs the extra `cluster`")
     with distributed.LocalCluster(
