@@ -61,6 +61,7 @@ def test_evaluate_takes_the_latest_run(trained: Path) -> None:
     assert {p.name for p in folder.iterdir()} == {
         "calibration.png",
         "confusion.png",
+        "coverage.png",
         "evaluation.json",
         "mistakes.png",
         "report.html",

@@ -75,6 +75,7 @@ def test_a_run_is_a_folder_with_these_files(run: normlab.Run) -> None:
     assert sorted(p.name for p in run.path.iterdir()) == [
         "best.safetensors",
         "curves.png",
+        "doubt.safetensors",
         "environment.json",
         "history.jsonl",
         "last.safetensors",
