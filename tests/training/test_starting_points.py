@@ -21,7 +21,7 @@ from normlab.data.batches import split_validation, to_input
 from normlab.errors import Interrupted
 from normlab.runs import Run
 from normlab.training.preparation import make_plan, new_state
-from normlab.training.starting_points import starting_weights
+from normlab.training.starting_points import begin
 from normlab.training.state import Plan, State
 
 TINY: dict[str, Any] = {"epochs": 2, "batch_size": 32, "threads": 1}
@@ -156,7 +156,7 @@ def test_a_new_head_is_the_seeds_and_the_same_classes_keep_theirs_by_name(
     assert new.task.start is not None
     assert new.task.start.head == "new"
     fresh = new.task.build().state_dict()
-    begun = starting_weights(source, new.task, normlab.load(NEW))
+    _, begun = begin(source, new.task, normlab.load(NEW))
     for key, value in begun.items():
         if key.startswith("output."):
             assert torch.equal(value, fresh[key])
@@ -165,7 +165,7 @@ def test_a_new_head_is_the_seeds_and_the_same_classes_keep_theirs_by_name(
     assert kept.task.start is not None
     assert kept.task.start.head == "kept"
     model = kept.task.build().eval()
-    model.load_state_dict(starting_weights(source, kept.task, normlab.load(order)))
+    model.load_state_dict(begin(source, kept.task, normlab.load(order))[1])
     x = to_input(OLD["x_test"])
     with torch.no_grad():
         ours, theirs = model(x), source.model()(x)
@@ -251,7 +251,7 @@ def test_what_does_not_fit_is_refused_by_name(fast: Run, tmp_path: Path, in_tmp:
     refused("norm_position='after': run .* has None", norm_position="after")
     refused("model|network", model="notebook")
     refused("statistics='freeze': choose one of keep, adapt, recalibrate", statistics="freeze")
-    refused("'nowhere' is not a folder", start="nowhere")
+    refused("nowhere is no run's folder, no file of weights", start="nowhere")
     refused("freeze=True: .*--from", "fast79", None, freeze=True)
     refused("statistics='keep': .*--from", "fast79", None, statistics="keep")
     plain = normlab.train("notebook", norm="none", data=OLD, out="plain", **TINY)
@@ -283,7 +283,7 @@ def test_a_network_without_batch_normalisation_can_be_started_from(in_tmp: Path)
 def examined(run: Run, source: Run) -> Iterator[set[str]]:
     """What the doctor says of freezing: on the network as it is trained, and on the run."""
     rules, images = {"frozen-but-updating", "learning-but-frozen"}, normlab.load(NEW)
-    weights = starting_weights(source, run.task, images)
+    _, weights = begin(source, run.task, images)
     live = new_state(run.task, images, torch.device("cpu"), weights).model.train()
     for diagnosis in (normlab.doctor(live), normlab.doctor(run)):
         assert rules <= set(diagnosis.checked)

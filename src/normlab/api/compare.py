@@ -36,6 +36,7 @@ from normlab.study.runner import Pool, Reporter
 from normlab.study.training import Job
 from normlab.study.tuning import TUNING, choose, parse_tuning, trials
 from normlab.training import starting_points
+from normlab.training.pretrained import Pretrained
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8)
 CHECKS = 10
@@ -185,7 +186,7 @@ def _design(
     """Make the plan, and refuse here what could not be done later."""
     size = images.image_shape[0]
     sources = {arm.name: starting_points.open_source(arm.start) for arm in arms}
-    arms = tuple(_fitting(arm, sources[arm.name]) for arm in arms)
+    arms = tuple(_fitting(arm, sources[arm.name], images.files_train is not None) for arm in arms)
     sizes: dict[str, str] = {}
     for arm in arms:
         check_arm(arm, recipe, images.class_names, arm.image_size or size)
@@ -200,8 +201,12 @@ def _design(
             other = hold_out(other, plan["held_out"]) if plan["held_out"] else other
             sizes[str(arm.image_size)] = other.sha256
     starts = {
-        name: starting_points.plan_start(run, images.class_names, freeze=False, statistics=None)
-        for name, run in sources.items()
+        arm.name: starting_points.plan_start(
+            *(sources[arm.name], arm.recipe(recipe), images.class_names),
+            freeze=False,
+            statistics=None,
+        )
+        for arm in arms
     }
     named = tuple(contrasts) if contrasts else default_contrasts(arms)
     return Design(
@@ -225,12 +230,20 @@ def _design(
     )
 
 
-def _fitting(arm: Arm, source: Run | None) -> Arm:
-    """An arm with the network and the normaliser of the run that it starts from."""
+def _fitting(arm: Arm, source: Run | None, resizable: bool) -> Arm:
+    """An arm with the network and the normaliser of the run that it starts from.
+
+    What starts from a network that was pretrained elsewhere is trained by the recipe for those, on
+    images of that network's size.
+    """
     if source is None:
         return arm
     theirs = source.task.recipe.settings()
-    same = {key: theirs[key] for key in ("model", "norm", "norm_position", "logit_scale")}
+    if isinstance(source, Pretrained):
+        size = arm.image_size or (source.task.image_size if resizable else None)
+        return replace(arm, changes={**theirs, **arm.changes}, image_size=size)
+    keys = ("model", "architecture", "norm", "norm_position", "norm_epsilon", "logit_scale")
+    same = {key: theirs[key] for key in keys}
     return replace(arm, changes={**same, **arm.changes})
 
 

@@ -88,10 +88,11 @@ def train(
             `normlab.data.load`.
         exclude, relabel: CSV files of decisions about pictures, as `normlab data check` makes them;
             see `normlab.data.changes`.
-        start: a finished run to start from, or `builtin`, one on CIFAR-10 that comes with this
-            package: its network, all but the output layer, is taken over, and the recipe says how
-            to go on training it. The output layer is taken over, too, if the classes are the same
-            by name.
+        start: what to start from: a finished run; `builtin`, one on CIFAR-10 that comes with this
+            package; or a network of timm that was pretrained on ImageNet, by its name there, its
+            weights from the hub or from a file (`FILE` or `NAME=FILE`). All but the output layer
+            is taken over, and the recipe says how to go on. The output layer is taken over, too,
+            if the classes are the same by name and the recipe fits none.
         freeze: with `start`: only the output layer learns.
         statistics: with `start`: of its batch normalisations, `keep`, `adapt` or `recalibrate`; see
             `normlab.training.starting_points`. None for `keep` when frozen, else `adapt`.
@@ -151,10 +152,11 @@ def train(
                 follows = (
                     fitted(images.class_names, side, wanted, source is not None) if fit else {}
                 )
+                settled = starting_points.choose_recipe(
+                    source, recipe, {**follows, **wanted, **more}
+                )
                 return Task(
-                    recipe=starting_points.choose_recipe(
-                        source, recipe, {**follows, **wanted, **more}
-                    ),
+                    recipe=settled,
                     seed=seed,
                     data=images.name
                     if data is None or not isinstance(data, (str, Path))
@@ -164,7 +166,9 @@ def train(
                     image_size=side,
                     skip_bad=skip_bad,
                     start=starting_points.plan_start(
-                        source, images.class_names, freeze=freeze, statistics=statistics
+                        *(source, settled, images.class_names),
+                        freeze=freeze,
+                        statistics=statistics,
                     ),
                     group_by=group_by,
                     changes=decided,
@@ -188,7 +192,7 @@ def train(
                     for line in first_look(images):
                         text = printable(f"{images.name}: {line}")
                         print(text, file=sys.stderr, flush=True)
-                expected = allowed = None
+                expected = allowed = pace = None
                 if minutes is not None:
                     largest = images.natural_size if recipe == DEFAULT_OWN else None
                     sizes = [s for s in SIZES if largest and s <= largest] or [task.image_size]
@@ -198,16 +202,17 @@ def train(
                         images = read(side)
                     left = minutes * 60 - time.perf_counter() + began
                     steps = steps_in(left, pace, task_at(side), images)
-                    planned = {"patience": None, **wanted, "epochs": 1, "least_steps": steps}
+                    planned = {"patience": None, **wanted, "epochs": int(steps > 0)}
+                    planned["least_steps"] = steps
                     task = task_at(side, **planned)
                     allowed = left - pace.ending(make_plan(task, images, threads), images)
-                elif own and ranks.size == 1:
+                elif own and ranks.size == 1 and not task.recipe.learns_nothing:
                     pace = measure(task, where)
-                if (own and ranks.size == 1) or minutes is not None:
+                if pace is not None:
                     plan = make_plan(task, images, threads)
                     expected = pace.seconds(plan) + pace.ending(plan, images)
                 observed(task.build(), layers)
-                weights = starting_points.starting_weights(source, task, images)
+                task, weights = starting_points.begin(source, task, images)
         machine = _describe(threads, where, ranks)
         ranks.same("facts", _facts(task, machine))
         with machine_settings(threads, where), ExitStack() as held:
@@ -497,13 +502,17 @@ def _choose_weights(run: Run, plan: Plan, state: State) -> tuple[str, Repair | N
     """Which weights the run keeps: where patience was asked for, the best if the held-out images
     tell them from the last; statistics renewed where they are stale.
     """
+    start = run.task.start
     if not len(plan.validation):
         return "last", None
     model, kept = run.model("last"), "last"
-    if plan.recipe.patience is not None and state.best_epoch is not None:
+    chooses = plan.recipe.patience is not None or (plan.recipe.head == "fitted" and state.step)
+    if chooses and state.best_epoch is not None:
         best = run.model("best")
         if clearly_better(best, model, plan.validation):
             model, kept = best, "best"
+    if start is not None and start.statistics != "adapt":
+        return kept, None  # they are what they were meant to be
     repair = renew_stale(model, plan.train.images, plan.validation)
     if repair is not None:
         kept = "recalibrated"

@@ -49,8 +49,9 @@ if TYPE_CHECKING:
 @click.option(
     "--from",
     "start",
-    metavar="RUN",
-    help="Start from this finished run's network; builtin is one on CIFAR-10.",
+    metavar="RUN|NAME|FILE",
+    help="Start from a finished run, from timm's network NAME, pretrained on ImageNet, or from its "
+    "weights in FILE; builtin is a run on CIFAR-10.",
 )
 @click.option(
     "--minutes",

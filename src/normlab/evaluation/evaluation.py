@@ -26,7 +26,7 @@ from normlab.evaluation.calibration import (
 from normlab.evaluation.doubt import Doubt
 from normlab.evaluation.familiarity import answers_of, familiarity
 from normlab.evaluation.forward import logits_of
-from normlab.runs import Run
+from normlab.runs import Run, Start
 from normlab.statistics import accuracy_interval
 from normlab.text import listed
 
@@ -34,6 +34,11 @@ CIFAR10_LIMITS = (
     "Near-duplicates of 3.3 % of CIFAR-10's test images are in its training set (ciFAIR).",
     "54 of its test labels are confirmed errors (Northcutt et al. 2021).",
     "On freshly collected test images such classifiers lose 4 to 15 points (CIFAR-10.1).",
+)
+IMAGENET_LIMIT = (
+    "The network began with what it had learnt from ImageNet's pictures. Many public folders of "
+    "photographs hold some of the same ones: then it has seen test pictures before, and on others "
+    "it will score less."
 )
 OWN_LIMITS = ("The interval holds for pictures like these test pictures, and for no others.",)
 
@@ -265,9 +270,13 @@ def assess(
     )
 
 
-def limits_of(data: str) -> tuple[str, ...]:
-    """What to say beside any score on the data set of this name."""
-    return CIFAR10_LIMITS if data in PUBLIC else OWN_LIMITS
+def limits_of(data: str, start: Start | None = None) -> tuple[str, ...]:
+    """What to say beside any score on the data set of this name.
+
+    start: what the training started from.
+    """
+    limits = CIFAR10_LIMITS if data in PUBLIC else OWN_LIMITS
+    return limits if start is None or start.origin is None else (*limits, IMAGENET_LIMIT)
 
 
 def evaluate(
@@ -315,7 +324,7 @@ def evaluate(
         views=views,
         data=images.name,
         class_names=images.class_names,
-        limits=limits_of(images.name),
+        limits=limits_of(images.name, run.task.start),
         files=images.files_test,
         doubt=doubt,
         familiarity=near,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from normlab.data.batches import Split
 from normlab.errors import DataError
-from normlab.evaluation.forward import Images, logits, run_batches
+from normlab.evaluation.forward import Images, evaluation_batch, logits, run_batches
 
 MOST_PICTURES = 5_000  # that the features of classes are taken from
 
@@ -30,7 +30,7 @@ def head_of(model: nn.Module) -> nn.Linear | None:
 
 
 def answers_of(
-    model: nn.Module, images: Images, batch_size: int = 250
+    model: nn.Module, images: Images, batch_size: int | None = None
 ) -> tuple[Tensor, NDArray[np.float32] | None]:
     """Logits (N, K) and features (N, D) of images.
 
@@ -38,6 +38,7 @@ def answers_of(
     image.
     """
     rows: list[Tensor] = []
+    batch_size = evaluation_batch(images) if batch_size is None else batch_size
     with _features(model) as taken:
         run_batches(model, images, batch_size, take=lambda a, _: rows.append(logits(a[0]).cpu()))
     answers = torch.cat(rows)

@@ -1,5 +1,6 @@
 """Ask a network for its answers and leave no trace in it."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -61,10 +62,23 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
+def evaluation_batch(images: Images) -> int:
+    """How many images go through a network at a time where nothing is learnt.
+
+    250 of up to 64 × 64 pixels; of larger ones as many as have as many pixels, 32 at least, since
+    what a network keeps of them would fill the memory.
+    """
+    if isinstance(images, Mapping):
+        return EVALUATION_BATCH
+    sides = images.shape[2:] if isinstance(images, Tensor) else images.shape[1:3]
+    pixels = math.prod(sides) if len(sides) == 2 else 1
+    return max(32, min(EVALUATION_BATCH, EVALUATION_BATCH * 64 * 64 // pixels))
+
+
 def logits_of(
     model: nn.Module,
     images: Images,
-    batch_size: int = EVALUATION_BATCH,
+    batch_size: int | None = None,
     *,
     views: str = "single",
     own_statistics: bool = False,
@@ -73,6 +87,7 @@ def logits_of(
     """Logits (N, K) without dropout, on the CPU; the model is left as it was.
 
     Args:
+        batch_size: None for `evaluation_batch`.
         views: with more than one view of an image (see `views_of`), the weighted mean of their
             logits. `unsure`: those of `shift` for the quarter of the images whose best class has
             the lowest probability from a single view, and the single view for all others.
@@ -84,6 +99,7 @@ def logits_of(
         UserError: own statistics of a batch with fewer than two images, images that the network
             fails on, or an answer without a tensor.
     """
+    batch_size = evaluation_batch(images) if batch_size is None else batch_size
     if views == "unsure" and not isinstance(images, Mapping):
         answers = logits_of(model, images, batch_size, own_statistics=own_statistics, ranks=ranks)
         sure = answers.double().softmax(1).amax(1)

@@ -22,6 +22,7 @@ from normlab.evaluation.familiarity import (
     familiarity,
     some_of,
 )
+from normlab.evaluation.features import cached_features
 from normlab.runs import Run
 from normlab.text import listed
 
@@ -59,7 +60,9 @@ def learn(
     means, near = None, np.empty(0)
     if features is not None:
         known = some_of(train)
-        _, of_train = answers_of(model, known.images)
+        of_train = cached_features(model, known.images)  # of a body that did not learn
+        if of_train is None:
+            _, of_train = answers_of(model, known.images)
         assert of_train is not None
         means = class_features(of_train, known.labels, num_classes)
         near = familiarity(features, means)

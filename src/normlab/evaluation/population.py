@@ -18,8 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from normlab.core.ranks import ALONE, Ranks
-from normlab.data.batches import EVALUATION_BATCH
-from normlab.evaluation.forward import Images, count, first_tensor, normalizers, run_batches
+from normlab.evaluation.forward import (
+    Images,
+    count,
+    evaluation_batch,
+    first_tensor,
+    normalizers,
+    run_batches,
+)
 from normlab.layers import BatchNorm, moments
 
 SAMPLE = 4096  # images that stand for the training set where all of them would cost too much
@@ -35,7 +41,7 @@ class Moments:
 
 
 def population_moments(
-    model: nn.Module, images: Images, batch_size: int = EVALUATION_BATCH, ranks: Ranks = ALONE
+    model: nn.Module, images: Images, batch_size: int | None = None, ranks: Ranks = ALONE
 ) -> dict[str, Moments]:
     """Pooled moments of each normaliser's input on `images`, by the normaliser's name.
 
@@ -63,15 +69,14 @@ def population_moments(
         layer.register_forward_pre_hook(hook_for(name), with_kwargs=True)
         for name, layer in normalizers(model).items()
     ]
+    size = evaluation_batch(images) if batch_size is None else batch_size
     try:
-        run_batches(
-            model, images, batch_size, own_statistics=True, ranks=ranks, take=lambda _, __: None
-        )
+        run_batches(model, images, size, own_statistics=True, ranks=ranks, take=lambda _, __: None)
     finally:
         for hook in hooks:
             hook.remove()
     if ranks.size > 1:
-        return _everyone(model, parts, ranks, -(-count(images) // batch_size))
+        return _everyone(model, parts, ranks, -(-count(images) // size))
     return {name: pool(found) for name, found in parts.items()}
 
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from normlab.core.tensors import digest, write_tensors
 from normlab.data import ImageData
-from normlab.data.batches import EVALUATION_BATCH, Split, split_images
+from normlab.data.batches import Split, split_images
 from normlab.errors import DataError, UserError
-from normlab.evaluation.forward import normalizers
+from normlab.evaluation.forward import evaluation_batch, normalizers
 from normlab.evaluation.population import evenly, population_moments, set_statistics
 from normlab.evaluation.scores import Score, score
 from normlab.runs import Run
@@ -103,7 +103,7 @@ def recalibrate(
         "data": images.name,
         "data_sha256": images.sha256,
         "images": len(pixels),
-        "batch_size": EVALUATION_BATCH,
+        "batch_size": evaluation_batch(pixels),
         "weights_sha256": digest(model.state_dict()),
     }
     write_tensors(run.path / "recalibrated.safetensors", model.state_dict(), done)

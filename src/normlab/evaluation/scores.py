@@ -67,7 +67,7 @@ def score(
             chosen = images if population is None else population
             set_statistics(model, population_moments(model, chosen, ranks=ranks))
         own = statistics == "batch"
-        size = batch_size if own else EVALUATION_BATCH
+        size = batch_size if own else None
         logits = logits_of(model, images, size, views=views, own_statistics=own, ranks=ranks)
     _check(logits, truth)
     return Score(cross_entropy(logits, truth), right(logits, truth).double().mean().item())

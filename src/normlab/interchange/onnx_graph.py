@@ -34,6 +34,8 @@ from normlab.interchange.steps import (
     Step,
     chain_of,
 )
+from normlab.interchange.traced import trace
+from normlab.models.timm_net import TimmNet
 from normlab.runs import Run
 
 # Old enough for every runtime of the last years; nothing here needs more.
@@ -209,6 +211,29 @@ def described(
     temperature into the last layer, and familiarity.
     """
     size = run.task.image_size
+    if isinstance(model, TimmNet):
+        graph, unfolded = trace(model, size, learnt)
+    else:
+        graph, unfolded = _folded(model, size, len(run.task.class_names), learnt)
+    graph = with_reading(graph, size)
+    metadata: dict[str, Any] = {
+        "class_names": run.task.class_names,
+        "image_size": size,
+        "recipe": run.task.as_dict(),
+        "not_folded": unfolded,
+    }
+    if learnt is not None:
+        metadata["doubt"] = learnt[0].as_dict()
+        metadata["rule"] = learnt[0].rule().as_dict()
+    for key, value in metadata.items():
+        graph.metadata_props.add(key=key, value=json.dumps(value, ensure_ascii=False))
+    return graph, unfolded
+
+
+def _folded(
+    model: nn.Module, size: int, num_classes: int, learnt: tuple[Doubt, Features | None] | None
+) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """The graph of a network that is a chain of steps, its normalisations folded."""
     whole, familiar = chain_of(model, size), None
     if learnt is not None:
         doubt, means = learnt
@@ -219,19 +244,7 @@ def described(
         there = {step.name for step in chain.steps if isinstance(step, Norm)}
         norms = tuple(norm for norm in familiar.norms if norm.name not in there)
         familiar = replace(familiar, norms=norms)
-    graph = with_reading(build(chain, len(run.task.class_names), familiar), size)
-    metadata: dict[str, Any] = {
-        "class_names": run.task.class_names,
-        "image_size": size,
-        "recipe": run.task.as_dict(),
-        "not_folded": chain.unfolded,
-    }
-    if learnt is not None:
-        metadata["doubt"] = learnt[0].as_dict()
-        metadata["rule"] = learnt[0].rule().as_dict()
-    for key, value in metadata.items():
-        graph.metadata_props.add(key=key, value=json.dumps(value, ensure_ascii=False))
-    return graph, chain.unfolded
+    return build(chain, num_classes, familiar), chain.unfolded
 
 
 def _cooled(chain: Chain, temperature: float) -> Chain:

@@ -11,6 +11,7 @@ from normlab.recipes.fast import fast79, fast84, fast90, fast94
 from normlab.recipes.notebook import notebook, notebook_plain
 from normlab.recipes.paper import paper_sigmoid
 from normlab.recipes.pictures import pictures
+from normlab.recipes.pretrained import pretrained
 from normlab.recipes.record import SETTINGS, Augmentation, Averaging, Model, Norm, Recipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
@@ -22,6 +23,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "notebook-plain": notebook_plain,
     "paper-sigmoid": paper_sigmoid,
     "pictures": pictures,
+    "pretrained": pretrained,
 }
 DEFAULT = "fast79"
 DEFAULT_OWN = "pictures"  # for data that are not CIFAR-10

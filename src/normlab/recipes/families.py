@@ -25,5 +25,6 @@ MODELS: Registry[Any] = Registry(
         "fast-wide": "normlab.models.fast:wide",
         "fast-wider": "normlab.models.fast:wider",
         "sigmoid": "normlab.models.sigmoid:SigmoidNet",
+        "timm": "normlab.models.timm_net:TimmNet",
     },
 )

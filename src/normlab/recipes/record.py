@@ -24,12 +24,14 @@ class Model:
     """The network.
 
     Attributes:
+        architecture: of the network `timm`: which of timm's it is.
         logit_scale: what the network's last answers are multiplied by. The fast networks take
             maxima, which are large: without 1/3 their first logits are, too, and the first steps
             go to waste.
     """
 
     name: str = setting("notebook", "The network.", name="model", names=tuple(MODELS))
+    architecture: str | None = setting(None, "With model timm: the network's name there.")
     logit_scale: float = setting(
         1.0,
         "Factor of the network's last answers.",
@@ -169,6 +171,7 @@ USUAL: dict[str, dict[str, Any]] = {
     name: {"logit_scale": 1 / 3, "norm_momentum": 0.6}
     for name in ("fast", "fast-deep", "fast-deeper", "fast-wide", "fast-wider")
 }
+USUAL["timm"] = {"logit_scale": 1.0, "norm_momentum": 0.9}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +180,9 @@ class Recipe:
 
     Attributes:
         name: of the recipe function.
-        epochs: passes over the training images.
+        head: `fitted` fits a new output layer to the features of the network that the training
+            starts from, by a penalised logistic regression, before the first step.
+        epochs: passes over the training images; 0, with a fitted head, for none.
         least_steps: on small data more passes over the images follow, until there are so many
             steps; 0 for none. Whoever sets `epochs` gets so many and no more.
         balance: `weights` weighs an image of class k by √(N/(K·N_k)), scaled to a mean of 1;
@@ -200,7 +205,17 @@ class Recipe:
     schedule: Schedule = field(default_factory=Constant)
     augmentation: Augmentation = field(default_factory=Augmentation)
     averaging: Averaging = field(default_factory=Averaging)
-    epochs: int = setting(25, "Passes over the training images.", **_WHOLE)
+    head: str = setting(
+        "new",
+        "With --from: a new output layer begins from the seed, or fitted to the features.",
+        names=("new", "fitted"),
+    )
+    epochs: int = setting(
+        25,
+        "Passes over the training images; 0 for none behind a fitted head.",
+        allowed=in_range(0, 10**9),
+        remedy="choose 1 or more; 0 with a fitted head",
+    )
     least_steps: int = setting(
         0,
         "On small data, train for at least so many steps, whatever the epochs.",
@@ -235,6 +250,13 @@ class Recipe:
             raise UserError(f"recipe name {self.name!r}: choose letters, digits and . _ + - only")
         for part in (self, *self._parts().values()):
             check_settings(part)
+        if self.learns_nothing and self.head != "fitted":
+            raise UserError("epochs=0: choose 1 or more; 0 is for a fitted head")
+        if self.model.architecture is not None and self.model.name != "timm":
+            raise UserError(
+                f"architecture={self.model.architecture}: it is for model timm, not for "
+                f"{self.model.name}: leave it out"
+            )
         if self.patience is not None and self.validation == 0:
             raise UserError(f"patience={self.patience}: it needs --validation above 0")
 
@@ -255,6 +277,11 @@ class Recipe:
             return passes, batches
         each = -(-least // min(passes, MOST_EPOCHS))
         return -(-least // each), each
+
+    @property
+    def learns_nothing(self) -> bool:
+        """Whether no step follows the fit of the output layer."""
+        return self.epochs == 0 and self.least_steps == 0
 
     def _parts(self) -> dict[str, Any]:
         return {part: getattr(self, part) for part in PARTS}

@@ -121,7 +121,10 @@ def plot_curve(ax: Axes, history: Sequence[Mapping[str, Any]], key: str) -> Axes
         ax.plot(epochs, validation, color=VALIDATION, marker=marker, ms=3, label="validation")
     ax.set(xlabel="epoch", ylabel=key)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlim(0 if noted else 0.5, max(epochs, default=1) + (0.02 if noted else 0.5))
+    ax.set_xlim(
+        0 if noted else min(epochs, default=1) - 0.5,
+        max(epochs, default=1) + (0.02 if noted else 0.5),
+    )
     ax.grid(alpha=0.25)
     ax.legend(frameon=False)
     return ax

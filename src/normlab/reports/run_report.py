@@ -38,7 +38,10 @@ FEWEST_HEATS, MOST_HEATS = 16, 60
 def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> None:
     """Draw `curves.png` and `report.html` into the folder of a finished run."""
     result = run.finished()
-    curves = plots.safely("curves", lambda: plots.png(plots.draw_curves(run.history)))
+    history = run.history
+    curves = None
+    if len(history) > 1 or "parts" in history[0] or history[0]["steps"]:  # else a fitted head alone
+        curves = plots.safely("curves", lambda: plots.png(plots.draw_curves(history)))
     if curves is not None:
         write_atomic(run.path / "curves.png", curves)
     recipe, environment = run.task.recipe, run.environment
@@ -248,10 +251,15 @@ def _contrasts(run: Run) -> list[tuple[list[str], str]]:
     commands = []
     if recipe.name in RECIPES:
         train = ["normlab", "train", recipe.name]
-        if run.task.start:
+        if (start := run.task.start) is not None and start.head == "fitted":
+            train += ["--from", start.run]
+            longer = str(recipe.epochs + 3)
+            commands.append(([*train, "--epochs", longer, *data], "the body learns on, slowly"))
+        elif start is not None:
             commands.append(([*train, *data], "the same without --from"))
-        twin = "none" if recipe.norm.name == "batch" else "batch"
-        commands.append(([*train, "--norm", twin, *data], "its twin"))
+        if recipe.head != "fitted":
+            twin = "none" if recipe.norm.name == "batch" else "batch"
+            commands.append(([*train, "--norm", twin, *data], "its twin"))
     if recipe.name != "notebook":
         text = "the notebook's own 25 epochs"
         commands.append((["normlab", "train", "notebook", *data], text))

@@ -15,13 +15,14 @@ curves.png, report.html
 
 from normlab.runs.folders import RUNS, create_folder, latest
 from normlab.runs.run import WEIGHTS, Environment, Result, Row, Run, open_run, read_history
-from normlab.runs.task import STATISTICS, Start, Task
+from normlab.runs.task import STATISTICS, Origin, Start, Task
 
 __all__ = [
     "RUNS",
     "STATISTICS",
     "WEIGHTS",
     "Environment",
+    "Origin",
     "Result",
     "Row",
     "Run",

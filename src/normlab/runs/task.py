@@ -24,15 +24,42 @@ STATISTICS = ("keep", "adapt", "recalibrate")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a network that was pretrained elsewhere comes from.
+
+    Attributes:
+        network: its name in timm, with the tag of its weights if it was named with one.
+        library: timm and its version.
+        source: the file's name, or the repository on the hub and its revision.
+        file_sha256: of the file of weights.
+        licence: of the weights, as far as it is stated.
+    """
+
+    network: str
+    library: str
+    source: str
+    file_sha256: str
+    licence: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.network} of {self.library}, pretrained on ImageNet; weights from "
+            f"{self.source} (SHA-256 {self.file_sha256[:12]}…, licence {self.licence})"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Start:
     """Which run a training starts from, and how; see `normlab.training.starting_points`.
 
     Attributes:
-        run: its folder, as it was named.
+        run: its folder, as it was named; or a pretrained network.
         weights_sha256: of the weights taken from it.
-        head: `kept` or `new`, the output layer.
+        head: the output layer: `kept`, `new` or `fitted`.
         freeze: whether the output layer alone learns.
         statistics: `keep`, `adapt` or `recalibrate`.
+        penalty: of a fitted head; see `normlab.evaluation.features.fit_head`.
+        origin: of a network that was pretrained elsewhere.
     """
 
     run: str
@@ -40,11 +67,14 @@ class Start:
     head: str
     freeze: bool
     statistics: str
+    penalty: float | None = None
+    origin: Origin | None = None
 
     def __str__(self) -> str:
         statistics = {"keep": "kept", "adapt": "adapting", "recalibrate": "recalibrated, then kept"}
+        body = "frozen" if self.freeze else "learning on"
         return (
-            f"run {self.run}: body {'frozen' if self.freeze else 'learning on'}, statistics "
+            f"{self.origin or f'run {self.run}'}: body {body}, statistics "
             f"{statistics.get(self.statistics, self.statistics)}, output layer {self.head}"
         )
 
@@ -113,6 +143,7 @@ class Task:
             norm_epsilon=norm.epsilon,
             logit_scale=model.logit_scale,
             seed=self.seed,
+            **({"architecture": model.architecture} if model.name == "timm" else {}),
         )
         use_tiles(network, model.winograd)
         for layer in network.modules():
@@ -146,7 +177,8 @@ class Task:
             "skip_bad": self.skip_bad,
         }
         if self.start is not None:
-            values["start"] = asdict(self.start)
+            start = {key: value for key, value in asdict(self.start).items() if value is not None}
+            values["start"] = start
         if self.group_by is not None:
             values["group_by"] = self.group_by
         if self.changes is not None:

@@ -157,7 +157,7 @@ def train_one(
     watch = _Checks(checks)
     with settings(threads, device):
         source = None if task.start is None else starting_points.open_source(task.start.run)
-        weights = starting_points.starting_weights(source, task, images)
+        task, weights = starting_points.begin(source, task, images)
         state = new_state(task, images, device, weights)
         plan = make_plan(task, images, threads)
         diverged = None

@@ -17,7 +17,7 @@ from normlab.core.ranks import Ranks
 from normlab.core.tensors import Tensors, is_finite, read_tensors, write_tensors
 from normlab.errors import DataError
 from normlab.training.optimisers import Optimizer
-from normlab.training.state import Hook, State, StepResult, Totals
+from normlab.training.state import Hook, Plan, State, StepResult, Totals
 
 CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
@@ -34,15 +34,22 @@ class Checkpoints(Hook):
     folder: Path
     saved_at: float = 0.0
 
+    def before_training(self, plan: Plan, state: State) -> None:
+        if state.history and not state.step:  # a fitted head, scored
+            self._write(state, epoch=0)
+
     def after_step(self, state: State, done: StepResult) -> None:
         if done.ends_epoch:
-            lines = [json.dumps(row) + "\n" for row in state.history]
-            write_atomic(self.folder / "history.jsonl", "".join(lines).encode())
-            if state.best_epoch == done.epoch + 1:
-                write_tensors(self.folder / "best.safetensors", state.best_weights)
+            self._write(state, done.epoch + 1)
         if state.seconds - self.saved_at >= SECONDS_BETWEEN:
             save(self.folder, state)
             self.saved_at = state.seconds
+
+    def _write(self, state: State, epoch: int) -> None:
+        lines = [json.dumps(row) + "\n" for row in state.history]
+        write_atomic(self.folder / "history.jsonl", "".join(lines).encode())
+        if state.best_epoch == epoch:
+            write_tensors(self.folder / "best.safetensors", state.best_weights)
 
 
 def save(folder: Path, state: State) -> None:
@@ -127,7 +134,9 @@ def _fill(state: State, tensors: Tensors, loop: dict[str, Any]) -> None:
         parts[part][rest] = tensor
     state.model.load_state_dict(parts["model"])
     totals, history, best_epoch = Totals(**loop["totals"]), loop["history"], loop["best_epoch"]
-    best_val_loss = history[best_epoch - 1]["val_loss"] if best_epoch else state.best_val_loss
+    best_val_loss = next(
+        (row["val_loss"] for row in history if row["epoch"] == best_epoch), state.best_val_loss
+    )
     step, seconds = int(loop["step"]), float(loop["seconds"])
     _restore_optimizer(state.optimizer, parts["optimizer"])
     average = _like_parameters(state.model, parts["average"])

@@ -27,6 +27,8 @@ def make_hooks(plan: Plan, extra: Sequence[Hook] = ()) -> list[Hook]:
     hooks: list[Hook] = []
     if recipe.averaging.decay:
         hooks.append(Average(recipe.averaging.decay))
+    if recipe.head == "fitted":
+        hooks.append(Beginning())
     if plan.epochs <= FEW_EPOCHS:
         hooks.append(EpochParts())
     hooks.append(EpochRow())
@@ -54,6 +56,24 @@ class Average(Hook):
 
     def after_training(self, state: State) -> None:
         use_average(state.model, state.average, self.images, self.ranks)
+
+
+class Beginning(Hook):
+    """Scores a fitted head as epoch 0, which what is learnt from there on has to beat."""
+
+    def before_training(self, plan: Plan, state: State) -> None:
+        if state.step or state.history:  # resumed
+            return
+        started, held_out = time.perf_counter(), plan.validation
+        row: dict[str, Any] = {"epoch": 0, "steps": 0, "loss": None, "accuracy": None}
+        row |= {"val_loss": None, "val_accuracy": None}
+        if len(held_out):
+            found = score(state.model, held_out.images, held_out.labels, ranks=plan.ranks)
+            row |= {"val_loss": found.loss, "val_accuracy": found.accuracy}
+            state.best_val_loss, state.best_epoch = found.loss, 0
+            state.best_weights = {k: v.clone() for k, v in state.model.state_dict().items()}
+        state.seconds += time.perf_counter() - started
+        state.history.append({**row, "seconds": state.seconds})
 
 
 class EpochParts(Hook):
@@ -187,7 +207,7 @@ class Patience(Hook):
     def after_step(self, state: State, done: StepResult) -> None:
         if state.ending is None and done.ends_epoch and self._is_over(state):
             rate = self.schedule.share(state.step / self.steps)
-            epochs = max(1, round(self.COOL_DOWN * rate * len(state.history)))
+            epochs = max(1, round(self.COOL_DOWN * rate * state.history[-1]["epoch"]))
             end = state.step + epochs * self.epoch
             if end < self.steps:  # else the schedule's own end is as near
                 state.ending = state.step, end
@@ -195,7 +215,7 @@ class Patience(Hook):
     def _is_over(self, state: State) -> bool:
         if state.best_epoch is None:
             return False
-        waited = len(state.history) - max(state.best_epoch, self.first)
+        waited: int = state.history[-1]["epoch"] - max(state.best_epoch, self.first)
         return waited >= self.epochs
 
 

@@ -52,8 +52,12 @@ class Pace:
         return max(0, int(left / self.of_step(plan.recipe)))
 
     def ending(self, plan: Plan, images: ImageData) -> float:
-        """What follows a training: statistics and scores, simple answers, the report."""
+        """What stands around a training: the features that a head is fitted to, statistics and
+        scores, simple answers, the report.
+        """
         count = len(images.y_test) + min(len(plan.train), SAMPLE) + 3 * len(plan.validation)
+        if plan.recipe.head == "fitted":
+            count += len(plan.train)
         return count * self.image + AT_THE_END
 
 
@@ -81,12 +85,16 @@ def largest_in(
 def steps_in(seconds: float, pace: Pace, task: Task, images: ImageData) -> int:
     """How many steps fill the time, whole passes over the images where that costs little of it.
 
+    None behind a fitted head, if one look at each image does not fit.
+
     Raises:
         UserError: not even one look at each image fits.
     """
     plan = make_plan(task, images, 1)
     batches, rest = len(plan.bounds), pace.ending(plan, images)
     steps = pace.steps_in(seconds - rest, plan)
+    if steps < batches and task.recipe.head == "fitted":
+        return 0
     if steps < batches:
         lacking = pace.of_step(task.recipe) * (batches - steps)
         lacking += MOST_EPOCHS * len(plan.validation) * pace.image + max(0.0, rest - seconds)

@@ -1,4 +1,6 @@
-"""Start from a trained run: its body, a new output layer, and a say in what may still move.
+"""Start from a trained network: its body, an output layer, and a say in what may still move.
+
+The network is a run's, or one that was pretrained elsewhere (`normlab.training.pretrained`).
 
 The body is everything but the output layer. Its normalisation statistics are
 
@@ -21,14 +23,18 @@ from torch import Tensor, nn
 
 from normlab import recipes
 from normlab.core.tensors import digest, read_tensors, write_tensors
-from normlab.data.batches import split_images
+from normlab.data.batches import Split, split_images
 from normlab.data.images import ImageData
 from normlab.errors import DataError, UserError
+from normlab.evaluation.features import Head, features, fit_head
 from normlab.evaluation.forward import normalizers
 from normlab.evaluation.population import population_moments, set_statistics
 from normlab.layers import BatchNorm
+from normlab.models.timm_net import TimmNet
 from normlab.recipes import Recipe
 from normlab.runs import STATISTICS, Run, Start, Task, open_run
+from normlab.training.pretrained import Pretrained, open_pretrained
+from normlab.training.state import class_weights
 
 START = "start.safetensors"
 BUILTIN = "builtin"  # a run on CIFAR-10 that comes with this package
@@ -50,7 +56,7 @@ def open_source(
                     f"{name}={given!r}: it is about a run to start from: name one, --from"
                 )
         return None
-    run = start if isinstance(start, Run) else open_run(_builtin() if start == BUILTIN else start)
+    run = start if isinstance(start, Run) else _open(start)
     model = run.model()
     if statistics not in (None, *STATISTICS):
         raise UserError(f"statistics={statistics!r}: choose one of {', '.join(STATISTICS)}")
@@ -59,6 +65,12 @@ def open_source(
             f"statistics={statistics!r}: run {run.path} has no batch normalisation: leave them out"
         )
     return run
+
+
+def _open(start: str | Path) -> Run:
+    if start == BUILTIN:
+        return open_run(_builtin())
+    return open_run(start) if Path(start).is_dir() else open_pretrained(start)
 
 
 def _builtin() -> Path:
@@ -75,9 +87,19 @@ def choose_recipe(run: Run | None, recipe: str | Recipe | None, changes: dict[st
         UserError: the recipe, or a change to it, is for another network or normaliser.
     """
     if run is None:
-        return recipes.get(recipes.DEFAULT if recipe is None else recipe).with_settings(changes)
+        named = recipes.get(recipes.DEFAULT if recipe is None else recipe).with_settings(changes)
+        if named.head == "fitted":
+            raise UserError(
+                f"recipe {named.name!r} fits an output layer to a trained network: name one, "
+                "--from NAME, --from FILE or --from RUN"
+            )
+        return named
     theirs = run.task.recipe
-    chosen = (theirs if recipe is None else recipes.get(recipe)).with_settings(changes)
+    chosen = theirs if recipe is None else recipes.get(recipe)
+    if chosen.model.name == theirs.model.name:  # of timm's networks this says which
+        own = replace(chosen.model, architecture=theirs.model.architecture)
+        chosen = replace(chosen, model=own)
+    chosen = chosen.with_settings(changes)
     if chosen.model.name != theirs.model.name:
         raise UserError(
             f"recipe {chosen.name!r} trains the network {chosen.model.name!r}, "
@@ -85,7 +107,7 @@ def choose_recipe(run: Run | None, recipe: str | Recipe | None, changes: dict[st
             "or none for the run's own"
         )
     fixed = theirs.settings()
-    for key in ("norm", "norm_position"):
+    for key in ("norm", "norm_position", "architecture"):
         if changes.get(key, fixed[key]) != fixed[key]:
             raise UserError(
                 f"{key}={changes[key]!r}: run {run.path} has {fixed[key]!r}, which "
@@ -107,37 +129,53 @@ def suits(run: Run | None, recipe: str) -> bool:
 
 
 def plan_start(
-    run: Run | None, class_names: tuple[str, ...], *, freeze: bool, statistics: str | None
+    run: Run | None,
+    recipe: Recipe,
+    class_names: tuple[str, ...],
+    *,
+    freeze: bool,
+    statistics: str | None,
 ) -> Start | None:
     """Say how a training on classes `class_names` begins; None for: from its seed.
 
     Args:
         freeze: let the output layer alone learn.
-        statistics: `keep`, `adapt` or `recalibrate`; None for `keep` when frozen, else `adapt`.
+        statistics: `keep`, `adapt` or `recalibrate`; None for `keep` when frozen or when the
+            network comes from elsewhere, else `adapt`.
     """
     if run is None:
         return None
+    if recipe.learns_nothing and statistics == "adapt":
+        raise UserError("statistics='adapt': no step follows in which they could: add --epochs")
+    theirs = run.task.start
+    origin = None if theirs is None else theirs.origin
+    if isinstance(run, Pretrained):
+        origin = run.origin
     same = sorted(class_names) == sorted(run.task.class_names)  # whatever their order
     return Start(
         run=BUILTIN if run.path == _builtin() else str(run.path),
         weights_sha256=digest(run.model().state_dict()),
-        head="kept" if same else "new",
-        freeze=freeze,
-        statistics=statistics or ("keep" if freeze else "adapt"),
+        head="fitted" if recipe.head == "fitted" else "kept" if same else "new",
+        freeze=freeze or recipe.learns_nothing,
+        statistics=statistics or ("keep" if freeze or origin else "adapt"),
+        origin=origin,
     )
 
 
-def starting_weights(run: Run | None, task: Task, images: ImageData) -> dict[str, Tensor] | None:
+def begin(run: Run | None, task: Task, images: ImageData) -> tuple[Task, dict[str, Tensor] | None]:
     """What `task` begins with: the body of `run` and an output layer; None to begin from its seed.
 
     A kept output layer is the run's, its rows in the new order of the classes; a new one is fresh
-    from the task's seed.
+    from the task's seed; a fitted one is the best for the body's features of the training images.
+
+    Returns:
+        The task, which now tells the penalty of a fitted layer, and the weights.
 
     Raises:
         UserError: the run's network is for images of another size.
     """
     if run is None or task.start is None:
-        return None
+        return task, None
     model, state = task.build(), run.model().state_dict()
     fresh, body = model.state_dict(), {k: t for k, t in state.items() if _in_body(k)}
     if any(fresh[k].shape != t.shape for k, t in body.items()):
@@ -150,10 +188,33 @@ def starting_weights(run: Run | None, task: Task, images: ImageData) -> dict[str
         rows = torch.tensor([run.task.class_names.index(name) for name in task.class_names])
         fresh |= {k: t[rows] for k, t in state.items() if not _in_body(k)}
     model.load_state_dict(fresh | body)
+    train, _ = split_images(images, task.recipe.validation)
     if task.start.statistics == "recalibrate":
-        train, _ = split_images(images, task.recipe.validation)
         set_statistics(model, population_moments(model, train.images))
-    return model.state_dict()
+    if task.start.head == "fitted":
+        head = _fit(model, train, task)
+        task = replace(task, start=replace(task.start, penalty=head.penalty))
+    return task, model.state_dict()
+
+
+@torch.no_grad()
+def _fit(model: nn.Module, train: Split, task: Task) -> Head:
+    """Fit the output layer of `model` to the training images."""
+    output: nn.Linear = model.get_submodule("output")  # type: ignore[assignment]
+    weights = class_weights(train, task.recipe.balance)
+    head = fit_head(
+        features(model, train.images),
+        train.labels,
+        len(task.class_names),
+        class_weights=weights,
+        bias=output.bias is not None,
+        seed=task.seed,
+    )
+    scale = task.recipe.model.logit_scale
+    output.weight.copy_(torch.from_numpy(head.weights) / scale)
+    if output.bias is not None:
+        output.bias.copy_(torch.from_numpy(head.bias) / scale)
+    return head
 
 
 def _in_body(key: str) -> bool:
@@ -167,6 +228,8 @@ def freeze(model: nn.Module, start: Start) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not _in_body(name))
     if start.statistics != "adapt":
+        if isinstance(model, TimmNet):
+            model.freeze()
         for layer in normalizers(model).values():
             if isinstance(layer, BatchNorm):
                 layer.freeze()

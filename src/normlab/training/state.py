@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from normlab.core.ranks import ALONE, Ranks
@@ -65,22 +66,19 @@ class Plan:
 
     def class_weights(self, device: torch.device | str = "cpu") -> Tensor | None:
         """What an image of each class counts in the loss (K,); None for all alike."""
-        counts = np.bincount(self.train.labels)
-        balance = self.recipe.balance
-        if balance in ("none", "sampling") or (
-            balance == "auto" and counts.max() < 3 * max(counts.min(), 1)
-        ):
-            return None
-        weights = np.sqrt(len(self.train) / (len(counts) * np.maximum(counts, 1)))
-        weights /= weights[self.train.labels].mean()
-        return torch.from_numpy(weights).float().to(device)
+        weights = class_weights(self.train, self.recipe.balance)
+        return None if weights is None else torch.from_numpy(weights).float().to(device)
 
     def describe(self) -> str:
         """A line; more for classes, a start from another run, a last batch of a single image."""
+        length = "the output layer fitted, no epoch after that"
+        if self.steps:
+            steps = counted(self.epoch_steps, "step")
+            length = f"{counted(self.epochs, 'epoch')} of {steps}"
         text = (
             f"{self.recipe.name}: norm {self.recipe.norm.name}, seed {self.seed}, "
             f"{len(self.train):,} training and {len(self.validation):,} validation images, "
-            f"{counted(self.epochs, 'epoch')} of {counted(self.epoch_steps, 'step')}, "
+            + f"{length}, "
             + (f"{self.ranks.size} processes, each " if self.ranks.size > 1 else "")
             + f"{counted(self.threads, 'thread')}"
             + (f", into {self.folder}" if self.folder else "")
@@ -95,11 +93,26 @@ class Plan:
     def _length(self) -> str:
         """What people choose of it: size, network, how often and how varied a picture is seen."""
         side, looks = self.train.images.shape[1], self.steps / len(self.bounds)
+        model = self.recipe.model
+        seen = f"each picture seen {looks:,.0f} times, {self.recipe.augmentation.told()}"
+        if not self.steps:
+            seen = "the output layer alone is new, and each picture seen once"
         return (
-            f"Plan: {side} × {side} pixels, network {self.recipe.model.name}, each picture seen "
-            f"{looks:,.0f} times, {self.recipe.augmentation.told()}"
+            f"Plan: {side} × {side} pixels, network {model.architecture or model.name}, {seen}"
             + ("" if self.expected is None else f"; about {duration(self.expected)}")
         )
+
+
+def class_weights(train: Split, balance: str) -> NDArray[np.float64] | None:
+    """What an image of each class counts (K,), by the recipe's `balance`; None for all alike."""
+    counts = np.bincount(train.labels)
+    if balance in ("none", "sampling") or (
+        balance == "auto" and counts.max() < 3 * max(counts.min(), 1)
+    ):
+        return None
+    weights: NDArray[np.float64] = np.sqrt(len(train) / (len(counts) * np.maximum(counts, 1)))
+    weights /= weights[train.labels].mean()
+    return weights
 
 
 @dataclass
