@@ -18,7 +18,7 @@ from networks import pictures, settle
 from normlab.diagnosis import RULES, Diagnosis, Finding, doctor, examine
 from normlab.diagnosis.findings import SEVERITIES
 from normlab.diagnosis.modules import from_module
-from normlab.diagnosis.network import FACTS
+from normlab.diagnosis.network import FACTS, Batches
 from normlab.diagnosis.rule import Rule
 from normlab.errors import UserError
 
@@ -273,6 +273,13 @@ CASES = {
         "warning",
         "4 images a batch",
     ),
+    "pretrained-by-batch": Case(
+        lambda: learnt_on("train", 4),
+        lambda: learnt_on("eval", 4),
+        "batches",
+        "serious",
+        "normalisers by the statistics of 4 images",
+    ),
     "last-batch-of-one": Case(
         lambda: diagnose(vectors(), data=(DATA[0].flatten(1), None), batch_size=21),
         lambda: diagnose(vectors(), data=(DATA[0].flatten(1), None), batch_size=20),
@@ -328,6 +335,19 @@ ELSEWHERE = {
 }
 
 WORST = {rule.id: rule.worst for rule in RULES}
+
+
+def learnt_on(mode: str, size: int) -> Diagnosis:
+    """A network whose normalisers stand in this mode in a training that began pretrained."""
+    network = from_module(settled().train(), batches=Batches(size=size))
+    by_batch = mode == "train"
+    ns = tuple(replace(n, takes_batch=by_batch, updates=by_batch) for n in network.normalizers)
+    return examine(replace(network, normalizers=ns, pretrained="resnet18"))
+
+
+def test_large_batches_of_a_pretrained_network_are_a_warning() -> None:
+    found = of("pretrained-by-batch", learnt_on("train", 32))
+    assert [f.severity for f in found] == ["warning"]
 
 
 def of(rule: str, diagnosis: Diagnosis) -> list[Finding]:

@@ -255,6 +255,18 @@ def test_the_doctor_serve_and_recalibrate_take_such_a_run(run: Run) -> None:
     assert run.evaluate(DATA, weights="recalibrated").accuracy > 0.1  # type: ignore[attr-defined]
 
 
+def test_the_doctor_names_training_mode_on_small_batches(adapted: Run, run: Run) -> None:
+    found = {f.rule: f for f in normlab.doctor(adapted).findings}
+    assert found["pretrained-by-batch"].severity == "serious"
+    assert found["pretrained-by-batch"].evidence == (
+        "test_resnet learnt on, 15 normalisers by the statistics of 4 images"
+    )
+    assert "stale" not in found
+    kept = normlab.doctor(run)
+    assert "pretrained-by-batch" in kept.checked
+    assert "pretrained-by-batch" not in {f.rule for f in kept.findings}
+
+
 # What files hold
 
 

@@ -152,11 +152,13 @@ def _as_trained(network: Network, start: Start) -> Network:
             takes_batch=moves,
             trainable=moves and not start.freeze,
             training=True,
-            steps=None if start.statistics == "recalibrate" else n.steps,
+            # Counted from the start, whose statistics were no initial ones.
+            steps=None if start.origin or start.statistics == "recalibrate" else n.steps,
         )
         for n in network.normalizers
     )
-    return replace(network, normalizers=ns, training=True)
+    pretrained = "" if start.origin is None else start.origin.network
+    return replace(network, normalizers=ns, training=True, pretrained=pretrained)
 
 
 def _check(run: Run, data: ImageData) -> None:

@@ -32,6 +32,7 @@ FACTS = {
     "batches": "the batch size",
     "last_batch": "the number of training images",
     "accumulation": "the accumulation of gradients",
+    "pretrained": "a run that started from a network pretrained elsewhere",
     "data": "images to run through the network (--data)",
     "scores": "labelled images to run through the network (--data)",
     "classes": "the result of a run",
@@ -132,6 +133,7 @@ class Network:
         passed_over: what lies beside the weights and was not looked at.
         classes: right answers and images of each class in a run's test, by its name.
         simple: accuracy of a run, and the highest that is no better than a logistic regression.
+        pretrained: what its training started from, if that was pretrained elsewhere.
         meant_without: why it is meant to have no batch normalisation, where that is known.
     """
 
@@ -154,6 +156,7 @@ class Network:
     meant_without: str = ""
     classes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     simple: tuple[float, float] | None = None
+    pretrained: str = ""
 
     @property
     def facts(self) -> frozenset[str]:
@@ -174,6 +177,7 @@ class Network:
             "batches": self.batches.size is not None,
             "last_batch": self.batches.last is not None,
             "accumulation": self.batches.accumulation is not None,
+            "pretrained": bool(self.pretrained),
             "data": any(n.data_var is not None for n in ns),
             "scores": self.scores is not None,
             "classes": bool(self.classes),

@@ -25,6 +25,7 @@ RULES = (
     network.no_running_statistics,
     network.half_precision_statistics,
     training.small_batches,
+    training.pretrained_by_batch,
     training.last_batch_of_one,
     training.accumulation,
     training.far_from_data,

@@ -35,6 +35,27 @@ def small_batches(network: Network) -> Iterator[Observation]:
 
 
 @rule(
+    "batches",
+    "pretrained",
+    worst="serious",
+    remedy="train again with --statistics keep, the default; in PyTorch, call .eval() on the "
+    "normalisers after every .train() and let γ and β require no gradients",
+    source="He et al. 2016, arXiv 1512.03385, appendix A; docs/pretrained.md",
+)
+def pretrained_by_batch(network: Network) -> Iterator[Observation]:
+    """A pretrained network was left in training mode on batches unlike those it knows.
+
+    Its running statistics come from batches of hundreds of many kinds of pictures. Serious below 16
+    images a batch, a warning from 16 on.
+    """
+    size, layers = network.batches.size, [n for n in network.normalizers if n.by_batch]
+    if layers and size is not None:
+        evidence = f"{network.pretrained} learnt on, {len(layers)} normalisers by the statistics "
+        severity = "serious" if size < 16 else "warning"
+        yield Observation("batches", severity, evidence + f"of {size} images")
+
+
+@rule(
     "by_batch",
     "last_batch",
     worst="serious",

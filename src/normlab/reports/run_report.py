@@ -251,11 +251,7 @@ def _contrasts(run: Run) -> list[tuple[list[str], str]]:
     commands = []
     if recipe.name in RECIPES:
         train = ["normlab", "train", recipe.name]
-        if (start := run.task.start) is not None and start.head == "fitted":
-            train += ["--from", start.run]
-            longer = str(recipe.epochs + 3)
-            commands.append(([*train, "--epochs", longer, *data], "the body learns on, slowly"))
-        elif start is not None:
+        if run.task.start and recipe.head != "fitted":
             commands.append(([*train, *data], "the same without --from"))
         if recipe.head != "fitted":
             twin = "none" if recipe.norm.name == "batch" else "batch"
@@ -274,6 +270,10 @@ def _lacks(run: Run) -> list[tuple[list[str], str]]:
     recipe, result, scores = run.task.recipe, run.finished(), run.finished()["evaluation"]
     data, size = _data_words(run), "--image-size"
     data = data[: data.index(size)] + data[data.index(size) + 2 :] if size in data else data
+    if (start := run.task.start) is not None and start.head == "fitted":
+        words = ["normlab", "train", recipe.name, "--from", start.run]
+        words += ["--epochs", str(recipe.epochs + 3), *data]
+        return [(words, "the body learns on, slowly")]
     if recipe.name != DEFAULT_OWN:
         words = ["normlab", "train", *data]
         return [(words, "the recipe for own pictures, with the size that suits them")]
