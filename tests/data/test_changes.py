@@ -111,7 +111,10 @@ def test_arrays_are_named_by_part_and_place() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (Changes(exclude=("cat/99.png", "cat/98.png")), "cat/99.png, cat/98.png"),
+        (
+            Changes(exclude=("cat/99.png", "cat/98.png")),
+            "pictures cat/99.png, cat/98.png.*: mend or remove 2 rows",
+        ),
         (Changes(relabel={"nowhere": "cat"}), "no picture nowhere"),
         (Changes(relabel={"cat/1.png": "hen", "train/1": "hen"}), "hen|train/1|cat/1.png"),
     ],

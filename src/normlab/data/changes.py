@@ -53,10 +53,10 @@ class Changes:
         wanted = dict.fromkeys([*self.exclude, *self.relabel])
         if missing := [name for name in wanted if name not in known]:
             close = get_close_matches(missing[0], known if len(known) < 20_000 else (), n=1)
-            hint = f"; is {missing[0]} {close[0]}?" if close else ""
+            hint = f" (did you mean {close[0]}?)" if close else ""
             raise DataError(
-                f"{where} has no {_pictures(missing)}{hint} Mend or leave out "
-                f"{counted(len(missing), 'row')} of --exclude or --relabel"
+                f"{where} has no {_pictures(missing)}{hint}: mend or remove "
+                f"{counted(len(missing), 'row')} in the file of --exclude or --relabel"
             )
         there = list(classes)
         if new := sorted({label for label in self.relabel.values() if label not in there}):
