@@ -20,7 +20,7 @@ import click
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s:#]+)(#[^)\s]*)?(?:\s\"([^\"]*)\")?\)")
 CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.DOTALL | re.MULTILINE)
 OUTSIDE = ("README.md", "CHANGELOG.md", "LOG.md", "CONTRIBUTING.md", "SECURITY.md")
 RAW = (".py", ".ipynb")
@@ -40,7 +40,7 @@ def stage(folder: Path) -> list[str]:
         name = place.relative_to(DOCS).as_posix()
         _write(folder / name / "index.md", listing(place, name))
     shutil.copytree(DOCS / "results", folder / "extra" / "results")
-    shutil.copytree(DOCS / "learn", folder / "extra" / "learn", ignore=_pages)
+    shutil.copytree(DOCS / "learn", folder / "extra" / "learn", ignore=_pages, dirs_exist_ok=True)
     for name in ("examples", "scripts", "benchmarks"):
         for path in (ROOT / name).iterdir():
             if path.suffix in RAW:
@@ -81,6 +81,7 @@ def mended(text: str, here: str, folder: Path, broken: list[str]) -> str:
 
     def mend(found: re.Match[str]) -> str:
         picture, words, target, anchor = found[1], found[2], found[3], found[4] or ""
+        title = f' title="{found[5]}"' if found[5] else ""
         if target.startswith("mailto"):
             return found[0]
         wanted = normpath(f"{dirname(real)}/{target}".lstrip("/"))
@@ -96,10 +97,10 @@ def mended(text: str, here: str, folder: Path, broken: list[str]) -> str:
         if (folder / inside).suffix == ".md" and (folder / inside).exists():
             return f"[{words}]({url}{anchor})"
         if (folder / "extra" / inside).exists():
-            return f'<a href="{url}">{words.replace("`", "")}</a>'
+            return f'<a href="{url}"{title}>{words.replace("`", "")}</a>'
         if (folder / inside).exists():
             _copy(folder / inside, folder / "extra" / inside)
-            return f'<a href="{url}">{words.replace("`", "")}</a>'
+            return f'<a href="{url}"{title}>{words.replace("`", "")}</a>'
         broken.append(f"{here}: {target}")
         return found[0]
 
@@ -299,6 +300,13 @@ PAGES = {
 }
 
 
+def reachable(html: str) -> str:
+    """Give the theme's captions their level, and let the keyboard scroll what is too wide."""
+    html = html.replace('role="heading">', 'role="heading" aria-level="2">')
+    html = re.sub(r"<pre>", '<pre tabindex="0">', html)
+    return html.replace('class="table-wrapper', 'tabindex="0" class="table-wrapper')
+
+
 def build(target: Path) -> int:
     """Build the site into `target`; 0 if there was nothing to complain of."""
     from sphinx.cmd.build import main as sphinx
@@ -310,6 +318,8 @@ def build(target: Path) -> int:
             print(f"broken link: {line}", file=sys.stderr)
         options = ["-W", "--keep-going", "-q", "-b", "html", "-d", str(work)]
         code = sphinx([*options, str(staged), str(target)])
+        for page in target.glob("**/*.html"):
+            page.write_text(reachable(page.read_text(encoding="utf-8")), encoding="utf-8")
     return int(code or bool(broken))
 
 

@@ -1,29 +1,11 @@
 """The documentation site: built strictly, whole, without a request to anybody, and findable."""
 
 import re
-import subprocess
-import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
-pytest.importorskip("sphinx", reason="the docs extra is not installed")
-pytest.importorskip("furo")
-pytest.importorskip("myst_parser")
-pytest.importorskip("griffe")
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built as `make docs` does."""
-    out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, str(ROOT / "scripts" / "build_site.py"), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
 
 
 def test_no_page_asks_anybody_for_anything(site: Path) -> None:
