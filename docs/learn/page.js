@@ -96,7 +96,8 @@
       });
       return { bar, dots, grip, name };
     });
-    const FOLLOW = [0, P >> 1]; // the ringed value: the first picture's
+    const aim = raw.reduce((s, v) => s + v, 0) / M * 1.8; // the ringed value is the first picture's, off the mean
+    const FOLLOW = [0, Array.from({ length: P }, (_, j) => j).reduce((b, j) => (Math.abs(raw[j] - aim) < Math.abs(raw[b] - aim) ? j : b), 0)];
     const rings = [0, 1].map(() => svg("circle", { r: 6, fill: "none", stroke: "var(--two)", "stroke-width": 2, "pointer-events": "none" }));
     chart.append(...band, zero, ...line, ...rows.map((r) => r.grip), ...rows.flatMap((r) => r.dots[1]), ...rings, ...heads, ...marks, ...axes);
     const lines = ["mean", "var", "hat", "out"].map(() => el("li"));

@@ -86,6 +86,26 @@ def test_moving_one_picture_moves_the_outputs_of_all_others(page: Any) -> None:
     figure.get_by_text("Start again").click()
 
 
+def test_rows_and_the_bias_can_be_dragged(page: Any) -> None:
+    def drag(what: Any, by: float) -> None:
+        what.scroll_into_view_if_needed()
+        box = what.bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x + by, y, steps=5)
+        page.mouse.up()
+
+    row = page.locator("#bn-computes [role=slider]").nth(2)
+    drag(row, 40)
+    assert int(row.get_attribute("aria-valuenow")) > 3
+    page.locator("#bn-computes").get_by_text("Start again").click()
+    slider = page.locator("#bn-fold input[type=range]")
+    slider.evaluate("e => { e.value = 0; e.dispatchEvent(new Event('input')); }")
+    drag(page.locator("#bn-fold .drag"), 200)
+    assert 0.1 < float(slider.input_value()) < 1
+
+
 def test_a_drag_takes_less_than_a_frame(page: Any) -> None:
     """The work of one event, layout included; the median, since the machine has other work."""
     took = page.evaluate(
