@@ -110,7 +110,11 @@ def mended(text: str, here: str, folder: Path, broken: list[str]) -> str:
 
 def listing(folder: Path, name: str) -> str:
     """A page that lists a folder of raw results."""
-    parts = ["---\nno-search: true\n---", f"# {name}", "Raw results, as the commands wrote them."]
+    parts = [
+        "---\nno-search: true\n---",
+        f"# {'Raw results' if name == 'results' else name}",
+        "Raw results, as the commands wrote them.",
+    ]
     rows = []
     for path in sorted(folder.iterdir()):
         target = f"{path.name}/index.md" if path.is_dir() else path.name
