@@ -23,7 +23,6 @@ DOCS = ROOT / "docs"
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s:#]+)(#[^)\s]*)?(?:\s\"([^\"]*)\")?\)")
 CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.DOTALL | re.MULTILINE)
 OUTSIDE = ("README.md", "CHANGELOG.md", "LOG.md", "CONTRIBUTING.md", "SECURITY.md")
-RAW = (".py", ".ipynb")
 
 
 def stage(folder: Path) -> list[str]:
@@ -41,10 +40,7 @@ def stage(folder: Path) -> list[str]:
         _write(folder / name / "index.md", listing(place, name))
     shutil.copytree(DOCS / "results", folder / "extra" / "results")
     shutil.copytree(DOCS / "learn", folder / "extra" / "learn", ignore=_pages, dirs_exist_ok=True)
-    for name in ("examples", "scripts", "benchmarks"):
-        for path in (ROOT / name).iterdir():
-            if path.suffix in RAW:
-                _copy(path, folder / "extra" / "project" / name / path.name)
+    _copy(ROOT / "scripts" / "learn_data.py", folder / "extra/project/scripts/learn_data.py")
     broken: list[str] = []
     for page in sorted(folder.glob("**/*.md")):
         here = page.relative_to(folder).as_posix()
@@ -100,6 +96,9 @@ def mended(text: str, here: str, folder: Path, broken: list[str]) -> str:
             return f'<a href="{url}"{title}>{words.replace("`", "")}</a>'
         if (folder / inside).exists():
             _copy(folder / inside, folder / "extra" / inside)
+            return f'<a href="{url}"{title}>{words.replace("`", "")}</a>'
+        if wanted[0] != "." and (ROOT / wanted).is_file():
+            _copy(ROOT / wanted, folder / "extra" / inside)
             return f'<a href="{url}"{title}>{words.replace("`", "")}</a>'
         broken.append(f"{here}: {target}")
         return found[0]
