@@ -576,6 +576,6 @@
     });
   }
   const isShaken = (s) => s.study === "shaken";
-  if (data.studies.some(isShaken)) pairs("bn-shift", data.studies.filter(isShaken), 8);
+  if (data.studies.some(isShaken)) pairs("bn-shift", data.studies.filter(isShaken), 6);
   pairs("bn-pairs", data.studies.filter((s) => !isShaken(s)), 3);
 })();

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGE = DOCS / "learn" / "batch-normalisation.md"
 RAW = re.compile(r"\[([^\]]+)\]\(\.\./results/([^\s)]+) \"([^\"]+)\"\)")
-WIDGETS = ("computes", "two", "training", "smooth", "scale", "fold", "pairs")
+WIDGETS = ("computes", "two", "training", "shift", "smooth", "scale", "fold", "pairs")
 
 
 def value(document: Any, path: str) -> float:
