@@ -44,9 +44,9 @@ class Expected:
     """What a number of pictures is expected to give.
 
     Attributes:
-        accuracy: the mean over seeds.
-        low, high: an interval for one more training, 95 %, from the spread over seeds; equal to
-            `accuracy` for a single seed.
+        accuracy: what the fitted line has there.
+        low, high: an interval for one more training, 95 %; equal to `accuracy` where two trainings
+            leave no spread.
     """
 
     pictures: int
@@ -56,27 +56,30 @@ class Expected:
 
 
 def extrapolate(points: Sequence[Point], pictures: int) -> Expected:
-    """Continue error = a·n^−b, fitted for each seed by least squares of the logarithms.
+    """Continue error = a·n^−b, fitted to all trainings by least squares of the logarithms.
 
     Such power laws describe errors over wide ranges of n (Hestness et al. 2017, arXiv 1712.00409);
-    they know no floor, so they promise too much where the labels themselves are wrong.
+    they know no floor, so they promise too much where the labels themselves are wrong. The interval
+    is that of one more observation of this regression, with Student's t.
 
     Args:
-        points: of each seed at two numbers of pictures or more.
+        points: at two numbers of pictures or more.
     """
-    found = []
-    for seed in sorted({p.seed for p in points}):
-        mine = [p for p in points if p.seed == seed]
-        x, y = np.log([p.pictures for p in mine]), np.log([p.error for p in mine])
-        slope = min(
-            0.0, float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
-        )
-        found.append(1 - min(1.0, math.exp(y.mean() + slope * (math.log(pictures) - x.mean()))))
-    mean, n = float(np.mean(found)), len(found)
+    x, y = np.log([p.pictures for p in points]), np.log([p.error for p in points])
+    away, spread = math.log(pictures) - x.mean(), float(((x - x.mean()) ** 2).sum())
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / spread)
+    falls = slope < 0  # errors that rise with more pictures are taken for level
+    slope = min(slope, 0.0)
+    middle = float(y.mean() + slope * away)
+    free = len(points) - 1 - falls
     half = 0.0
-    if n > 1:
-        half = float(student.ppf(0.975, n - 1) * np.std(found, ddof=1) * math.sqrt(1 + 1 / n))
-    return Expected(pictures, mean, max(0.0, mean - half), min(1.0, mean + half))
+    if free > 0:
+        rest = y - y.mean() - slope * (x - x.mean())
+        variance = float((rest**2).sum()) / free
+        leverage = 1 / len(points) + (away**2 / spread if falls else 0.0)
+        half = float(student.ppf(0.975, free)) * math.sqrt(variance * (1 + leverage))
+    low, accuracy, high = (1 - min(1.0, math.exp(middle + d)) for d in (half, 0.0, -half))
+    return Expected(pictures, accuracy, low, high)
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class LearningCurve:
         if high < LITTLE:
             return f"Hardly: {told}; look at the mistakes and labels instead"
         if gain > LITTLE:
-            return f"Probably: {told}, and the seeds differ too much to be sure"
+            return f"Perhaps: {told}; more seeds would tell"
         return f"It cannot be said: {told}; more seeds would tell"
 
     def lines(self) -> list[str]:
