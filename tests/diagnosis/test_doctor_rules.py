@@ -395,6 +395,7 @@ def test_results_of_runs_are_read() -> None:
     assert [f.severity for f in of("no-better-than-simple", diagnosis)] == ["warning"]
     good = examine(replace(described, classes={"cat": (1, 9)}, simple=(0.7, 0.6)))
     assert of("class-never-right", good) == of("no-better-than-simple", good) == []
+    assert of("no-better-than-simple", examine(replace(described, simple=(1.0, 1.0)))) == []
 
 
 def test_a_healthy_model_has_no_findings_at_all() -> None:

@@ -14,6 +14,7 @@ from normlab.statistics import accuracy_interval
 
 SIDE = 8  # pixels: what the logistic regression sees of a picture
 MAX_ITERATIONS = 200
+NEARLY_ALL = 0.98  # from this accuracy on there is little that a network could add
 
 
 def score_baselines(images: ImageData) -> dict[str, dict[str, Any]]:

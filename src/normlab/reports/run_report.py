@@ -16,6 +16,7 @@ from normlab.core.places import make_folder
 from normlab.data import ImageData
 from normlab.data.loading import PUBLIC
 from normlab.data.pictures.sizes import USUAL
+from normlab.evaluation.baselines import NEARLY_ALL
 from normlab.evaluation.evaluation import Evaluation
 from normlab.evaluation.heat import PASSES, Heat, Probabilities, heat_of, overlay
 from normlab.evaluation.prediction import run_predictor
@@ -215,7 +216,8 @@ def warnings_of(result: Result) -> list[str]:
             "with `normlab evaluate`, and give more of them"
         )
     simple = (result.get("baselines") or {}).get("logistic regression")
-    if simple and scores["test_accuracy"] <= simple["test_accuracy_interval"][1]:
+    accuracy = scores["test_accuracy"]
+    if simple and accuracy <= simple["test_accuracy_interval"][1] and accuracy < NEARLY_ALL:
         found.append(
             "this network is not clearly better than a logistic regression on 8 × 8 pixels: try "
             "more pictures, or more --minutes"
@@ -280,7 +282,7 @@ def _lacks(run: Run) -> list[tuple[list[str], str]]:
     learnt = (run.history[-1].get("accuracy") if run.history else None) or 0.0
     accuracy, counts = result["test_accuracy"], np.sum(scores["confusion"], axis=1)
     found = []
-    if accuracy >= 0.98:
+    if accuracy >= NEARLY_ALL:
         return []
     if accuracy - scores["balanced_accuracy"] > 0.03 and recipe.balance != "sampling":
         text = "rare classes are answered worse: show them more often"
