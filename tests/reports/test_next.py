@@ -35,7 +35,10 @@ def run(accuracy: float, balanced: float, learnt: float, **changes: Any) -> Any:
         (run(0.85, 0.6, 0.9), [["--balance", "sampling"], ["--minutes", "7"]]),
         (run(0.85, 0.6, 0.9, balance="sampling"), [["--minutes", "7"]]),
         (run(0.7, 0.7, 0.95), [["--from", "builtin"], ["--minutes", "7"]]),
-        (run(0.7, 0.7, 0.95, start=object()), [["--minutes", "7"]]),
+        (
+            run(0.7, 0.7, 0.95, start=SimpleNamespace(head="new", run="builtin")),
+            [["--minutes", "7"]],
+        ),
         (run(0.6, 0.6, 0.6), [["--minutes", "5"]]),
         (run(0.9, 0.9, 0.95, image_size=128), []),
     ],
