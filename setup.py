@@ -2,12 +2,18 @@
 
 Without a compiler the package installs all the same and uses its PyTorch code.
 `normlab.kernels` chooses among the variants when it is first used.
+
+They are loaded by ctypes and use nothing of Python's: one wheel a platform serves every Python.
+NORMLAB_KERNELS=0 leaves them out, which makes the wheel for all other platforms.
 """
 
+import os
 import platform
 import sys
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 X86 = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
@@ -24,7 +30,25 @@ OPENMP = {"linux": ["-fopenmp"], "darwin": ["-Xpreprocessor", "-fopenmp"]}
 LINKED = {"darwin": ["-Wl,-undefined,dynamic_lookup"]}
 FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math"]
 
+BUILD = sys.platform in OPENMP and os.environ.get("NORMLAB_KERNELS") != "0"
+
+
+class Libraries(build_ext):
+    """Libraries whose names tell no version of Python."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{fullname.replace('.', os.sep)}.so"
+
+
+class Wheel(bdist_wheel):
+    """A wheel for every Python, of one platform if it has kernels."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
 setup(
+    cmdclass={"build_ext": Libraries, "bdist_wheel": Wheel},
     ext_modules=[
         Extension(
             f"normlab.kernels._{name}",
@@ -35,6 +59,6 @@ setup(
             optional=True,
         )
         for name, flags in VARIANTS.items()
-        if sys.platform in OPENMP
-    ]
+        if BUILD
+    ],
 )

@@ -30,8 +30,33 @@ class Verbs(click.Group):
             formatter.write_dl(rows)
 
 
+def _tell_versions(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    """Print what is installed, without importing any of it, and leave."""
+    if not asked or context.resilient_parsing:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+    from importlib.resources import files
+
+    built = (files("normlab") / "kernels").iterdir()
+    variants = {p.name[1:].partition(".")[0] for p in built if p.name.endswith(".so")}
+    kernels = f"kernels for {', '.join(sorted(variants))}" if variants else "no kernels"
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:
+        torch = "is not installed"
+    click.echo(f"normlab {version('normlab')}, {kernels}; PyTorch {torch}")
+    context.exit()
+
+
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="normlab")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_tell_versions,
+    help="Show the versions of normlab and PyTorch, and the kernels there are.",
+)
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Train batch-normalised image classifiers, and know what the normalisation does for them.

@@ -24,6 +24,15 @@ from normlab.cli.output import say
     "--weights", default="kept", show_default=True, help="kept, last, best or recalibrated."
 )
 @click.option("--data", metavar="DATA", help="Where the run's data are now.")
+@click.option("--int8", is_flag=True, help="With onnx: in eight bits; what that costs is told.")
+@click.option(
+    "--max-loss",
+    type=click.FloatRange(0, 100),
+    default=0.5,
+    show_default=True,
+    metavar="POINTS",
+    help="With --int8: the most accuracy it may lose on the test images.",
+)
 @click.option(
     "--runtime",
     type=click.Path(path_type=Path),
@@ -43,6 +52,8 @@ def export_command(
     out: Path,
     weights: str,
     data: str | None,
+    int8: bool,
+    max_loss: float,
     runtime: Path | None,
     browser: Path | None,
     as_json: bool,
@@ -51,7 +62,7 @@ def export_command(
 
     The file takes pixels and gives probabilities. Its answers are compared with the run's on the
     whole test set first, a page's on 1,000 test images; if they differ nothing is written, and the
-    exit code is 1.
+    exit code is 1. In eight bits they differ; then the loss of accuracy is what is judged.
     """
     from normlab.interchange import export_run
     from normlab.runs import open_run
@@ -62,6 +73,8 @@ def export_command(
         file_format=file_format,
         weights=weights,
         data=data,
+        int8=int8,
+        max_loss=max_loss / 100,
         runtime=runtime,
         browser=browser,
     )

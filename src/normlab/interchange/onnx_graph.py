@@ -210,24 +210,18 @@ def described(
     It takes pictures of any size: `images` uint8 (N, H, W, 3), all of one size. `learnt` brings the
     temperature into the last layer, and familiarity.
     """
+    graph, unfolded = network(run, model, learnt)
+    return described_as(run, with_reading(graph, run.task.image_size), unfolded, learnt), unfolded
+
+
+def network(
+    run: Run, model: nn.Module, learnt: tuple[Doubt, Features | None] | None
+) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """The graph without the reading: `images` uint8 (N, S, S, 3); and what was not folded."""
     size = run.task.image_size
     if isinstance(model, TimmNet):
-        graph, unfolded = trace(model, size, learnt)
-    else:
-        graph, unfolded = _folded(model, size, len(run.task.class_names), learnt)
-    graph = with_reading(graph, size)
-    metadata: dict[str, Any] = {
-        "class_names": run.task.class_names,
-        "image_size": size,
-        "recipe": run.task.as_dict(),
-        "not_folded": unfolded,
-    }
-    if learnt is not None:
-        metadata["doubt"] = learnt[0].as_dict()
-        metadata["rule"] = learnt[0].rule().as_dict()
-    for key, value in metadata.items():
-        graph.metadata_props.add(key=key, value=json.dumps(value, ensure_ascii=False))
-    return graph, unfolded
+        return trace(model, size, learnt)
+    return _folded(model, size, len(run.task.class_names), learnt)
 
 
 def _folded(
@@ -245,6 +239,27 @@ def _folded(
         norms = tuple(norm for norm in familiar.norms if norm.name not in there)
         familiar = replace(familiar, norms=norms)
     return build(chain, num_classes, familiar), chain.unfolded
+
+
+def described_as(
+    run: Run,
+    graph: onnx.ModelProto,
+    unfolded: tuple[str, ...],
+    learnt: tuple[Doubt, Features | None] | None,
+) -> onnx.ModelProto:
+    """`graph` with the metadata of the run."""
+    metadata: dict[str, Any] = {
+        "class_names": run.task.class_names,
+        "image_size": run.task.image_size,
+        "recipe": run.task.as_dict(),
+        "not_folded": unfolded,
+    }
+    if learnt is not None:
+        metadata["doubt"] = learnt[0].as_dict()
+        metadata["rule"] = learnt[0].rule().as_dict()
+    for key, value in metadata.items():
+        graph.metadata_props.add(key=key, value=json.dumps(value, ensure_ascii=False))
+    return graph
 
 
 def _cooled(chain: Chain, temperature: float) -> Chain:

@@ -3,6 +3,9 @@
 What `data.pictures.reading.to_square` does: the largest centred square, antialiased bicubic, across
 first and then down, rounded to whole numbers after each. Each of both is a product with a matrix of
 weights that the graph computes from the picture's size, so that any runtime has what it takes.
+Pillow's weights are whole multiples of 2⁻²², which decides how ties are rounded. So are these, in
+two parts, a·2⁻¹¹ + b·2⁻²², with which float32 adds up without an error, or nearly so: edges between
+areas of one colour are full of ties.
 ONNX' own operator `Resize` has the same filter since opset 18, but no square that begins in the
 middle of a pixel, and it leaves out the pixels beside the square, which Pillow's filter sees.
 """
@@ -34,29 +37,42 @@ reading (uint8[N, H, W, 3] images) => (float[N, 3, {size}, {size}] pixels)
         {{
             side = ReduceMin <keepdims = 0> (shape)
             height, width = Split <axis = 0> (shape)
-            across = normlab.weights (width, side)
-            across_turned = Transpose <perm = [1, 0]> (across)
-            narrow = MatMul (values, across_turned)
-            narrow_whole = normlab.rounded (narrow)
-            down = normlab.weights (height, side)
-            small = MatMul (down, narrow_whole)
-            square = normlab.rounded (small)
+            across_a, across_b = normlab.weights (width, side)
+            turned_a = Transpose <perm = [1, 0]> (across_a)
+            turned_b = Transpose <perm = [1, 0]> (across_b)
+            narrow_a = MatMul (values, turned_a)
+            narrow_b = MatMul (values, turned_b)
+            narrow = normlab.rounded (narrow_a, narrow_b)
+            down_a, down_b = normlab.weights (height, side)
+            small_a = MatMul (down_a, narrow)
+            small_b = MatMul (down_b, narrow)
+            square = normlab.rounded (small_a, small_b)
         }}
     >
 }}
 <opset_import: ["" : 17], domain: "normlab">
-rounded (x) => (whole)
+rounded (sum_a, sum_b) => (result)
 {{
-    half = Constant <value = float {{0.5}}> ()
-    low = Constant <value = float {{0.0}}> ()
-    high = Constant <value = float {{255.0}}> ()
+    step = Constant <value = double {{2048.0}}> ()
+    unit = Constant <value = double {{4194304.0}}> ()
+    half = Constant <value = double {{0.5}}> ()
+    low = Constant <value = double {{0.0}}> ()
+    high = Constant <value = double {{255.0}}> ()
+    a = Cast <to = 11> (sum_a)
+    b = Cast <to = 11> (sum_b)
+    steps = Mul (a, step)
+    units = Add (steps, b)
+    x = Div (units, unit)
     x_and_half = Add (x, half)
     floored = Floor (x_and_half)
     whole = Clip (floored, low, high)
+    result = Cast <to = 1> (whole)
 }}
 <opset_import: ["" : 17], domain: "normlab">
-weights (length, side) => (matrix)
+weights (length, side) => (matrix_a, matrix_b)
 {{
+    step = Constant <value = double {{2048.0}}> ()
+    unit = Constant <value = double {{4194304.0}}> ()
     zero = Constant <value = double {{0.0}}> ()
     half = Constant <value = double {{0.5}}> ()
     one = Constant <value = double {{1.0}}> ()
@@ -101,7 +117,15 @@ weights (length, side) => (matrix)
     cubic = Where (below_one, near, far_or_none)
     total = ReduceSum (cubic, last_axis)
     shares = Div (cubic, total)
-    matrix = Cast <to = 1> (shares)
+
+    in_units = Mul (shares, unit)
+    units = Round (in_units)
+    in_steps = Div (units, step)
+    steps = Round (in_steps)
+    units_of_steps = Mul (steps, step)
+    rest = Sub (units, units_of_steps)
+    matrix_a = Cast <to = 1> (steps)
+    matrix_b = Cast <to = 1> (rest)
 }}
 """
 
@@ -124,16 +148,17 @@ def with_reading(network: onnx.ModelProto, size: int) -> onnx.ModelProto:
     """`network`, which takes pictures of `size` alone, such that it takes those of any size.
 
     Args:
-        network: its first nodes make `pixels` float32 (N, 3, size, size) of `images` uint8
-            (N, size, size, 3).
+        network: its nodes `channels_first` and `pixels` make `pixels` float32 (N, 3, size, size) of
+            `images` uint8 (N, size, size, 3).
     """
     model = onnx.ModelProto()
     model.CopyFrom(network)
     graph, before = model.graph, reading(size)
-    last = next(i for i, node in enumerate(graph.node) if "pixels" in node.output)
-    nodes = [*before.node, *graph.node[last + 1 :]]
+    replaced = ("channels_first", "pixels")
+    nodes = [*before.node, *(node for node in graph.node if node.name not in replaced)]
     del graph.node[:]
     graph.node.extend(nodes)
+    del graph.value_info[:]  # shapes that a tool has noted are those of its own size
     del graph.input[:]
     graph.input.extend(before.input)
     onnx.checker.check_model(model, full_check=True)

@@ -47,9 +47,12 @@ class Job:
     run: Run
     model: nn.Module
     images: ImageData
+    evaluation: Evaluation
     check: Check
     learnt: tuple[Doubt, Features | None] | None
     name: str
+    int8: bool
+    max_loss: float
     runtime: Path | None
     browser: Path | None
 
@@ -57,8 +60,19 @@ class Job:
 def _onnx(job: Job) -> Built:
     from normlab.interchange import onnx_graph
 
+    if job.int8:
+        return _int8(job)
     content, certificate, unfolded = onnx_graph.certified(
         job.run, job.model, job.images.x_test, job.check, job.learnt
+    )
+    return Built({job.name: content, **companions(job.name)}, certificate, unfolded)
+
+
+def _int8(job: Job) -> Built:
+    from normlab.interchange import quantized
+
+    content, certificate, unfolded = quantized.certified(
+        job.run, job.model, job.images, job.evaluation, job.check, job.learnt, max_loss=job.max_loss
     )
     return Built({job.name: content, **companions(job.name)}, certificate, unfolded)
 
@@ -134,6 +148,8 @@ def export_run(
     file_format: str = "onnx",
     weights: str = "kept",
     data: str | Path | Mapping[str, Any] | ImageData | None = None,
+    int8: bool = False,
+    max_loss: float = 0.005,
     runtime: Path | None = None,
     browser: Path | None = None,
 ) -> Exported:
@@ -143,6 +159,8 @@ def export_run(
 
     Args:
         data: where the run's data are now, if not where they were.
+        int8: with format onnx, in eight bits, unless that loses more than `max_loss` (a fraction)
+            of accuracy on the test images.
         runtime: with format web, the tarball of ONNX Runtime Web; by default npm gets it.
         browser: with format web, the program of a browser; by default Chromium or Chrome.
 
@@ -151,12 +169,24 @@ def export_run(
             that cannot be written to or holds somebody's README, or a missing package.
         CertificateError: the answers differ; nothing was written.
     """
-    path = _check_request(run, Path(out), file_format)
+    path = _check_request(run, Path(out), file_format, int8)
     model = run.model(weights)
     images = run.task.load(data)
     evaluation, check = checked_against(run, images, weights, digest(model.state_dict()))
     learnt = held_out.read(run, weights)
-    job = Job(run, model, images, check, learnt, path.name, runtime, browser)
+    job = Job(
+        run=run,
+        model=model,
+        images=images,
+        evaluation=evaluation,
+        check=check,
+        learnt=learnt,
+        name=path.name,
+        int8=int8,
+        max_loss=max_loss,
+        runtime=runtime,
+        browser=browser,
+    )
     built = FORMATS[file_format].build(job)
     text = card(path, run, evaluation, built.certificate, built.unfolded)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,6 +218,8 @@ def checked_against(
         checked_with: str,
         chosen: NDArray[np.integer] | None = None,
         familiarity: NDArray[np.floating] | None = None,
+        *,
+        agreeing: bool = True,
     ) -> Certificate:
         which = slice(None) if chosen is None else chosen
         near = evaluation.familiarity
@@ -201,16 +233,19 @@ def checked_against(
             checked_with=checked_with,
             familiarity=None if near is None or familiarity is None else (near[which], familiarity),
         )
-        certificate.require()
+        if agreeing:
+            certificate.require()
         return certificate
 
     return evaluation, check
 
 
-def _check_request(run: Run, out: Path, file_format: str) -> Path:
+def _check_request(run: Run, out: Path, file_format: str, int8: bool) -> Path:
     """The model's file."""
     if file_format not in FORMATS:
         raise UserError(f"unknown format {file_format!r}: choose one of {', '.join(FORMATS)}")
+    if int8 and file_format != "onnx":
+        raise UserError(f"int8 is of format onnx, not {file_format}")
     wanted = FORMATS[file_format]
     if wanted.suffix and out.suffix != wanted.suffix:
         raise UserError(f"out {str(out)!r}: a {file_format} file's name ends in {wanted.suffix}")

@@ -76,7 +76,8 @@ def _library() -> ctypes.CDLL | None:
     if sys.platform == "darwin":  # where a library's symbols are hidden from others; not run yet
         for runtime in (Path(torch.__file__).parent / "lib").glob("lib*omp*.dylib"):
             ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)  # the one that PyTorch has loaded
-    for path in sorted(Path(__file__).parent.glob(f"_{variant}.*")):
+    # The shortest name first: older builds have Python's version in theirs.
+    for path in sorted(Path(__file__).parent.glob(f"_{variant}.*"), key=lambda p: len(p.name)):
         try:
             library = ctypes.CDLL(str(path))
             if library.normlab_interface() != INTERFACE:
