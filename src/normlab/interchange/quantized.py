@@ -124,8 +124,11 @@ def quantize(
 
 def _tail(network: onnx.ModelProto) -> list[str]:
     """The softmax, and what computes familiarity: their results would be steps of 1/255."""
-    names = [node.name for node in network.graph.node]
-    return [n for n in names if n == "probabilities" or n.startswith("familiarity")]
+    return [
+        node.name
+        for node in network.graph.node
+        if "probabilities" in node.output or node.name.startswith("familiarity")
+    ]
 
 
 def _batches(images: NDArray[np.uint8]) -> Iterator[dict[str, Any]]:

@@ -148,14 +148,14 @@ def with_reading(network: onnx.ModelProto, size: int) -> onnx.ModelProto:
     """`network`, which takes pictures of `size` alone, such that it takes those of any size.
 
     Args:
-        network: its nodes `channels_first` and `pixels` make `pixels` float32 (N, 3, size, size) of
-            `images` uint8 (N, size, size, 3).
+        network: its nodes that give `channels_first` and `pixels` make `pixels` float32
+            (N, 3, size, size) of `images` uint8 (N, size, size, 3).
     """
     model = onnx.ModelProto()
     model.CopyFrom(network)
     graph, before = model.graph, reading(size)
-    replaced = ("channels_first", "pixels")
-    nodes = [*before.node, *(node for node in graph.node if node.name not in replaced)]
+    replaced = (["channels_first"], ["pixels"])
+    nodes = [*before.node, *(node for node in graph.node if [*node.output] not in replaced)]
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.value_info[:]  # shapes that a tool has noted are those of its own size
