@@ -42,7 +42,8 @@ def run(line: str, folder: Path) -> None:
         assert server.wait(30) == 130
         return
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, f"{line}\n{done.stdout[-800:]}\n{done.stderr[-800:]}"
+    fine = (0, 1) if words[1] == "doctor" else (0,)  # 1: it found something serious
+    assert done.returncode in fine, f"{line}\n{done.stdout[-800:]}\n{done.stderr[-800:]}"
 
 
 def test_commands_are_found() -> None:
