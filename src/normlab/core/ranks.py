@@ -95,7 +95,7 @@ class Ranks:
         return pieces * self.rank // self.size, pieces * (self.rank + 1) // self.size, pieces
 
     def mine(self, items: list[Any]) -> list[Any]:
-        """Every so-manieth item."""
+        """This rank's items: every size-th, from its own number on."""
         return items[self.rank :: self.size]
 
     def sum(self, values: Tensor) -> Tensor:

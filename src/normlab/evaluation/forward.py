@@ -92,7 +92,7 @@ def logits_of(
             logits. `unsure`: those of `shift` for the quarter of the images whose best class has
             the lowest probability from a single view, and the single view for all others.
         own_statistics: normalise each batch by its own statistics instead of the running ones.
-        ranks: processes that have the same model and images: each answers every so-manieth batch,
+        ranks: processes that have the same model and images: each answers its share of the batches,
             and all get all the answers.
 
     Raises:
