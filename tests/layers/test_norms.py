@@ -63,6 +63,18 @@ def test_instance_norm_is_pytorchs() -> None:
     assert_same(ours, theirs, inputs((4, 12, 5, 3)))
 
 
+@pytest.mark.parametrize("shape", [(4, 12), (4, 12, 5, 3)])
+def test_rms_norm_is_its_formula_and_pytorchs(shape: tuple[int, ...]) -> None:
+    x, norm = inputs(shape), with_parameters(normalizer("rms", 12, epsilon=1e-5).double())
+    channel = (1, 12, *[1] * (len(shape) - 2))
+    scale = (x.numpy() ** 2).mean(axis=tuple(range(1, len(shape))), keepdims=True) + 1e-5
+    expected = x.numpy() / scale**0.5 * norm.weight.detach().numpy().reshape(channel)
+    expected += norm.bias.detach().numpy().reshape(channel)
+    torch.testing.assert_close(norm(x).detach(), torch.from_numpy(expected))
+    plain = nn.RMSNorm(shape[1:], eps=1e-5, elementwise_affine=False)(x)
+    torch.testing.assert_close(normalizer("rms", 12, epsilon=1e-5).double()(x).detach(), plain)
+
+
 def test_one_group_is_layer_norm_and_c_groups_are_instance_norm() -> None:
     x = inputs((4, 12, 5, 3))
     for special, groups in ((LayerNorm, 1), (InstanceNorm, 12)):
@@ -73,14 +85,14 @@ def test_one_group_is_layer_norm_and_c_groups_are_instance_norm() -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["layer", "group", "instance"])
+@pytest.mark.parametrize("name", ["layer", "rms", "group", "instance"])
 def test_gradients_are_numerically_right(name: str) -> None:
     norm = with_parameters(normalizer(name, 4).double())
     x = inputs((2, 4, 3, 2)).requires_grad_()
     assert torch.autograd.gradcheck(norm, (x,))
 
 
-@pytest.mark.parametrize("name", ["layer", "group", "instance"])
+@pytest.mark.parametrize("name", ["layer", "rms", "group", "instance"])
 def test_an_image_does_not_depend_on_its_batch_nor_on_the_mode(name: str) -> None:
     norm = with_parameters(normalizer(name, 12).double())
     x = inputs((4, 12, 5, 3))
@@ -88,7 +100,7 @@ def test_an_image_does_not_depend_on_its_batch_nor_on_the_mode(name: str) -> Non
     torch.testing.assert_close(alone, norm.train()(x))
 
 
-@pytest.mark.parametrize("name", ["layer", "group", "instance"])
+@pytest.mark.parametrize("name", ["layer", "rms", "group", "instance"])
 def test_memory_layout_and_type_are_kept(name: str) -> None:
     norm = normalizer(name, 12)
     x = inputs((4, 12, 5, 3)).float()
@@ -124,6 +136,6 @@ def test_what_is_undefined_is_refused() -> None:
 
 
 def test_every_norm_is_made_by_its_name() -> None:
-    assert set(NORMS) >= {"batch", "none", "layer", "group", "instance"}
+    assert set(NORMS) >= {"batch", "none", "layer", "rms", "group", "instance"}
     with pytest.raises(UserError, match="unknown norm 'bacth': did you mean 'batch'"):
         normalizer("bacth", 3)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normlab.errors import UserError
 from normlab.formats.keras_layout import WEIGHTS, notebook_layers
-from normlab.layers import BatchNorm
+from normlab.layers import BatchNorm, GroupNorm
 from normlab.models import FastNet, NotebookNet
 from normlab.models.fast import Block
 
@@ -32,7 +32,7 @@ def layers_of(model: nn.Module, image_size: int) -> list[KerasLayer]:
         UserError: a network or a normaliser that has no Keras form here.
     """
     for module in model.modules():
-        if type(module).__name__ in ("LayerNorm", "GroupNorm", "InstanceNorm"):
+        if isinstance(module, GroupNorm):  # and its kinds: layer, RMS, instance
             raise UserError(
                 f"normaliser {type(module).__name__} cannot be exported: only batch and none can"
             )

@@ -1,4 +1,4 @@
-"""Layer, group and instance normalisation: batch normalisation's formula over other sets of values.
+"""Layer, RMS, group and instance normalisation: the formula of batch normalisation over other sets.
 
 Each image is normalised by itself. Its C channels are cut into G groups of C/G, and over the
 M = C/G·H·W values of a group:
@@ -10,6 +10,7 @@ M = C/G·H·W values of a group:
 
     name           G                             source
     LayerNorm      1                             Ba et al. 2016, arXiv 1607.06450, over C, H, W
+    RMSNorm        1, with μ = 0                 Zhang and Sennrich 2019, arXiv 1910.07467
     GroupNorm      largest divisor of C ≤ 32     Wu and He 2018, arXiv 1803.08494
     InstanceNorm   C                             Ulyanov et al. 2016, arXiv 1607.08022
 
@@ -78,10 +79,15 @@ class GroupNorm(nn.Module):
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         groups = wide.view(len(x), self.num_groups, -1, *x.shape[2:])  # (N, G, C/G, *)
         per_channel = (self.num_groups, -1, *[1] * (x.ndim - 2))  # (G, C/G, 1, …)
-        mean, var = group_moments(groups)
+        mean, var = self.moments(groups)
         scale = (var + self.eps).rsqrt() * self.weight.view(per_channel)  # (N, G, C/G, 1, …)
         y = (groups - mean) * scale + self.bias.view(per_channel)
         return y.flatten(1, 2).to(x.dtype)
+
+    @staticmethod
+    def moments(groups: Tensor) -> tuple[Tensor, Tensor]:
+        """μ and σ² of `groups` (N, G, C/G, *), both (N, G, 1, …)."""
+        return group_moments(groups)
 
     def _check(self, x: Tensor) -> None:
         if not 2 <= x.ndim <= 5 or x.shape[1] != self.num_features:
@@ -104,6 +110,19 @@ class LayerNorm(GroupNorm):
 
     def __init__(self, num_features: int, *, eps: float = EPS) -> None:
         super().__init__(num_features, 1, eps=eps)
+
+
+class RMSNorm(LayerNorm):
+    """Divide each image by the root of its mean square; nothing is subtracted.
+
+    The paper has no β. Here β stands for the bias that a normalised convolution does not have.
+    """
+
+    @staticmethod
+    def moments(groups: Tensor) -> tuple[Tensor, Tensor]:
+        """0 and the mean square."""
+        square = groups.square().mean(tuple(range(2, groups.ndim)), keepdim=True)
+        return torch.zeros_like(square), square
 
 
 class InstanceNorm(GroupNorm):

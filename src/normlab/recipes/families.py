@@ -10,6 +10,7 @@ NORMS: Registry[Any] = Registry(
         "batch": "normlab.layers.batchnorm:BatchNorm",
         "none": "normlab.layers.norms:NoNorm",
         "layer": "normlab.layers.norms:LayerNorm",
+        "rms": "normlab.layers.norms:RMSNorm",
         "group": "normlab.layers.norms:GroupNorm",
         "instance": "normlab.layers.norms:InstanceNorm",
     },
