@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from normlab.data.cifar10.fetching import fetch
 from normlab.data.cifar10.sources import LocalCopy
 from normlab.data.pictures import decoding
 from normlab.errors import DataError
-from normlab.interchange import keras_file, writing
+from normlab.interchange import writing
 from normlab.interchange.certificate import Certificate, certify
 from normlab.models import SigmoidNet
 from normlab.reports import study_figures as figures
@@ -143,29 +144,30 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def certificate_of(run: normlab.Run) -> Certificate:
+    """What an export of `run` that answers as it does would be certified by."""
+    evaluation = run.evaluate()
+    return certify(
+        evaluation.probabilities, evaluation.probabilities, evaluation.labels, data="x",
+        data_sha256="0", weights_sha256="0", checked_with="itself",
+    )  # fmt: skip
+
+
 # Keras asks a PyTorch tensor for a copy in a way that NumPy 2 has deprecated.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_an_export(project: Path, tmp_path: Path) -> None:
-    out = tmp_path / "model.keras"
-    run = normlab.open_run(project / "run")
-    evaluation = run.evaluate()
-
-    def check(exported: np.ndarray, checked_with: str) -> Certificate:
-        return certify(
-            evaluation.probabilities, exported, evaluation.labels, data="x", data_sha256="0",
-            weights_sha256="0", checked_with=checked_with,
-        )  # fmt: skip
-
-    images = run.task.load().x_test
-    content, certificate = keras_file.certified(run, run.model(), images, check)
-    out.write_bytes(content)
+def test_an_export(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, run = tmp_path / "model.keras", normlab.open_run(project / "run")
+    writing.export_run(run, out, file_format="keras")
+    content, exported = out.read_bytes(), writing.FORMATS["keras"]
+    built = writing.Built({out.name: content}, certificate_of(run))
+    monkeypatch.setitem(writing.FORMATS, "keras", replace(exported, build=lambda job: built))
 
     def unchanged() -> None:
         assert out.read_bytes() == content
         assert {p.name for p in tmp_path.iterdir()} <= {"model.keras", "README.md"}
 
     written = every_fault(
-        tmp_path, lambda: writing._write(out, content, run, evaluation, certificate, ()), unchanged
+        tmp_path, lambda: writing.export_run(run, out, file_format="keras"), unchanged
     )
     assert written == 8
 

@@ -164,7 +164,7 @@ def test_patience_waits_for_the_schedules_own_end_where_it_is_near() -> None:
     state = new_state(task, images, torch.device("cpu"))
     hook = Patience(1)
     hook.before_training(plan, state)
-    state.step, state.best_epoch, state.history = 24, 1, [{}, {}]
+    state.step, state.best_epoch, state.history = 24, 1, [{"epoch": 1}, {"epoch": 2}]
     hook.after_step(state, StepResult(1, 12, 12, 0.0, 0, 1))
     assert state.ending is None
     assert not state.stopped

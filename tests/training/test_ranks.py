@@ -46,6 +46,8 @@ def test_a_rank_is_killed_and_the_run_goes_on_to_the_same_bits(
             trainings.kill_one(2, out, seconds, which)
     if not (out / "result.json").exists():
         trainings.run(2, out)
+    else:  # killed between its result and its last line, it left a lock that nobody holds
+        (out / ".lock").unlink(missing_ok=True)
     check_same(whole, out)
 
 

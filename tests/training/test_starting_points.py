@@ -299,7 +299,7 @@ def test_from_the_command_line(fast: Run, in_tmp: Path) -> None:
     done = CliRunner().invoke(cli, words)
     assert done.exit_code == 0, done.output
     assert f"Start: run {fast.path}: body frozen, statistics kept, output layer new" in done.output
-    assert "# the same without --from" in done.output
+    assert "normlab train --data new.npz    # the recipe for own pictures" in done.output
     row = json.loads(Path("r/history.jsonl").read_text().splitlines()[0])
     assert row["val_loss_batch"] == row["val_loss"] == row["val_loss_population"]  # all fixed
     assert Path("r/recording.npz").exists()

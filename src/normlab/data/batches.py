@@ -94,8 +94,8 @@ def _last_of_each(labels: NDArray[np.integer], share: float) -> NDArray[np.int64
 def split_images(images: ImageData, fraction: float) -> tuple[Split, Split]:
     """What to train on and what to validate on, with the names of the files.
 
-    The data's own validation images, if they have any; else `split_validation`. Where the last
-    images lack a class, as those of arrays sorted by class do, a share of each class is held out.
+    The data's own validation images, if they have any; else `split_validation`. Of images
+    sorted by class a share of each class is held out: the last ones would lack the others.
 
     Raises:
         UserError: as `split_validation` does.
@@ -108,7 +108,7 @@ def split_images(images: ImageData, fraction: float) -> tuple[Split, Split]:
     train, validation = split_validation(
         images.x_train, images.y_train, fraction, images.groups_train
     )
-    if images.groups_train is None and _lacks_a_class(train.labels, validation.labels):
+    if fraction and images.groups_train is None and _sorted_by_class(images.y_train):
         apart = hold_out(images, fraction)
         return (
             Split(apart.x_train, apart.y_train.astype(np.int64), apart.files_train),
@@ -120,13 +120,10 @@ def split_images(images: ImageData, fraction: float) -> tuple[Split, Split]:
     return replace(train, files=files[:cut]), replace(validation, files=files[cut:])
 
 
-def _lacks_a_class(train: NDArray[np.int64], held_out: NDArray[np.int64]) -> bool:
-    """Whether one of the parts has no image of a class that should have two or more in both."""
-    k = int(max(train.max(), held_out.max(initial=0))) + 1
-    left, kept = np.bincount(train, minlength=k), np.bincount(held_out, minlength=k)
-    share = len(held_out) / (len(train) + len(held_out))
-    expected = np.minimum(share, 1 - share) * (left + kept)
-    return bool(len(held_out) and (np.minimum(left, kept)[expected >= 2] == 0).any())
+def _sorted_by_class(labels: NDArray[np.integer]) -> bool:
+    """Whether the images of each class lie in one piece, so that the last ones lack classes."""
+    pieces = 1 + np.count_nonzero(np.diff(labels))
+    return bool(pieces == len(np.unique(labels)) > 1)
 
 
 def boundary(groups: NDArray[np.int64], cut: int) -> int:

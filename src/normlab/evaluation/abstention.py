@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betaincinv
 
 from normlab.errors import UserError
 
@@ -96,6 +95,8 @@ def lower_bound(right: int, total: int, level: float) -> float:
 
     The true rate is below it with a probability of at most `level`.
     """
+    from scipy.special import betaincinv  # not needed to answer by a rule that was chosen before
+
     return float(betaincinv(right, total - right + 1, level)) if right else 0.0
 
 
