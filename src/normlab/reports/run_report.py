@@ -41,7 +41,7 @@ def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> Non
     result = run.finished()
     history = run.history
     curves = None
-    if len(history) > 1 or "parts" in history[0] or history[0]["steps"]:  # else a fitted head alone
+    if history and (len(history) > 1 or "parts" in history[0] or history[0]["steps"]):
         curves = plots.safely("curves", lambda: plots.png(plots.draw_curves(history)))
     if curves is not None:
         write_atomic(run.path / "curves.png", curves)
