@@ -25,10 +25,8 @@ from normlab.core.environment import describe_machine, settings
 from normlab.core.files import write_json
 from normlab.core.streams import stream
 from normlab.data import load
-from normlab.data.batches import split_validation
 from normlab.runs.task import Task
-from normlab.training.optimisers import make_optimizer
-from normlab.training.state import Plan
+from normlab.training.preparation import make_plan, new_state
 from normlab.training.step import train_step
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "passes.json"
@@ -92,7 +90,6 @@ def peaks() -> tuple[float, float]:
 def passes_of(name: str, threads: int) -> dict[str, Any]:
     """Every pass of a step of the recipe `name` with its share of the time."""
     recipe, data = recipes.get(name), load()
-    train, validation = split_validation(data.x_train, data.y_train, recipe.validation)
     costs: dict[str, tuple[int, int]] = {}
     plain = kernels.call
 
@@ -105,21 +102,16 @@ def passes_of(name: str, threads: int) -> dict[str, Any]:
 
     device = torch.device("cpu")
     with settings(threads, device):
-        model = Task(
+        task = Task(
             recipe=recipe,
             seed=0,
             data=data.name,
             data_sha256=data.sha256,
             class_names=data.class_names,
             image_size=32,
-        ).build()
-        model.to(memory_format=torch.channels_last)
-        if hasattr(model, "fit_to"):
-            model.fit_to(train.images)
-        optimizer = make_optimizer(recipe.optimizer, model)
-        plan = Plan(
-            recipe=recipe, folder=None, seed=0, threads=threads, train=train, validation=validation
         )
+        state, plan = new_state(task, data, device), make_plan(task, data, threads)
+        model, optimizer = state.model, state.optimizer
         batches, first = plan.batches(device), int(recipe.half_size * plan.steps) + 1
         model.train()
 

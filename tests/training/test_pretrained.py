@@ -7,7 +7,6 @@ import http.server
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
@@ -30,7 +29,7 @@ from normlab.models.timm_net import batch_norms, load_timm
 from normlab.runs import Run
 from normlab.training.loop import Interrupted
 from normlab.training.pretrained import fit_names, open_pretrained, read_weights
-from normlab.training.state import Plan, State
+from stopping import StopAfter
 
 TINY = "test_resnet"  # of timm, 0.4 million parameters, 15 batch normalisations
 
@@ -171,18 +170,6 @@ def test_statistics_do_what_was_said_when_it_learns_on(
     kept, _ = read_tensors(run.path / "best.safetensors")
     if best["epoch"] == 0:
         assert torch.equal(kept["body.conv1.0.weight"], source["conv1.0.weight"])
-
-
-class StopAfter:
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def before_training(self, plan: Plan) -> None:
-        pass
-
-    def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
-        if state.step == self.steps:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_resumed_run_ends_with_the_same_bits(file: Path, tmp_path: Path) -> None:

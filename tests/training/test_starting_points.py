@@ -1,9 +1,7 @@
 """Starting from a run: what is taken over, what may move, and what is refused."""
 
 import json
-import os
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,24 +20,10 @@ from normlab.errors import Interrupted
 from normlab.runs import Run
 from normlab.training.preparation import make_plan, new_state
 from normlab.training.starting_points import begin
-from normlab.training.state import Plan, State
+from stopping import StopAfter
 
 TINY: dict[str, Any] = {"epochs": 2, "batch_size": 32, "threads": 1}
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-class StopAfter:
-    """Interrupts a training after a number of steps, as Ctrl-C would."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def before_training(self, plan: Plan) -> None:
-        pass
-
-    def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
-        if state.step == self.steps:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def part(first: int, last: int, names: list[int] | None = None) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 from normlab import recipes
+from normlab.api.shown import Shown
 from normlab.core.cores import cores
 from normlab.core.environment import describe_machine, resolve_threads
 from normlab.core.files import locked
@@ -19,7 +19,6 @@ from normlab.data.loading import PUBLIC
 from normlab.errors import Interrupted, UserError
 from normlab.recipes import Recipe
 from normlab.recipes.pictures import fitted
-from normlab.reports.study_figures import draw_all, summary_html
 from normlab.reports.study_report import write_report
 from normlab.runs import Run
 from normlab.statistics.verdict import MARGIN
@@ -43,16 +42,8 @@ CHECKS = 10
 HELD_OUT = 0.2  # of the training images of one's own data: what a study decides by
 
 
-class Study(result.Study):
-    """A study's folder, opened; it draws itself, and shows itself in a notebook cell."""
-
-    @property
-    def figures(self) -> dict[str, Figure]:
-        """Every picture of the report, by its file's name; the study must be complete."""
-        return draw_all(self)
-
-    def _repr_html_(self) -> str:
-        return summary_html(self)
+class Study(Shown, result.Study):
+    """A study's folder, opened."""
 
 
 def open_study(path: str | Path, given_up: dict[str, str] | None = None) -> Study:

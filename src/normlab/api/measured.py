@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from normlab.api.shown import Shown
 from normlab.core import minding
 from normlab.core.cores import cores
 from normlab.core.files import locked
@@ -30,20 +31,8 @@ from normlab.study.progress import Lines, Progress
 from normlab.study.runner import Pool, StudyStopped, Threads
 
 
-class Study(measured.Study):
-    """A study of commands or a function, opened; it shows itself in a notebook cell."""
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """Every picture of the report, by its file's name; the study must be decided."""
-        from normlab.reports.study_figures import draw_all
-
-        return draw_all(self)
-
-    def _repr_html_(self) -> str:
-        from normlab.reports.study_figures import summary_html
-
-        return summary_html(self)
+class Study(Shown, measured.Study):
+    """A study of commands or a function, opened."""
 
 
 def open_study(path: str | Path, given_up: dict[str, str] | None = None) -> Study:

@@ -321,23 +321,19 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, tile: int = 2) -> Te
         tile: side of the tiles of y that are computed together, 2 or 4: 4/9 or 1/4 of the
             multiplications; with 4 rounding is larger (winograd4.c).
     """
-    (n, c_in, h, w), c_out = x.shape, weight.shape[0]
-    y = torch.empty((n, c_out, h, w), memory_format=torch.channels_last)
-    call(
-        f"conv3x3_by{_side(tile, h, w)}",
-        x,
-        weight.contiguous(),
-        bias,
-        n,
-        h,
-        w,
-        c_in,
-        c_out,
-        0,
-        y,
-        None,
-    )
+    n, _, h, w = x.shape
+    y = torch.empty((n, len(weight), h, w), memory_format=torch.channels_last)
+    _convolve(x, weight, bias, tile, y, None)
     return y
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tile: int, y: Tensor, which: Tensor | None
+) -> None:
+    """Write the convolution to `y`, or its maxima, and which they are to `which`."""
+    (n, c_in, h, w), c_out = x.shape, len(weight)
+    name, weight = f"conv3x3_by{_side(tile, h, w)}", weight.contiguous()
+    call(name, x, weight, bias, n, h, w, c_in, c_out, 0, y, which)
 
 
 def _side(tile: int, height: int, width: int) -> int:
@@ -349,22 +345,9 @@ def conv3x3_max_pool(
     x: Tensor, weight: Tensor, bias: Tensor | None, tile: int = 2
 ) -> tuple[Tensor, Tensor]:
     """`max_pool` of `conv3x3`, which itself is never written."""
-    (n, c_in, h, w), c_out = x.shape, weight.shape[0]
-    y, which = _windows(n, c_out, h, w)
-    call(
-        f"conv3x3_by{_side(tile, h, w)}",
-        x,
-        weight.contiguous(),
-        bias,
-        n,
-        h,
-        w,
-        c_in,
-        c_out,
-        0,
-        y,
-        which,
-    )
+    n, _, h, w = x.shape
+    y, which = _windows(n, len(weight), h, w)
+    _convolve(x, weight, bias, tile, y, which)
     return y, which
 
 

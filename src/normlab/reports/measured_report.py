@@ -2,8 +2,7 @@
 
 import csv
 import io
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from normlab.core.files import write_atomic, write_json
 from normlab.statistics import level_of_look
@@ -12,9 +11,6 @@ from normlab.study.commands import write_arm
 from normlab.study.measured import Study
 from normlab.study.plan import default_contrasts
 from normlab.text import counted, shell, utf8
-
-if TYPE_CHECKING:
-    pass
 
 CAPTIONS = {
     "differences": "Differences. Dots are pairs, the diamond is their mean, the bar its interval, "
@@ -26,27 +22,16 @@ CAPTIONS = {
 
 def write_report(study: Study) -> None:
     """Write `result.json`, `runs.csv`, the figures and `report.html` of a decided study."""
-    from markupsafe import Markup
-
-    from normlab.reports import study_figures as figures
     from normlab.reports.pages import render
-    from normlab.reports.plots import safely
+    from normlab.reports.study_figures import write_all
 
     write_json(study.path / "result.json", study.as_dict())
     write_atomic(study.path / "runs.csv", utf8(runs_csv(study)))
-    drawn: dict[str, tuple[Markup, str]] = {}
-    for name, fig in (safely("the study", lambda: figures.draw_all(study)) or {}).items():
-        pictures = safely(name, partial(figures.render, fig))
-        if pictures is None:
-            continue
-        for content, kind in zip(pictures, ("png", "svg"), strict=True):
-            write_atomic(study.path / f"{name}.{kind}", content)
-        drawn[name] = (Markup(figures.inline(pictures[1], CAPTIONS[name])), CAPTIONS[name])
     page = render(
         "measured.html",
         study=study,
         design=study.design,
-        figures=drawn,
+        figures=write_all(study, CAPTIONS),
         arms=list(zip(study.design.arms, study.summaries, strict=True)),
         others=_others(study),
         results=list(zip(study.comparisons, study.descriptions, strict=True)),

@@ -1,13 +1,17 @@
 """A study drawn. Each figure is narrow enough for a phone and takes its ink from the page."""
 
 import re
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from normlab.core.files import write_atomic
 from normlab.reports.plots import figure, named, png, safely, style, svg
 from normlab.statistics import smallest_p
 from normlab.study.judged import Judged
@@ -53,6 +57,19 @@ def draw_all(study: Any) -> dict[str, Figure]:
             plot(fig.subplots(), study)
             figures[name] = fig
     return figures
+
+
+def write_all(study: Judged, captions: Mapping[str, str]) -> dict[str, tuple[Markup, str]]:
+    """Write every figure of a study into its folder; each for the page, with its caption."""
+    written = {}
+    for name, fig in (safely("the study", lambda: draw_all(study)) or {}).items():
+        pictures = safely(name, partial(render, fig))
+        if pictures is None:
+            continue
+        for content, kind in zip(pictures, ("png", "svg"), strict=True):
+            write_atomic(study.path / f"{name}.{kind}", content)
+        written[name] = (Markup(inline(pictures[1], captions[name])), captions[name])
+    return written
 
 
 def summary_html(study: Judged) -> str:

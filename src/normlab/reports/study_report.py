@@ -2,16 +2,12 @@
 
 import csv
 import io
-from functools import partial
-
-from markupsafe import Markup
 
 from normlab.core.files import write_atomic, write_json
 from normlab.recipes import changed_settings
 from normlab.recipes.settings import option_words, written
-from normlab.reports import study_figures as figures
 from normlab.reports.pages import render
-from normlab.reports.plots import safely
+from normlab.reports.study_figures import write_all
 from normlab.statistics import level_of_look
 from normlab.study.arms import Arm
 from normlab.study.design import OUTCOMES, Design
@@ -34,21 +30,12 @@ def write_report(study: Study) -> None:
     """Write `result.json`, `runs.csv`, the figures and `report.html` of a complete study."""
     write_json(study.path / "result.json", study.as_dict())
     write_atomic(study.path / "runs.csv", utf8(runs_csv(study)))
-    drawn = {}
-    for name, fig in (safely("the study", lambda: figures.draw_all(study)) or {}).items():
-        pictures = safely(name, partial(figures.render, fig))
-        if pictures is None:
-            continue
-        png, svg = pictures
-        write_atomic(study.path / f"{name}.png", png)
-        write_atomic(study.path / f"{name}.svg", svg)
-        drawn[name] = (Markup(figures.inline(svg, CAPTIONS[name])), CAPTIONS[name])
     page = render(
         "study.html",
         study=study,
         design=study.design,
         outcomes=OUTCOMES,
-        figures=drawn,
+        figures=write_all(study, CAPTIONS),
         arms=list(zip(study.design.arms, study.summaries, strict=True)),
         results=list(zip(study.comparisons, study.descriptions, strict=True)),
         points=points,
