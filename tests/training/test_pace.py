@@ -123,7 +123,8 @@ def test_minutes_are_kept_by_a_real_training(in_tmp: Path) -> None:
     assert run.result is not None
     recipe = run.task.recipe
     assert (recipe.name, recipe.patience) == ("pictures", None)
-    assert recipe.least_steps >= run.result["steps"] >= 1
+    epochs, steps = recipe.length(batches=1)
+    assert epochs * steps >= run.result["steps"] >= 1  # fewer where the machine was slower
     assert run.result["train_seconds"] < 1.1 * 15
     with pytest.raises(UserError, match="minutes=0"):
         normlab.train(data=data, minutes=0)
