@@ -104,7 +104,7 @@ def test_predict_says_when_it_is_not_sure(
         top = row["predictions"][0]["probability"]
         assert (row["doubt"] == "undecided") <= (top < 0.5)
     out, _ = said(capsys, "predict", run.path, pictures)
-    assert ".png: not sure, unlike the pictures it was trained on (if any: " in out
+    assert ".png: not sure, unlike the pictures it was trained on; if any: " in out
     assert ("not sure, no class stands out: " in out) is ("undecided" in doubts.values())
 
 

@@ -143,13 +143,15 @@ def answers(
     return dict(zip(READ, zip(paths, told, strict=True), strict=True))
 
 
+# In a process of its own predict.py keeps Pillow's warnings away; pytest's filters come after it.
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("kind", READ)
 def test_every_kind_is_answered_as_normlab_predict_does(
     kind: str, alone: ModuleType, answers: dict[str, tuple[Path, list[tuple[str, float]]]]
 ) -> None:
     path, expected = answers[kind]
     np.testing.assert_array_equal(alone.read(path), reading.read_picture(path))
-    ranked = alone.answer(path)
+    ranked, _ = alone.answer(path)
     assert [name for name, _ in ranked] == [name for name, _ in expected]
     np.testing.assert_allclose([p for _, p in ranked], [p for _, p in expected], atol=1e-6)
 
@@ -196,7 +198,7 @@ def test_the_command_answers_folders_and_names_what_is_bad(folder: Path, tmp_pat
 
 def test_it_is_short_and_needs_three_packages(folder: Path) -> None:
     lines = (folder / "predict.py").read_text("utf-8").splitlines()
-    assert len([line for line in lines if line]) <= 95  # 77 of them without telling doubts
+    assert len([line for line in lines if line]) <= 80
     words = (folder / "requirements.txt").read_text("utf-8").split("\n")
     needed = {line.split(">=")[0] for line in words if line and not line.startswith("#")}
     assert needed == {"onnxruntime", "numpy", "pillow"}

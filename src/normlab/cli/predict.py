@@ -177,7 +177,7 @@ def _write_line(answer: _Answer) -> None:
     said = likely if answer.inside is None else " or ".join(answer.inside)
     if answer.doubt is not None:
         said = f"not sure, {WORDS[answer.doubt]}"
-        said += f" (if any: {likely})" if answer.doubt == "unlike" else f": {likely}"
+        said += f"; if any: {likely}" if answer.doubt == "unlike" else f": {likely}"
     say(f"{_shown(answer.path)}: {said}")
 
 

@@ -167,7 +167,7 @@ python predict.py picture.jpg
 ```python
 from predict import answer  # in this folder
 
-answer("picture.jpg")  # [(class, probability), …], most probable first
+classes, doubt = answer("picture.jpg")  # [(class, probability), …], most probable first
 ```
 
 The file predict.py is all that it takes: decoding as in training, and one call of ONNX Runtime.
