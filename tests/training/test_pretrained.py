@@ -26,6 +26,7 @@ from normlab.data.batches import to_input
 from normlab.errors import DataError, UserError
 from normlab.evaluation.forward import logits_of
 from normlab.models.timm_net import batch_norms, load_timm
+from normlab.reports.run_report import closing_lines
 from normlab.runs import Run
 from normlab.training.loop import Interrupted
 from normlab.training.pretrained import fit_names, open_pretrained, read_weights
@@ -204,6 +205,8 @@ def test_networks_of_this_package_can_have_a_fitted_head(tmp_path: Path) -> None
     )
     assert run.finished()["test_accuracy"] > 0.8
     assert run.finished()["val_accuracy"] == pytest.approx(run.history[0]["val_accuracy"])
+    (spent,) = [line for line in closing_lines(run) if line.startswith("Time: ")]
+    assert "s, the fit of the output layer, evaluation" in spent  # and no images a second
 
 
 def test_the_export_answers_as_the_run_does(run: Run, tmp_path: Path) -> None:

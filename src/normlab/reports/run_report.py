@@ -54,7 +54,7 @@ def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> Non
         *([("decisions", run.task.changes)] if run.task.changes else []),
         *([("groups by", run.task.group_by)] if run.task.group_by else []),
         ("training", f"{result['train_seconds']:.1f} s, {result['steps']:,} steps"),
-        ("speed", f"{result['images_per_second']:,.0f} training images/s, validation included"),
+        *([("speed", f"{_speed(result)}, validation included")] if result["steps"] else []),
         ("machine", f"{environment['cpu']}, {counted(environment['threads'], 'thread')}"),
         ("versions", f"normlab {environment['normlab']}, PyTorch {environment['torch']}"),
         ("weights", f"SHA-256 {result['weights_sha256']}"),
@@ -117,6 +117,10 @@ def repeat_command(run: Run) -> str:
     return shell([*words, "--threads", str(run.environment["threads"])])
 
 
+def _speed(result: Result) -> str:
+    return f"{result['images_per_second']:,.0f} images/s"
+
+
 def closing_lines(run: Run, install_seconds: float | None = None) -> list[str]:
     """What `normlab train` ends with: the score, where time went, what is wrong, what to try."""
     result = run.finished()
@@ -125,7 +129,8 @@ def closing_lines(run: Run, install_seconds: float | None = None) -> list[str]:
     times = [] if install_seconds is None else [f"install {install_seconds:.0f} s"]
     times += [
         f"data {result['data_seconds']:.1f} s",
-        f"training {result['train_seconds']:.1f} s ({result['images_per_second']:,.0f} images/s)",
+        f"training {result['train_seconds']:.1f} s"
+        + (f" ({_speed(result)})" if result["steps"] else ", the fit of the output layer"),
         f"evaluation {result['evaluation_seconds']:.1f} s",
     ]
     weakest, surest = scores["weakest_class"], scores["surest_mistake"]
