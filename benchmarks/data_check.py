@@ -25,6 +25,8 @@ from normlab.core.environment import describe_machine, resolve_device, resolve_t
 from normlab.core.streams import stream
 from normlab.curation import Check, Pictures, check, read_pictures
 from normlab.curation.planting import CHANGES
+from normlab.training.pretrained import open_pretrained
+from normlab.training.starting_points import size_of
 
 COPIES = 150  # of each kind, or a twentieth of the pictures
 WRONG = 0.05
@@ -35,16 +37,18 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("data")
     parser.add_argument("--copies", type=Path, help="a list of near-duplicates of test pictures")
     parser.add_argument("--labels", type=Path, help="a list of judged labels of test pictures")
+    parser.add_argument("--from", dest="start", help="a pretrained network to judge labels by")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--note", default="", help="what else ran on the machine")
     parser.add_argument("--out", type=Path, default=Path("docs/results/data-check"))
     options = parser.parse_args(words)
     threads = resolve_threads(options.threads)
-    original = read_pictures(options.data)
+    body = None if options.start is None else open_pretrained(options.start)
+    original = read_pictures(options.data, size_of(body))
     pictures, sources, wrong = plant(original, options.seed)
     wall, processor = time.perf_counter(), time.process_time()
-    found = check(pictures, threads=threads)
+    found = check(pictures, threads=threads, body=body)
     result: dict[str, Any] = {
         "data": original.name,
         "pictures": len(original),
@@ -64,6 +68,8 @@ def main(words: Sequence[str] | None = None) -> None:
         result["published_labels"] = against_labels(found, options.labels, wrong)
     options.out.mkdir(parents=True, exist_ok=True)
     name = original.name.strip("/").replace("/", "-")
+    if body is not None:
+        name += f"-by-{body.origin.network}"
     (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "machine"}, indent=1))
 

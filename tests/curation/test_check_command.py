@@ -10,15 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import save_file
 
 import normlab
+from normlab.api.check import check_data
 from normlab.cli import cli
 from normlab.curation.first_look import first_look
 from normlab.data import load
 from normlab.data.changes import read_changes
 from normlab.data.images import from_mapping
+from normlab.errors import UserError
+from normlab.models.timm_net import load_timm
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +218,22 @@ def test_train_tells_what_it_saw(tmp_path: Path, capsys: pytest.CaptureFixture[s
     said = capsys.readouterr().err
     assert "mine.npz: 1 of 200 test pictures have a near copy among 400 training pictures" in said
     assert "test/0 is much like train/5" in said
+
+
+def test_labels_are_judged_by_a_pretrained_network(
+    checked: tuple[Path, Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its features; here those of an untrained one, which tell colours apart."""
+    monkeypatch.setenv("NORMLAB_CACHE", str(tmp_path / "cache"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = load_timm().create_model("test_resnet", num_classes=1000)
+    save_file(network.state_dict(), tmp_path / "mine.safetensors")
+    start = f"test_resnet={tmp_path / 'mine.safetensors'}"
+    found, _ = check_data(checked[0], out=tmp_path / "out", start=start, image_size=64, threads=1)
+    assert found.by == "5 logistic regressions on the features of test_resnet"
+    assert found.suspects is not None
+    assert found.suspects.accuracy > 0.5
+    with pytest.raises(UserError, match="no network of timm"):
+        check_data(checked[0], out=tmp_path / "other", start="resnet-of-nobody")
+    assert not (tmp_path / "other").exists()

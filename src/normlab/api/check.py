@@ -8,6 +8,8 @@ from normlab.curation import Check, check, read_pictures
 from normlab.curation.check import Say
 from normlab.errors import UserError
 from normlab.reports.check_page import write_check
+from normlab.training.pretrained import open_pretrained
+from normlab.training.starting_points import size_of
 
 
 def check_data(
@@ -15,6 +17,7 @@ def check_data(
     *,
     out: str | Path | None = None,
     image_size: int | None = None,
+    start: str | Path | None = None,
     threads: int | None = None,
     say: Say = lambda _: None,
 ) -> tuple[Check, Path]:
@@ -29,23 +32,27 @@ def check_data(
     Args:
         data: as `normlab.data.load` takes it, but no arrays; None for CIFAR-10.
         out: the folder to write; None for `check-NAME` here, which is written anew.
-        image_size: at which labels are looked at; see `normlab.data.load`.
+        image_size: at which labels are looked at; see `normlab.data.load`. None for what suits
+            the pictures, or the network `start`.
+        start: a pretrained network, by whose features labels are judged: a name in timm, a file of
+            weights, or NAME=FILE. None for the body that comes with normlab.
         threads: CPU threads; None for all cores.
         say: told what is being done.
 
     Raises:
-        UserError: there is something else in the folder to write.
+        UserError: there is something else in the folder to write, or no such network.
         DataError: the data cannot be read.
     """
     folder = None if out is None else Path(out)
     if folder is not None:
         _refuse_others(folder)
-    pictures = read_pictures(data, image_size)
+    body = None if start is None else open_pretrained(start)
+    pictures = read_pictures(data, size_of(body) if image_size is None else image_size)
     if folder is None:
         name = re.sub(r"[^\w.-]+", "-", pictures.name).strip("-.") or "data"
         folder = Path(f"check-{name}")
         _refuse_others(folder)
-    found = check(pictures, threads=resolve_threads(threads), say=say)
+    found = check(pictures, threads=resolve_threads(threads), body=body, say=say)
     write_check(found, "cifar10" if data is None else str(data), folder)
     return found, folder
 

@@ -62,11 +62,22 @@ def verify(as_json: bool) -> None:
 @data.command()
 @click.argument("place", metavar="[DATA]", required=False)
 @click.option("--out", type=click.Path(path_type=Path), help="The folder to write; check-NAME.")
+@click.option(
+    "--from",
+    "start",
+    metavar="NET",
+    help="Judge labels by the features of a pretrained network: a name in timm, FILE or NAME=FILE.",
+)
 @IMAGE_SIZE
 @click.option("--threads", type=int, help="CPU threads; all cores by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 def check(
-    place: str | None, out: Path | None, image_size: int | None, threads: int | None, as_json: bool
+    place: str | None,
+    out: Path | None,
+    start: str | None,
+    image_size: int | None,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Look for copies, doubtful labels, odd pictures and small classes in DATA.
 
@@ -82,6 +93,7 @@ def check(
         place,
         out=out,
         image_size=image_size,
+        start=start,
         threads=threads,
         say=lambda line: say(f"{line} …", err=True),
     )

@@ -24,6 +24,8 @@ from normlab.curation.labels import (
 )
 from normlab.curation.oddities import Oddity, class_notes, file_sizes, find_oddities
 from normlab.curation.pictures import Pictures
+from normlab.evaluation.features import features as features_of
+from normlab.training.pretrained import Pretrained
 
 MANY = 20_000  # pictures from which on networks are trained for the labels
 Say = Callable[[str], None]
@@ -68,9 +70,16 @@ class Check:
         return sorted(leaked)
 
 
-def check(pictures: Pictures, *, threads: int, say: Say = lambda _: None) -> Check:
+def check(
+    pictures: Pictures,
+    *,
+    threads: int,
+    body: Pretrained | None = None,
+    say: Say = lambda _: None,
+) -> Check:
     """Look for copies, doubtful labels and odd pictures.
 
+    body: a pretrained network, by whose features labels are judged.
     say: told what is being done, a line for each part.
     """
     seconds: dict[str, float] = {}
@@ -92,7 +101,7 @@ def check(pictures: Pictures, *, threads: int, say: Say = lambda _: None) -> Che
         groups = group(pictures, copies)
         done("copies")
         say("asking networks that have not seen a picture what it shows")
-        suspects, by = _doubts(pictures, features, groups)
+        suspects, by = _doubts(pictures, features, groups, body)
         done("labels")
         say("looking for odd pictures")
         oddities = find_oddities(pictures, features, file_sizes(pictures.files))
@@ -144,7 +153,7 @@ def _group(pictures: Pictures, members: tuple[int, ...], score: float) -> Group:
 
 
 def _doubts(
-    pictures: Pictures, features: NDArray[np.float32], groups: list[Group]
+    pictures: Pictures, features: NDArray[np.float32], groups: list[Group], body: Pretrained | None
 ) -> tuple[Suspects | None, str]:
     """Doubtful labels, and in words by what they were found."""
     labels, k = pictures.labels, len(pictures.class_names)
@@ -153,17 +162,22 @@ def _doubts(
     same = np.arange(len(labels))
     for one in groups:  # copies of a picture would tell its label
         same[list(one.members)] = one.members[0]
-    many = len(labels) >= MANY
+    many = len(labels) >= MANY and body is None
     fold = folds_of(labels, same, FOLDS_OF_MANY if many else FOLDS)
     if many:
         p = by_training(pictures.pixels, labels, k, fold)
         return doubt(labels, p), f"{fold.max() + 1} short trainings, each on the other folds"
-    pixels = pictures.pixels
-    if pixels.shape[1] != SIDE:
-        features = describe(pixels)
-    features = (features + describe(pixels[:, :, ::-1])) / np.float32(2)
+    pixels, whose = pictures.pixels, "the built-in body's answers"
+    mirrored = np.ascontiguousarray(pixels[:, :, ::-1])
+    if body is not None:
+        model, whose = body.model(), f"the features of {body.origin.network}"
+        features = (features_of(model, pixels) + features_of(model, mirrored)) / np.float32(2)
+    else:
+        if pixels.shape[1] != SIDE:
+            features = describe(pixels)
+        features = (features + describe(mirrored)) / np.float32(2)
     p = by_regression(features, labels, k, fold)
-    return doubt(labels, p), f"{fold.max() + 1} logistic regressions on the built-in body's answers"
+    return doubt(labels, p), f"{fold.max() + 1} logistic regressions on {whose}"
 
 
 def as_record(found: Check) -> dict[str, Any]:
