@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normlab import recipes
-from normlab.curation.labels import by_regression, by_training, doubt, folds_of
+from normlab.curation.labels import by_regression, by_training, doubt, folds_of, for_few, together
 
 
 def slowly(labels: list[int], p: np.ndarray) -> float:
@@ -52,7 +52,7 @@ def test_planted_labels_come_first() -> None:
     wrong = rng.choice(900, 45, replace=False)
     labels = truth.copy()
     labels[wrong] = (labels[wrong] + 1) % 3
-    fold = folds_of(labels, np.arange(900))
+    fold = folds_of(labels, np.arange(900), 5)
     found = doubt(labels, by_regression(x, labels, 3, fold, 1.0))
     looked_at = set(found.order[:54].tolist())
     assert len(looked_at & set(wrong.tolist())) >= 43
@@ -64,7 +64,7 @@ def test_folds_keep_groups_together_and_classes_in_proportion() -> None:
     labels = np.repeat([0, 1, 2], [80, 40, 20])
     groups = np.arange(140)
     groups[[3, 90, 130]] = 3
-    fold = folds_of(labels, groups)
+    fold = folds_of(labels, groups, 5)
     assert len(set(fold[[3, 90, 130]].tolist())) == 1
     for k in range(5):
         counts = np.bincount(labels[fold == k], minlength=3)
@@ -78,9 +78,22 @@ def test_training_answers_for_pictures_it_has_not_seen() -> None:
     pixels = rng.integers(0, 60, (240, 32, 32, 3)).astype(np.uint8)
     pixels[labels == 1, :, :, 0] += 120
     labels[:6] = 1 - labels[:6]
-    fold = folds_of(labels, np.arange(240))
+    fold = folds_of(labels, np.arange(240), 5)
     recipe = recipes.get("fast79").with_settings({"epochs": 4, "batch_size": 20})
     p = by_training(pixels, labels, 2, fold, recipe)
     assert p.sum(1) == pytest.approx(1)
     assert (p.argmax(1)[6:] == labels[6:]).mean() > 0.95
     assert (p.argmax(1)[:6] != labels[:6]).mean() > 0.8
+
+
+def test_two_models_together_are_surer_where_they_agree() -> None:
+    p = np.array([[0.8, 0.2], [0.8, 0.2]])
+    q = np.array([[0.8, 0.2], [0.2, 0.8]])
+    np.testing.assert_allclose(together(p, q), [[0.8, 0.2], [0.5, 0.5]])
+
+
+def test_a_short_training_for_a_check_sees_no_picture_too_often() -> None:
+    many, few = for_few(2_000, ("cat", "dog"), 64), for_few(80, ("cat", "dog"), 64)
+    assert (many.least_steps, few.least_steps) == (500, 50)
+    assert many.augmentation.flip
+    assert not for_few(80, ("1", "2"), 64).augmentation.flip

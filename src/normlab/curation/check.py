@@ -10,24 +10,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from normlab import recipes
 from normlab.core.environment import settings
 from normlab.curation.copies import SURE, Copies, find_copies
 from normlab.curation.descriptors import SIDE, describe, to_side
 from normlab.curation.labels import (
-    FOLDS,
-    FOLDS_OF_MANY,
     Suspects,
     by_regression,
     by_training,
     doubt,
     folds_of,
+    for_few,
+    together,
 )
 from normlab.curation.oddities import Oddity, class_notes, file_sizes, find_oddities
 from normlab.curation.pictures import Pictures
 from normlab.evaluation.features import features as features_of
 from normlab.training.pretrained import Pretrained
 
-MANY = 20_000  # pictures from which on networks are trained for the labels
+MANY = 20_000  # pictures from which on networks alone judge the labels
+REGRESSIONS, TRAININGS = 5, 3  # folds: each model sees the pictures of the others
 Say = Callable[[str], None]
 
 
@@ -100,7 +102,7 @@ def check(
         copies = find_copies(small, pictures.prints, features)
         groups = group(pictures, copies)
         done("copies")
-        say("asking networks that have not seen a picture what it shows")
+        say("asking models that have not seen a picture what it shows, a minute or two")
         suspects, by = _doubts(pictures, features, groups, body)
         done("labels")
         say("looking for odd pictures")
@@ -162,22 +164,26 @@ def _doubts(
     same = np.arange(len(labels))
     for one in groups:  # copies of a picture would tell its label
         same[list(one.members)] = one.members[0]
-    many = len(labels) >= MANY and body is None
-    fold = folds_of(labels, same, FOLDS_OF_MANY if many else FOLDS)
-    if many:
-        p = by_training(pictures.pixels, labels, k, fold)
-        return doubt(labels, p), f"{fold.max() + 1} short trainings, each on the other folds"
-    pixels, whose = pictures.pixels, "the built-in body's answers"
+    pixels, trainings = pictures.pixels, f"{TRAININGS} short trainings"
+    if body is None and len(labels) >= MANY:
+        p = by_training(pixels, labels, k, folds_of(labels, same, TRAININGS), recipes.get("fast79"))
+        return doubt(labels, p), f"{trainings}, each on the other folds"
+    fold = folds_of(labels, same, REGRESSIONS)
     mirrored = np.ascontiguousarray(pixels[:, :, ::-1])
     if body is not None:
-        model, whose = body.model(), f"the features of {body.origin.network}"
+        model = body.model()
         features = (features_of(model, pixels) + features_of(model, mirrored)) / np.float32(2)
-    else:
-        if pixels.shape[1] != SIDE:
-            features = describe(pixels)
-        features = (features + describe(mirrored)) / np.float32(2)
+        p = by_regression(features, labels, k, fold)
+        by = f"{REGRESSIONS} logistic regressions on the features of {body.origin.network}"
+        return doubt(labels, p), by
+    if pixels.shape[1] != SIDE:
+        features = describe(pixels)
+    features = (features + describe(mirrored)) / np.float32(2)
     p = by_regression(features, labels, k, fold)
-    return doubt(labels, p), f"{fold.max() + 1} logistic regressions on {whose}"
+    recipe = for_few(len(labels), pictures.class_names, pixels.shape[1])
+    q = by_training(pixels, labels, k, folds_of(labels, same, TRAININGS), recipe)
+    by = f"{REGRESSIONS} logistic regressions on the built-in body's answers and {trainings}"
+    return doubt(labels, together(p, q)), by
 
 
 def as_record(found: Check) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Labels that are likely wrong, by what a network says that has not seen the picture.
+"""Labels that are likely wrong, by what models say that have not seen the picture.
 
 Confident learning (Northcutt, Jiang and Chuang 2021, arXiv 1911.00068). p(i, j) is the probability
 of class j for picture i by a model that was trained without it, and
@@ -13,6 +13,7 @@ That many pictures, and no more than a tenth of all, are suspects: those of the 
 CIFAR-10 in 8 % of the pictures; by p(i, y) a tenth of the pictures had 88 %.)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,6 +27,7 @@ from normlab.data.images import ImageData
 from normlab.evaluation.baselines import fit_logistic
 from normlab.evaluation.forward import logits_of
 from normlab.recipes import Recipe
+from normlab.recipes.pictures import fitted
 from normlab.runs import Task
 from normlab.training.loop import fit
 from normlab.training.preparation import make_plan, new_state
@@ -33,9 +35,9 @@ from normlab.training.preparation import make_plan, new_state
 Probabilities = NDArray[np.float64]  # (N, K)
 Labels = NDArray[np.int64]
 
-FOLDS, FOLDS_OF_MANY = 5, 3
 MOST = 0.1  # of all pictures are called suspects
 SCALE = 0.1  # of standardised features
+MOST_LOOKS = 40  # of a short training at each picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +93,7 @@ def doubt(labels: Labels, p: Probabilities) -> Suspects:
     )
 
 
-def folds_of(labels: Labels, groups: Labels, folds: int = FOLDS) -> Labels:
+def folds_of(labels: Labels, groups: Labels, folds: int) -> Labels:
     """The fold (N,) of each picture: classes in proportion, pictures of one group together."""
     order = stream(0, "check", "folds").permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
@@ -130,10 +132,10 @@ def by_training(
     labels: Labels,
     num_classes: int,
     fold: Labels,
-    recipe: Recipe | None = None,
+    recipe: Recipe,
 ) -> Probabilities:
     """Out-of-fold probabilities of networks trained from their seeds on the other folds."""
-    recipe = recipe or oof_recipe()
+    recipe = replace(recipe, validation=0.0, patience=None)
     names = tuple(map(str, range(num_classes)))
     device, threads = torch.device("cpu"), torch.get_num_threads()
     p = np.empty((len(labels), num_classes))
@@ -162,6 +164,20 @@ def by_training(
     return p
 
 
-def oof_recipe() -> Recipe:
-    """One look at each picture, as `fast79`."""
-    return replace(recipes.get("fast79"), validation=0.0)
+def for_few(pictures: int, class_names: Sequence[str], image_size: int) -> Recipe:
+    """The recipe for own pictures, a third as long: what a check can take. Shorter for very few."""
+    recipe = recipes.get("pictures")
+    follows = fitted(class_names, image_size, (), from_run=False)
+    steps = min(recipe.least_steps // 3, MOST_LOOKS * pictures // recipe.batch_size)
+    return recipe.override(**follows, epochs=1, least_steps=steps)
+
+
+def together(p: Probabilities, q: Probabilities) -> Probabilities:
+    """The geometric mean of two models' probabilities, scaled to the sum 1.
+
+    Of planted wrong labels on photographs of cats and dogs a tenth of the pictures held 0.66 by
+    regressions, 0.73 by trainings, 0.80 by both; on waste 0.75, 0.80 and 0.81.
+    """
+    both: Probabilities = np.sqrt(p * q)
+    both /= both.sum(1, keepdims=True)
+    return both
