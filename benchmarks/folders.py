@@ -7,7 +7,8 @@ For each folder and seed one line each in docs/results/pictures.jsonl; what stan
 again, as long as the default's settings are the same. The four ways see the same split:
 
     default     normlab train --data FOLDER, no option
-    cnn         a plain network in PyTorch, 64 × 64, mirrored, Adam, for as many CPU seconds
+    cnn         a plain network in PyTorch, 64 × 64, Adam, for as many CPU seconds; mirrored where
+                the default mirrors
     boosting    scikit-learn's histogram gradient boosting on 16 × 16 pixels
     regression  logistic regression on 8 × 8 or 16 × 16 pixels, whichever cross-validates better
 
@@ -36,6 +37,7 @@ from normlab.core.environment import describe_machine
 from normlab.data import ImageData
 from normlab.evaluation import metrics
 from normlab.recipes import get
+from normlab.recipes.pictures import fitted
 from normlab.training.state import Plan, State
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "pictures.jsonl"
@@ -94,13 +96,14 @@ def train_cnn(images: ImageData, seed: int, seconds: float) -> dict[str, Any]:
         scaled = (pixels / 255 - mean) / std
         return torch.from_numpy(scaled.astype(np.float32)).permute(0, 3, 1, 2)
 
+    mirror = "augment" not in fitted(images.class_names, 64, (), from_run=False)
     started, steps, count = time.process_time(), 0, len(labels)
     while time.process_time() - started < seconds:
         order = rng.permutation(count)
         for a in range(0, count - 1, 32):
             chosen = order[a : a + 32]
             x = inputs(images.x_train[chosen])
-            mirrored = torch.from_numpy(rng.random(len(chosen)) < 0.5)
+            mirrored = torch.from_numpy(rng.random(len(chosen)) < (0.5 if mirror else 0))
             x[mirrored] = x[mirrored].flip(3)
             optimizer.zero_grad()
             nn.functional.cross_entropy(network(x), labels[chosen]).backward()
