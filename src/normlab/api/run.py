@@ -7,14 +7,15 @@ from typing import Any
 from normlab import runs
 from normlab.data import ImageData
 from normlab.evaluation import evaluation
-from normlab.reports import run_report
 
 
 class Evaluation(evaluation.Evaluation):
     """An `Evaluation` that shows itself in a notebook cell."""
 
     def _repr_html_(self) -> str:
-        return run_report.evaluation_summary_html(self)
+        from normlab.reports.run_report import evaluation_summary_html
+
+        return evaluation_summary_html(self)
 
 
 class Run(runs.Run):
@@ -31,7 +32,9 @@ class Run(runs.Run):
         return evaluate(self, data, weights=weights, views=views)
 
     def _repr_html_(self) -> str:
-        return run_report.run_summary_html(self)
+        from normlab.reports.run_report import run_summary_html
+
+        return run_summary_html(self)
 
 
 def open_run(path: str | Path | None = None) -> Run:

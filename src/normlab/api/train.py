@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from normlab.api.run import Run, open_run
+from normlab.api.run import Evaluation, Run, open_run
 from normlab.core.environment import describe_machine, resolve_device, resolve_threads
 from normlab.core.environment import settings as machine_settings
 from normlab.core.files import locked, write_json
@@ -31,7 +31,6 @@ from normlab.inspection.activations import observed
 from normlab.inspection.recording import RECORDING, Recorder
 from normlab.recipes import DEFAULT_OWN, Recipe
 from normlab.recipes.pictures import fitted
-from normlab.reports.run_report import write_run_report
 from normlab.runs import Task, create_folder
 from normlab.text import printable, shell
 from normlab.training import checkpoint, starting_points
@@ -374,6 +373,12 @@ def _resume(
         return _finish(ranks, opened, images, data_seconds, state, machine, where, observers, extra)
 
 
+def _draw(run: Run, evaluation: Evaluation, images: ImageData) -> None:
+    from normlab.reports.run_report import write_run_report  # Matplotlib: not before it is needed
+
+    write_run_report(run, evaluation, images)
+
+
 def _redraw(run: Run, data: str | Path | Mapping[str, Any] | ImageData | None) -> bool:
     """Do what a run that was killed at its very end has left undone; whether its page was."""
     with locked(run.path):
@@ -382,7 +387,7 @@ def _redraw(run: Run, data: str | Path | Mapping[str, Any] | ImageData | None) -
         if (run.path / "report.html").exists():
             return False
         images = run.task.load(data)
-        write_run_report(run, run.evaluate(images), images)
+        _draw(run, run.evaluate(images), images)
         return True
 
 
@@ -494,7 +499,7 @@ def _finish(
     write_json(folder / "result.json", result)  # from here on the run counts as finished
     checkpoint.remove(folder)
     starting_points.remove_start(folder)
-    write_run_report(run, evaluation, images)
+    _draw(run, evaluation, images)
     return run
 
 

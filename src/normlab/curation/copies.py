@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import scipy  # its parts load when they are first used
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import eigh
 from torch import Tensor
 from torch.nn.functional import affine_grid, conv2d, grid_sample, pad
 
@@ -108,7 +108,7 @@ def fit_discriminant(pixels: Pixels, features: Features, on: int = FIT_ON) -> Di
     within += 1e-3 * np.diag(within).mean() * np.eye(len(within))
     between = own.T @ own / len(own)
     last = len(within) - 1
-    _, vectors = eigh(between, within, subset_by_index=[last - DIMENSIONS + 1, last])
+    _, vectors = scipy.linalg.eigh(between, within, subset_by_index=[last - DIMENSIONS + 1, last])
     return Discriminant(mean, scale, vectors.astype(np.float32))
 
 

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import scipy  # its parts load when they are first used
 import torch
 from numpy.typing import NDArray
-from scipy.special import softmax
 
 from normlab import recipes
 from normlab.core.streams import stream
@@ -123,7 +123,7 @@ def by_regression(
     for k in np.unique(fold):
         seen, held = fold != k, fold == k
         weights = fit_logistic(x[seen], labels[seen], num_classes)
-        p[held] = softmax(x[held] @ weights[:-1] + weights[-1], axis=1)
+        p[held] = scipy.special.softmax(x[held] @ weights[:-1] + weights[-1], axis=1)
     return p
 
 
@@ -160,7 +160,9 @@ def by_training(
         )
         state = new_state(task, images, device)
         fit(make_plan(task, images, threads), state, device)
-        p[held] = softmax(logits_of(state.model, pixels[held], views="flip").double().numpy(), 1)
+        p[held] = scipy.special.softmax(
+            logits_of(state.model, pixels[held], views="flip").double().numpy(), 1
+        )
     return p
 
 

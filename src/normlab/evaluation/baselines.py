@@ -3,10 +3,9 @@
 from typing import Any
 
 import numpy as np
+import scipy  # its parts load when they are first used
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.optimize import minimize
-from scipy.special import log_softmax
 
 from normlab.data import ImageData
 from normlab.evaluation import metrics
@@ -55,13 +54,13 @@ def fit_logistic(
 
     def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         w = flat.reshape(shape)
-        log_p = log_softmax(inputs @ w, axis=1)
+        log_p = scipy.special.log_softmax(inputs @ w, axis=1)
         loss = -(truth * log_p).sum() / n + ((penalised * w) ** 2).sum() / (2 * n)
         gradient = inputs.T @ (np.exp(log_p) - truth) / n + penalised * w / n
         return loss, gradient.ravel()
 
     start, options = np.zeros(shape).ravel(), {"maxiter": MAX_ITERATIONS}
-    found = minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
+    found = scipy.optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
     weights: NDArray[np.float64] = found.x.reshape(shape)
     return weights
 

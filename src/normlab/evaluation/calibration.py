@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import scipy  # its parts load when they are first used
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
 
 BINS = 15
 COLDEST, HOTTEST = 0.05, 20.0  # temperatures beyond these say nothing new
@@ -72,7 +71,7 @@ def calibrate(probabilities: Floats, labels: Labels, bins: int = BINS) -> Calibr
 
 def proper_scores(logits: NDArray[np.floating], labels: Labels, temperature: float = 1.0) -> Proper:
     """Score softmax(logits / temperature) against the labels."""
-    log_p = log_softmax(logits.astype(np.float64) / temperature, axis=1)
+    log_p = scipy.special.log_softmax(logits.astype(np.float64) / temperature, axis=1)
     p = np.exp(log_p)
     of_label = np.arange(len(labels)), labels
     brier = (p**2).sum(1) - 2 * p[of_label] + 1
@@ -98,9 +97,11 @@ def fit_temperature(logits: NDArray[np.floating], labels: Labels) -> float:
     of_label = np.arange(n), labels
 
     def loss(log_t: float) -> float:
-        log_p = log_softmax(z * np.exp(-log_t), axis=1)
+        log_p = scipy.special.log_softmax(z * np.exp(-log_t), axis=1)
         return float(-(n * log_p[of_label].mean() + log_p.mean()) / (n + 1))
 
     bounds = np.log(COLDEST), np.log(HOTTEST)
-    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
+    found = scipy.optimize.minimize_scalar(
+        loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}
+    )
     return float(np.exp(found.x))

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy  # its parts load when they are first used
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
-from scipy.special import log_softmax
 from torch import Tensor, nn
 
 from normlab.core.bars import transient_bar
@@ -197,7 +196,9 @@ class _Problem:
 
     def loss(self, w: NDArray[np.float64]) -> float:
         """Mean cross-entropy."""
-        log_p = log_softmax(self.z @ w, axis=1)[np.arange(len(self.labels)), self.labels]
+        log_p = scipy.special.log_softmax(self.z @ w, axis=1)[
+            np.arange(len(self.labels)), self.labels
+        ]
         return float(-(self.weight @ log_p) / self.weight.sum())
 
     def minimise(self, penalty: float, start: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -209,12 +210,14 @@ class _Problem:
 
         def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
             w = flat.reshape(start.shape)
-            log_p = log_softmax(self.z @ w, axis=1)
+            log_p = scipy.special.log_softmax(self.z @ w, axis=1)
             loss = -(share * truth * log_p).sum() + (penalised * w * w).sum() / 2
             slope = self.z.T @ ((np.exp(log_p) - truth) * share) + penalised * w
             return float(loss), slope.ravel()
 
         options = {"maxiter": MAX_ITERATIONS, "gtol": 1e-5, "ftol": 1e-10}
-        found = minimize(objective, start.ravel(), jac=True, method="L-BFGS-B", options=options)
+        found = scipy.optimize.minimize(
+            objective, start.ravel(), jac=True, method="L-BFGS-B", options=options
+        )
         w: NDArray[np.float64] = found.x.reshape(start.shape)
         return w

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy  # its parts load when they are first used
 import torch
 from numpy.typing import NDArray
-from scipy.special import softmax
 from torch import nn
 
 from normlab.core.tensors import read_tensors, write_tensors
@@ -56,7 +56,7 @@ def learn(
             "an answer to a held-out picture is NaN or infinite: try a lower --learning-rate"
         )
     temperature = fit_temperature(z, label)
-    p = softmax(z / temperature, axis=1)
+    p = scipy.special.softmax(z / temperature, axis=1)
     means, near = None, np.empty(0)
     if features is not None:
         known = some_of(train)
