@@ -9,7 +9,7 @@ from normlab.recipes.record import Augmentation, Model, Norm, Recipe
 from normlab.recipes.schedules import ToZero
 
 # Networks by the largest size of pictures that each is for: deeper ones for larger pictures.
-NETWORKS = {64: "fast", 80: "fast-deep", 10**9: "fast-deeper"}
+NETWORKS = {40: "fast", 80: "fast-deep", 10**9: "fast-deeper"}
 
 # Names of classes that a mirror may turn into others: numbers, single letters, left and right.
 _SIDED = re.compile(r"\d+|[^\W\d_]|(.*[\W_])?(left|right)([\W_].*)?", re.IGNORECASE)
