@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 import normlab
 from normlab.data import load
-from normlab.data.pictures import reading
+from normlab.data.pictures import naming, reading
 from normlab.errors import DataError, UserError
 from normlab.evaluation.prediction import open_predictor, predict
 from normlab.interchange import export_run
@@ -194,6 +194,32 @@ def test_the_command_answers_folders_and_names_what_is_bad(folder: Path, tmp_pat
     assert [line.count("%") for line in done.stdout.splitlines()] == [3, 3]
     assert done.stderr.count("\n") == 1
     assert "words.txt: cannot identify image file" in done.stderr
+
+
+def test_of_a_folder_it_takes_what_normlab_predict_takes(
+    folder: Path, alone: ModuleType, tmp_path: Path
+) -> None:
+    """Files without an ending, folders with one, links; not what systems leave there."""
+    assert set(alone.LITTER) == naming.LITTER
+    given = tmp_path / "given"
+    taken = ("v1.0/a.png", "v1.0/c", "IMG_1", "Z.png", "a/@b/c.jpg", "notes.txt")
+    passed = (".DS_Store", "._a.png", ".cache/d.png", "Thumbs.db", "@eaDir/a.png", "a/__MACOSX/e")
+    for name in (*taken, *passed):
+        (given / name).parent.mkdir(parents=True, exist_ok=True)
+        (given / name).write_bytes(PHOTO if name != "notes.txt" else b"words")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "f").write_bytes(PHOTO)
+    (given / "linked").symlink_to(tmp_path / "elsewhere")
+    (given / "a" / "circle").symlink_to(given)
+    (given / "nowhere").symlink_to(tmp_path / "missing")
+    answers = list(predict(open_predictor(next(folder.glob("*.onnx"))), [given]))
+    command = [sys.executable, str(folder / "predict.py"), str(given)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for problem, lines in ((False, done.stdout), (True, done.stderr)):
+        names = [str(a.path) for a in answers if (a.problem is not None) is problem]
+        assert [line.partition(": ")[0] for line in lines.splitlines()] == names
+    assert len(answers) == 9
+    assert done.returncode == 1
 
 
 def test_it_is_short_and_needs_three_packages(folder: Path) -> None:

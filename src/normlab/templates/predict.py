@@ -22,15 +22,17 @@ TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientations as Pil
 session = onnxruntime.InferenceSession(Path(__file__).with_name("MODEL.onnx"))
 known = session.get_modelmeta().custom_metadata_map
 CLASSES, RULE = json.loads(known["class_names"]), json.loads(known.get("rule", "{}"))
-OUTPUTS = [output.name for output in session.get_outputs()]
+LITTER = """thumbs.db|ehthumbs.db|ehthumbs_vista.db|desktop.ini|icon\r|picasa.ini|__macosx|recycler|
+network trash folder|temporary items|thevolumesettingsfolder|@eadir|@tmp|@appstore|@database|@qpkg|
+@recycle|@recently-snapshot|@transcode|#recycle|#snapshot|$recycle.bin|system volume information|
+found.000|lost+found|__pycache__|node_modules""".replace("\n", "").split("|")  # in folders
 
 
 def answer(file):
     """Classes with probabilities, most probable first, and why it is not sure: "" if it is."""
-    found = dict(zip(OUTPUTS, session.run(OUTPUTS, {"images": read(file)[None]}), strict=True))
-    probabilities = map(float, found["probabilities"][0])
-    pairs = sorted(zip(CLASSES, probabilities, strict=True), key=lambda pair: -pair[1])
-    if (near := RULE.get("least_familiarity")) is not None and found["familiarity"][0] < near:
+    (probabilities,), *near = session.run(None, {"images": read(file)[None]})
+    pairs = sorted(zip(CLASSES, probabilities.tolist(), strict=True), key=lambda pair: -pair[1])
+    if (least := RULE.get("least_familiarity")) is not None and near[0][0] < least:
         return pairs, "not sure, unlike the pictures it was trained on; if any: "
     sure = pairs[0][1] >= RULE.get("least_probability", 0)
     return pairs, "" if sure else "not sure, no class stands out: "
@@ -39,18 +41,13 @@ def answer(file):
 def read(file):
     """Upright RGB pixels, uint8 (H, W, 3). Crop and resizing are in the model."""
     content = Path(file).read_bytes()
-    try:
-        return decode(content)
-    except (OSError, SyntaxError, ValueError):
-        if content[:4] != b"\x89PNG":
-            raise
-        kept, place = content[:8], 8  # metadata that Pillow takes offence at decide nothing
-        while place + 12 <= len(content):
-            end = place + 12 + int.from_bytes(content[place : place + 4])
-            if not content[place + 4] & 32 or content[place + 4 : place + 8] in b"tRNS eXIf acTL":
-                kept += content[place:end]
-            place = end
-        return decode(kept)
+    with suppress(OSError, SyntaxError, ValueError):
+        return decode(content)  # or without a PNG's metadata, which Pillow may take offence at
+    kept, place = (content[:8], 8) if content[:4] == b"\x89PNG" else (content, len(content))
+    while chunk := content[place : place + 12 + int.from_bytes(content[place : place + 4])]:
+        kept += chunk if chunk[4:5].isupper() or chunk[4:8] in b"tRNS eXIf acTL" else b""
+        place += len(chunk)
+    return decode(kept)
 
 
 def decode(content):
@@ -59,17 +56,16 @@ def decode(content):
         raise ValueError("too many pixels: make it smaller")
     if getattr(image, "is_animated", False) and image.format not in ("MPO", "HEIF"):
         raise ValueError("animated or of several pages: give one still picture")
-    tags, key = getattr(image, "tag_v2", {}), image.info.get("transparency", 0)
+    tags, key, turn = getattr(image, "tag_v2", {}), image.info.get("transparency", 0), None
     deep, key = image.mode.startswith("I"), np.max(list(key) if isinstance(key, bytes) else key)
     odd = image.mode in ("F", "LAB") or (image.mode == "I" and image.format != "PPM")
     if odd or key > 255 or (deep and (key or tags.get(262, 1) == 0)):
         raise ValueError("with values whose white is unclear: save it with 8 bits a channel")
     image.draft(image.mode, [n // times(image) for n in image.size])  # a large JPEG is unpacked
     image.load()  # at a half, a quarter or an eighth
-    turn, white = None, 2 ** int(np.max(tags.get(258, 16))) - 1
     with suppress(Exception):
         turn = TURNS.get(image.getexif().get(274))
-    if deep:
+    if deep and (white := 2 ** int(np.max(tags.get(258, 16))) - 1):
         image = Image.fromarray(np.rint(np.clip(image, 0, white) * (255 / white)).astype("uint8"))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -82,12 +78,16 @@ def times(image):
 
 
 if __name__ == "__main__":
-    given, bad = map(Path, sys.argv[1:]), 0
-    for file in (f for p in given for f in (sorted(p.rglob("*.*")) if p.is_dir() else [p])):
+    paths, bad = [Path(name) for name in sys.argv[1:]], 0
+    for n, path in enumerate(paths):
         try:
-            pairs, doubt = answer(file)
-            print(f"{file}: {doubt}" + ", ".join(f"{name} {p:.1%}" for name, p in pairs[:3]))
+            if path.is_dir() and path.resolve() not in map(Path.resolve, path.absolute().parents):
+                inside = (p for p in path.iterdir() if p.name.casefold() not in LITTER)
+                paths[n + 1 : n + 1] = sorted(p for p in inside if p.name[0] != ".")
+                continue
+            pairs, doubt = answer(path)
+            print(f"{path}: {doubt}" + ", ".join(f"{name} {p:.1%}" for name, p in pairs[:3]))
         except Exception as error:
-            print(f"{file}: {error}", file=sys.stderr)
+            print(f"{path}: {error}", file=sys.stderr)
             bad = 1
     sys.exit(bad)
