@@ -1,6 +1,6 @@
 """Draw the rooms of the package and which imports which, as docs/architecture.svg.
 
-    python scripts/draw_rooms.py    # needs normlab[dev]
+    python scripts/draw_rooms.py    # needs pip install '.[dev]'
 
 A room stands above all that it imports. An arrow that follows from two others is left out. The
 floors are those of the import contract in pyproject.toml.

@@ -1,6 +1,6 @@
 """Run examples/batch_norm_on_cifar10.ipynb afresh and keep its outputs in the file.
 
-    python scripts/run_example.py    # needs normlab[learn] and CIFAR-10
+    python scripts/run_example.py    # needs pip install '.[learn]' and CIFAR-10
 
 It runs in a temporary folder, so that no run or study is left beside the notebook and no path of
 this machine gets into its outputs.

@@ -4,9 +4,12 @@ Every message names the value received and the remedy, in one line. The command 
 message without a traceback and leaves with `exit_code`.
 """
 
+import re
+import shlex
 import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib import metadata
 
 from normlab.text import printable
 
@@ -55,6 +58,18 @@ class Interrupted(NormlabError):
 
 class RankError(NormlabError):
     """Another process of the same training ended, or did not answer in time."""
+
+
+def install(extra: str) -> str:
+    """The command that adds the packages of an extra: `pip install 'pyarrow>=15'`.
+
+    It names them one by one, as the installed normlab's own metadata do, because that is true of a
+    clone, of a wheel and of a release. `pip install normlab[…]` is not before there is a release.
+    """
+    wanted = [line.partition(";") for line in metadata.requires("normlab") or []]
+    ours = [name.strip() for name, _, when in wanted if re.search(rf"extra == .{extra}\W", when)]
+    # An editable installation may be older than the extra.
+    return shlex.join(["pip", "install", *(ours or ("--editable", f".[{extra}]"))])
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normlab.diagnosis.network import Batches, Network, Node, Normalizer
-from normlab.errors import UserError
+from normlab.errors import UserError, install
 
 if TYPE_CHECKING:
     from normlab.formats.keras_files import KerasModel, Layer, Weights
@@ -38,7 +38,7 @@ def read_keras(path: Path) -> Network:
     try:
         from normlab.formats import keras_files
     except ImportError:
-        raise UserError(f"{path}: Keras' files need h5py: pip install 'normlab[keras]'") from None
+        raise UserError(f"{path}: Keras' files need h5py: {install('keras')}") from None
     return _describe(keras_files.read_keras(path))
 
 

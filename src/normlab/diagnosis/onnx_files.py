@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normlab.diagnosis.network import Network, Node, Normalizer
-from normlab.errors import DataError, UserError
+from normlab.errors import DataError, UserError, install
 
 _WEIGHTS = {"Conv", "ConvTranspose", "Gemm"}
 _VECTORS = ("γ", "β", "the mean", "the variance")
@@ -37,7 +37,7 @@ def read_onnx(path: Path) -> Network:
         import onnx.inliner
         from google.protobuf.message import DecodeError
     except ImportError:
-        raise UserError(f"{path}: reading ONNX needs onnx: install normlab[onnx]") from None
+        raise UserError(f"{path}: reading ONNX needs onnx: {install('onnx')}") from None
     try:
         model = onnx.load(path, load_external_data=False)
         if not model.graph.node:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normlab.errors import DataError, UserError
+from normlab.errors import DataError, UserError, install
 
 BATCH = 256
 _LARGEST = 4096  # pixels a side that a network may see
@@ -63,9 +63,7 @@ def open_onnx(model: str | Path | bytes, threads: int | None = None) -> OnnxMode
     try:
         import onnxruntime
     except ImportError:
-        raise UserError(
-            "ONNX files need the package onnxruntime: pip install 'normlab[onnx]'"
-        ) from None
+        raise UserError(f"ONNX files need the package onnxruntime: {install('onnx')}") from None
     name = "the ONNX model" if isinstance(model, bytes) else str(model)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what is wrong with a file, the exception says

@@ -13,7 +13,7 @@ from normlab.core.files import write_json
 from normlab.core.sandbox import LimitError, limited
 from normlab.core.tensors import digest, write_tensors
 from normlab.data import load
-from normlab.errors import DataError, UserError
+from normlab.errors import DataError, UserError, install
 from normlab.evaluation.evaluation import evaluate
 from normlab.recipes.notebook import notebook
 from normlab.runs import Run, Task, create_folder
@@ -45,7 +45,7 @@ def import_model(
     try:
         from normlab.formats.keras_notebook import read_notebook
     except ImportError:
-        raise UserError("import needs the package h5py: pip install 'normlab[keras]'") from None
+        raise UserError(f"import needs the package h5py: {install('keras')}") from None
     started = time.perf_counter()
     images = load(data, image_size=image_size or 32, skip_bad=skip_bad)
     data_seconds = time.perf_counter() - started

@@ -14,7 +14,7 @@ from torch import nn
 from normlab.core.files import write_atomic
 from normlab.core.tensors import digest
 from normlab.data import ImageData
-from normlab.errors import UserError
+from normlab.errors import UserError, install
 from normlab.evaluation import held_out
 from normlab.evaluation.doubt import Doubt
 from normlab.evaluation.evaluation import Evaluation, evaluate
@@ -259,8 +259,7 @@ def _check_request(run: Run, out: Path, file_format: str, int8: bool) -> Path:
             import_module(module)
         except ImportError:
             raise UserError(
-                f"format {file_format} needs the package {module}: "
-                f"pip install 'normlab[{wanted.extra}]'"
+                f"format {file_format} needs the package {module}: {install(wanted.extra)}"
             ) from None
     path = out if wanted.suffix else out / "index.html"
     there = next(folder for folder in path.absolute().parents if folder.exists())

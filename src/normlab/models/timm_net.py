@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normlab.core.streams import stream
-from normlab.errors import UserError
+from normlab.errors import UserError, install
 
 _DECLARED: list[torch.library.Library] = []  # what PyTorch forgets when nobody holds it
 
@@ -158,8 +158,7 @@ def load_timm() -> ModuleType:
     for name in ("timm", "torchvision"):
         if find_spec(name) is None:
             raise UserError(
-                f"networks pretrained on ImageNet need the package {name}: "
-                "pip install 'normlab[pretrained]'"
+                f"networks pretrained on ImageNet need the package {name}: {install('pretrained')}"
             )
     # timm imports the hub's client, which would tell its makers who uses it.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

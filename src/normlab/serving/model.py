@@ -15,7 +15,7 @@ from normlab.data.cifar10.cache import read_cache
 from normlab.data.cifar10.layouts import CLASS_NAMES
 from normlab.data.images import Labels, Pixels
 from normlab.data.pictures.reading import to_square
-from normlab.errors import DataError, UserError
+from normlab.errors import DataError, UserError, install
 from normlab.evaluation.doubt import Doubt
 from normlab.evaluation.prediction import doubt_of
 from normlab.formats.onnx_model import OnnxModel, open_onnx
@@ -65,7 +65,7 @@ def open_served(path: str | Path | None) -> ServedModel:
 
     run = open_run(path)
     if find_spec("onnx") is None:
-        raise UserError("serving a run needs the package onnx: pip install 'normlab[serve]'")
+        raise UserError(f"serving a run needs the package onnx: {install('serve')}")
     return _from_run(run)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from normlab.errors import UserError
+from normlab.errors import UserError, install
 from normlab.evaluation.doubt import NOTHING_HELD_OUT
 from normlab.serving.settings import ServerSettings
 from normlab.text import printable
@@ -118,7 +118,7 @@ def _require_packages() -> None:
 
     for module in MODULES:
         if find_spec(module) is None:
-            raise UserError(f"serve needs the package {module}: pip install 'normlab[serve]'")
+            raise UserError(f"serve needs the package {module}: {install('serve')}")
 
 
 def _name(given: str) -> str:

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
-from normlab.errors import UserError
+from normlab.errors import UserError, install
 
 TIMEOUT = "10s"
 
@@ -27,7 +27,7 @@ def dask_backend(address: str) -> Iterator[Any]:
         from distributed import Client
         from joblib._dask import DaskDistributedBackend
     except ImportError:
-        raise UserError("--scheduler needs Dask: pip install 'normlab[cluster]'") from None
+        raise UserError(f"--scheduler needs Dask: {install('cluster')}") from None
 
     class Backend(DaskDistributedBackend):  # type: ignore[misc]
         """Tells joblib of a task that Dask gave up; joblib 1.6's own would wait for it for ever."""

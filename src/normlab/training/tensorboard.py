@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from normlab.core.places import make_folder
-from normlab.errors import UserError
+from normlab.errors import UserError, install
 from normlab.training.state import Plan, State
 
 if TYPE_CHECKING:
@@ -21,9 +21,7 @@ class TensorBoard:
         try:
             import tensorboard  # noqa: F401
         except ImportError:
-            raise UserError(
-                "--tensorboard needs TensorBoard: pip install 'normlab[tensorboard]'"
-            ) from None
+            raise UserError(f"--tensorboard needs TensorBoard: {install('tensorboard')}") from None
         self.writer: SummaryWriter | None = None
 
     def before_training(self, plan: Plan) -> None:

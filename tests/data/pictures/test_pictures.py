@@ -396,7 +396,7 @@ def test_heic_without_its_reader_names_the_remedy(
 ) -> None:
     for name in ("pillow_heif", "pillow_heif.as_plugin"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(DataError, match=r"pip install 'normlab\[heic\]', or save it as JPEG"):
+    with pytest.raises(DataError, match=r"pip install 'pillow-heif>=[\d.]+', or save it as JPEG"):
         read_picture(HEIC + bytes(50))
     (tmp_path / "IMG_1").write_bytes(HEIC)
     assert reading.begins_as_picture(tmp_path / "IMG_1")

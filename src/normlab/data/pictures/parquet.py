@@ -17,7 +17,7 @@ from normlab.core.sandbox import LimitError, limited
 from normlab.data.pictures.collection import Collection, Labelled, choose_size, settle
 from normlab.data.pictures.decoding import Decoded, decode
 from normlab.data.pictures.naming import part_of
-from normlab.errors import DataError, UserError
+from normlab.errors import DataError, UserError, install
 from normlab.text import shown
 
 PICTURE_COLUMNS = ("img", "image")
@@ -170,7 +170,7 @@ def _table(file: Path, budget: int) -> tuple[Any, str]:
         import pyarrow.parquet
     except ImportError:
         raise UserError(
-            f"{shown(file)}: reading parquet needs pyarrow; pip install 'normlab[parquet]'"
+            f"{shown(file)}: reading parquet needs pyarrow: {install('parquet')}"
         ) from None
     try:
         metadata = pyarrow.parquet.read_metadata(file)

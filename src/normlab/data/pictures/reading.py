@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
-from normlab.errors import DataError, TooLargeError
+from normlab.errors import DataError, TooLargeError, install
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")  # MPO opens as JPEG
 MAX_PIXELS = 25_000_000  # that are kept; of more every second, fourth or eighth row and column is
@@ -241,8 +241,7 @@ def _open_heic(file: IO[bytes]) -> Image.Image:
         from pillow_heif.as_plugin import HeifImageFile
     except ImportError:
         raise DataError(
-            "HEIC, as phones write it, needs pillow-heif; pip install 'normlab[heic]', "
-            "or save it as JPEG"
+            f"HEIC, as phones write it, needs pillow-heif: {install('heic')}, or save it as JPEG"
         ) from None
     opened: Any = HeifImageFile  # without types
     image: Image.Image = opened(file)
