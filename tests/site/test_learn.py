@@ -16,7 +16,10 @@ WIDGETS = ("computes", "two", "training", "shift", "smooth", "scale", "fold", "p
 
 
 def value(document: Any, path: str) -> float:
-    """What stands at `a.0.b*100` of a JSON document; `@x,y` finds a comparison by its arms."""
+    """What stands at `a.0.b*100` of a JSON document; `@x,y` finds a comparison by its arms.
+
+    Lines of JSON are a list of their rows.
+    """
     path, _, times = path.partition("*")
     for step in path.split("."):
         if step.startswith("@"):
@@ -32,7 +35,9 @@ def test_every_quoted_figure_is_the_raw_one() -> None:
     assert len(found) > 30
     for text, file, how in found:
         path, _, form = how.partition(":")
-        raw = json.loads((DOCS / "results" / file).read_text(encoding="utf-8"))
+        text_of = (DOCS / "results" / file).read_text(encoding="utf-8")
+        rows = file.endswith(".jsonl")
+        raw = [*map(json.loads, text_of.splitlines())] if rows else json.loads(text_of)
         assert format(value(raw, path), form) == text.replace("−", "-"), (file, how)
 
 
