@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.other_load import OtherLoad, is_quiet
-from benchmarks.report import table
+from benchmarks.summary import table
 from normlab import kernels, recipes
 from normlab.core.environment import describe_machine, settings
 from normlab.core.files import write_json

@@ -5,8 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import table
-from benchmarks.summary import processor
+from benchmarks.summary import processor, table
 
 Run = dict[str, Any]
 

@@ -22,6 +22,7 @@ from benchmarks.summary import (
     ratios,
     seconds,
     spread,
+    table,
 )
 
 PICTURES = """![Training and inference speeds of the notebook's network](benchmarks.png)
@@ -256,9 +257,3 @@ def number(s: Spread, digits: int) -> str:
 def times(s: Spread, digits: int = 2) -> str:
     """The same, of a ratio."""
     return number(s, digits)
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, all but the first column to the right."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])

@@ -121,3 +121,9 @@ def factors(result: Result) -> dict[str, list[float]]:
         "normlab's layers in place of those": over(stock, pure),
         "their compiled kernels": over(pure, ours),
     }
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, all but the first column to the right."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
