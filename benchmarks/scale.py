@@ -28,9 +28,8 @@ SIZES = (8, 1_000, 25_000, 400_000, 6_600_000)  # bytes of a message
 WARM_UP = 3
 DELAY = 1e-3  # seconds, added to each message of statistics
 
-# One way, seconds, and bytes a second, of TCP between two machines of a data centre. Latency: half
-# of the round trips commonly measured for sockets (10 GbE about 50 µs, 100 GbE about 30 µs);
-# bandwidth: nine tenths and six tenths of the line, which one connection of gloo does not fill.
+# One way, seconds, and bytes a second, of TCP between two machines of a data centre: assumed. The
+# bandwidths are nine tenths and six tenths of the line, which one connection of gloo does not fill.
 NETWORKS = {"10 Gb/s": (25e-6, 1.1e9), "100 Gb/s": (15e-6, 7.5e9)}
 MACHINES = (2, 4, 8, 16, 32, 64, 128, 256)
 
