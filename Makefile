@@ -7,6 +7,7 @@
 #   make bench   normlab beside Keras, PyTorch and ONNX Runtime; QUICK=1 takes under five minutes
 #   make profile where the time of a training step goes, pass by pass
 #   make soak    longer tests
+#   make wheel   the wheel of what is committed, what auditwheel says of it, tried in an environment of its own
 #   make torture kill 240 trainings and studies, let every write fail, count what survives
 #   make ranks   kill one of two processes of a training 30 times, count what survives
 #   make attack  hostile files and clients, counted: tried and survived
@@ -19,6 +20,7 @@ PYTHON ?= python3
 TORCH_BACKEND ?= cpu
 VENV ?= .venv
 BENCH ?= .venv-bench
+WHEEL ?= build/wheel
 BIN := $(VENV)/bin
 INSTALL := -m pip install --disable-pip-version-check --quiet --constraint
 PIP := $(BIN)/python $(INSTALL) constraints.txt
@@ -30,7 +32,7 @@ TORCH = torch=$$(grep '^torch==' constraints.txt) && \
 	$(2) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$torch"
 INPUTS := pyproject.toml constraints.txt setup.py $(wildcard src/normlab/kernels/*.[ch])
 
-.PHONY: run compare docs bench bench-scale test check soak torture ranks attack fuzz clean
+.PHONY: run compare docs wheel bench bench-scale test check soak torture ranks attack fuzz clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
@@ -58,6 +60,23 @@ check: $(VENV)/.checked
 
 soak: $(VENV)/.tested
 	$(BIN)/python -m pytest -m soak --timeout 1200 $(ARGS)
+
+# Neither the working tree nor an installed normlab has a part in it. The last step is run in an empty
+# folder. cibuildwheel gives wheels that are published their manylinux tag.
+wheel:
+	rm -rf $(WHEEL)
+	mkdir -p $(WHEEL)/source $(WHEEL)/empty
+	git archive HEAD | tar -x -C $(WHEEL)/source
+	$(PYTHON) -m venv $(WHEEL)/tools
+	$(WHEEL)/tools/bin/python $(INSTALL) constraints.txt build auditwheel
+	$(WHEEL)/tools/bin/python -m build --wheel --outdir $(WHEEL) $(WHEEL)/source >$(WHEEL)/build.log
+	$(WHEEL)/tools/bin/auditwheel show $(WHEEL)/*.whl
+	$(PYTHON) -m zipfile --list $(WHEEL)/*.whl
+	$(PYTHON) -m venv $(WHEEL)/fresh
+	$(call TORCH,$(WHEEL)/fresh/bin/python,$(WHEEL)/fresh/bin/python $(INSTALL) constraints.txt)
+	$(WHEEL)/fresh/bin/python $(INSTALL) constraints.txt $(WHEEL)/*.whl
+	cd $(WHEEL)/empty && ../fresh/bin/normlab --version && \
+	../fresh/bin/normlab train --data sample --epochs 1
 
 profile: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.passes $(ARGS)
