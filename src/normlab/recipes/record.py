@@ -397,7 +397,7 @@ def _all_settings() -> Iterator[Setting]:
                 name=part,
                 kind=str,
                 optional=False,
-                help=f"The {part}.",
+                help=f"The {part.replace('optimizer', 'optimiser')}.",
                 names=tuple(kinds),
                 allowed=lambda value: True,
                 remedy="",
