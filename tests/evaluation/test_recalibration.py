@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -283,6 +284,18 @@ def test_recalibration_refuses_what_it_cannot_do(sample: normlab.ImageData, tmp_
         normlab.recalibrate(plain)
     with pytest.raises(UserError, match="`normlab recalibrate` makes it"):
         plain.model("recalibrated")
+
+
+def test_weights_that_a_run_keeps_are_not_overwritten(run: normlab.Run, tmp_path: Path) -> None:
+    folder = tmp_path / "repaired"
+    shutil.copytree(run.path, folder)
+    normlab.recalibrate(normlab.open_run(folder))
+    result = json.loads((folder / "result.json").read_text()) | {"weights": "recalibrated"}
+    (folder / "result.json").write_text(json.dumps(result))
+    before = (folder / "recalibrated.safetensors").read_bytes()
+    with pytest.raises(UserError, match="would be overwritten"):
+        normlab.recalibrate(normlab.open_run(folder), "sample")
+    assert (folder / "recalibrated.safetensors").read_bytes() == before
 
 
 def test_a_live_network_is_refused_with_the_way_to_renew_it() -> None:

@@ -49,7 +49,8 @@ def recalibrate(run: str | None, data: str | None, as_json: bool) -> None:
     """Give RUN (by default the latest) the statistics of all training images of its data.
 
     With --data those of other images: the network adapts to them without their labels. The result
-    is a further set of weights, `recalibrated`; the run's own stay as they are.
+    is a further set of weights, `recalibrated`; the run's own stay as they are. A run that keeps
+    recalibrated weights already is refused.
     """
     from normlab.evaluation.recalibration import recalibrate
     from normlab.runs import open_run

@@ -65,6 +65,7 @@ def recalibrate(
     """Write the run's weights with population statistics as its `recalibrated` weights.
 
     The run's own weights and its result stay; `run.evaluate(weights="recalibrated")` scores them.
+    A run whose training renewed its statistics keeps just these weights, so it is refused.
 
     Args:
         run: a finished run.
@@ -76,14 +77,20 @@ def recalibrate(
         What was done, as the file says too: data, images, batch size, SHA-256 of the weights.
 
     Raises:
-        UserError: an unfinished run, a network without batch normalisation, other image sizes.
+        UserError: an unfinished run, a network without batch normalisation, other image sizes,
+            recalibrated weights that are the run's own.
     """
     if isinstance(run, nn.Module):
         raise UserError(
             f"a live {type(run).__name__} is no run: renew its statistics with "
             "torch.optim.swa_utils.update_bn(batches, network)"
         )
-    weights = "best" if run.kept == "best" else "last"
+    weights = run.kept
+    if weights == "recalibrated":
+        raise UserError(
+            f"the weights that run {run.path} keeps are recalibrated ones: its training renewed "
+            "stale statistics, and they would be overwritten"
+        )
     model = run.model(weights)
     if not normalizers(model):
         raise UserError(f"run {run.path} has no batch normalisation: nothing to recalibrate")
