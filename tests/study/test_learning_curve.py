@@ -1,8 +1,10 @@
 """A power law that was put in comes out; words follow from intervals; runs are not made twice."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,6 +96,54 @@ def test_a_curve_from_the_terminal_goes_on(
     before = (tmp_path / "c" / "50-seed0" / "result.json").stat().st_mtime_ns
     assert command(words) == 0
     assert (tmp_path / "c" / "50-seed0" / "result.json").stat().st_mtime_ns == before
+
+
+def test_a_curve_is_not_the_latest_run(in_tmp: Path) -> None:
+    words = ["--data", "sample", "--epochs", "1", "--batch-size", "200", "--threads", "1"]
+    assert command(["train", "fast79", *words]) == 0
+    assert command(["curve", "fast79", *words, "--shares", "50,100", "--seeds", "1"]) == 0
+    assert (in_tmp / "runs" / "0002-curve" / "curve.json").exists()
+    assert normlab.open_run().path == Path("runs/0001-fast79")
+
+
+def test_runs_of_other_data_or_settings_are_not_taken_for_a_curve(tmp_path: Path) -> None:
+    quick: dict[str, Any] = {"shares": (0.5, 1.0), "seeds": 1, "threads": 1, "out": tmp_path / "c"}
+    settings = {"epochs": 1, "batch_size": 200}
+    sample = load("sample")
+    found = learning_curve("fast79", data=sample, settings=settings, **quick)
+    with pytest.raises(UserError, match="with other epochs: choose another folder"):
+        learning_curve("fast79", data=sample, settings={**settings, "epochs": 2}, **quick)
+    other = replace(sample, x_train=255 - np.asarray(sample.x_train))
+    with pytest.raises(UserError, match="with other data: choose another folder"):
+        learning_curve("fast79", data=other, settings=settings, **quick)
+    (tmp_path / "c" / "50-seed0" / "result.json").unlink()  # as if it had been cut off
+    assert learning_curve("fast79", data=sample, settings=settings, **quick) == found
+
+
+def test_no_patience_ends_a_training_of_a_curve(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="patience=3: all trainings of a curve take as many steps"):
+        learning_curve("fast79", data="sample", settings={"patience": 3, "validation": 0.1})
+    settings = {"epochs": 1, "batch_size": 200}
+    images = replace(load("sample"), name="pets")  # data of one's own: the recipe `pictures`
+    found = learning_curve(
+        data=images, shares=(0.5, 1), seeds=1, threads=1, settings=settings, out=tmp_path / "c"
+    )
+    assert found.recipe == "pictures"
+    runs = [normlab.open_run(point.run) for point in found.points]
+    assert [run.task.recipe.patience for run in runs] == [None, None]
+    assert len({run.finished()["steps"] for run in runs}) == 1
+
+
+def test_parts_take_whole_groups() -> None:
+    """Of each class one group at most is cut."""
+    sample = load("sample")
+    groups = np.arange(400) // 8
+    images = replace(sample, groups_train=groups)
+    part = _part(images, 0.0, 0.25, 0)
+    number = {x.tobytes(): g for x, g in zip(sample.x_train, groups, strict=True)}
+    taken = np.bincount([number[x.tobytes()] for x in part.x_train], minlength=50)
+    assert np.count_nonzero(taken) < 30  # of all 50, were they taken one by one
+    assert np.count_nonzero(taken == 8) > 5
 
 
 @pytest.mark.parametrize("shares", [(1.0,), (0.5,), (0.5, 2.0), (0.0, 1.0)])

@@ -154,6 +154,7 @@ def test_a_clock_set_back_a_year_changes_nothing(
     assert read_end(cut) == read_end(torture.whole)
     for number, age in (("0001", 0), ("0002", year), ("0010", 2 * year)):  # the newest is oldest
         (in_tmp / "runs" / f"{number}-x").mkdir(parents=True)
+        (in_tmp / "runs" / f"{number}-x" / "recipe.json").touch()
         os.utime(in_tmp / "runs" / f"{number}-x", (now - age, now - age))
     assert latest(in_tmp / "runs").name == "0010-x"
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from normlab import runs
 from normlab.api.run import Evaluation, Run, open_run
 from normlab.core.environment import describe_machine, resolve_device, resolve_threads
 from normlab.core.environment import settings as machine_settings
@@ -146,14 +147,8 @@ def train(
                 recipe = DEFAULT_OWN
 
             def task_at(side: int, **more: Any) -> Task:
-                """What is to be done at this size of images; of `pictures`, what follows of it."""
-                fit = recipe == DEFAULT_OWN and own
-                follows = (
-                    fitted(images.class_names, side, wanted, source is not None) if fit else {}
-                )
-                settled = starting_points.choose_recipe(
-                    source, recipe, {**follows, **wanted, **more}
-                )
+                """What is to be done at this size of images."""
+                settled = settle_recipe(source, recipe, images, side, {**wanted, **more})
                 return Task(
                     recipe=settled,
                     seed=seed,
@@ -234,6 +229,24 @@ def train(
                 expected=expected,
                 allowed=None if allowed is None else allowed + state.seconds,
             )
+
+
+def settle_recipe(
+    source: runs.Run | None,
+    recipe: str | Recipe | None,
+    images: ImageData,
+    side: int,
+    wanted: Mapping[str, Any],
+) -> Recipe:
+    """The recipe to train by at this size of images; of `pictures`, with what follows from both.
+
+    source, recipe: as `starting_points.choose_recipe` takes them.
+    wanted: settings to replace.
+    """
+    follows = {}
+    if recipe == DEFAULT_OWN and images.name not in PUBLIC:
+        follows = fitted(images.class_names, side, wanted, source is not None)
+    return starting_points.choose_recipe(source, recipe, {**follows, **wanted})
 
 
 def _describe(threads: int, device: torch.device, ranks: Ranks) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import click
 
 from normlab.cli.options import (
     DATA,
+    GROUP_BY,
     IMAGE_SIZE,
     JSON,
     SKIP_BAD,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 @DATA
 @IMAGE_SIZE
 @SKIP_BAD
+@GROUP_BY
 @click.option(
     "--shares",
     default="25,50,100",
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="A folder for the runs; those that are finished there are not trained again.",
+    help="A folder for the runs; those that are there are not trained again.",
 )
 @JSON
 @recipe_options
@@ -49,6 +51,7 @@ def curve(
     data: str | None,
     image_size: int | None,
     skip_bad: bool,
+    group_by: str | None,
     shares: str,
     seeds: int,
     threads: int | None,
@@ -58,8 +61,8 @@ def curve(
 ) -> None:
     """Say whether more pictures would help: train RECIPE on a quarter, a half and all of them.
 
-    Each training takes as many steps as the one on all pictures. The errors are continued to twice
-    as many pictures, with the spread over the seeds.
+    Each training takes as many steps as the one on all pictures, so --patience is refused. The
+    errors are continued to twice as many pictures, with the spread over the seeds.
     """
     from normlab.api.curve import learning_curve
 
@@ -77,6 +80,7 @@ def curve(
         out=out,
         image_size=image_size,
         skip_bad=skip_bad,
+        group_by=group_by,
         threads=threads,
         settings=given_settings(settings),
         told=told,

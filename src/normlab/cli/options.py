@@ -16,6 +16,11 @@ DATA = click.option(
     "a .npz, a .parquet, or an archive or folder that holds CIFAR-10.",
 )
 SKIP_BAD = click.option("--skip-bad", is_flag=True, help="Leave out pictures that cannot be used.")
+GROUP_BY = click.option(
+    "--group-by",
+    metavar="PATTERN",
+    help="A regular expression of files' names: what it finds alike stays on one side of a split.",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
 RATE = click.FloatRange(1, 100, max_open=True)  # per cent
 ABSTAIN_AT = click.option(

@@ -11,6 +11,7 @@ import click
 
 from normlab.cli.options import (
     DATA,
+    GROUP_BY,
     IMAGE_SIZE,
     JSON,
     SKIP_BAD,
@@ -39,11 +40,7 @@ if TYPE_CHECKING:
 @DATA
 @IMAGE_SIZE
 @SKIP_BAD
-@click.option(
-    "--group-by",
-    metavar="PATTERN",
-    help="A regular expression of files' names: what it finds alike stays on one side of a split.",
-)
+@GROUP_BY
 @click.option("--exclude", metavar="FILE", help="Leave out the pictures that this CSV names.")
 @click.option("--relabel", metavar="FILE", help="Give pictures the labels that this CSV names.")
 @click.option(

@@ -13,10 +13,12 @@ NUMBERED = re.compile(r"(\d{4,})-.+")
 def latest(runs: Path = RUNS) -> Path:
     """Return the run with the highest number; the clock has no say.
 
+    Numbered folders without a `recipe.json`, as `normlab curve` makes them, are no runs.
+
     Raises:
         UserError: there is none.
     """
-    numbered = _numbered(runs)
+    numbered = [found for found in _numbered(runs) if (found[1] / "recipe.json").exists()]
     if not numbered:
         raise UserError(f"no run in {str(runs)!r}: `normlab train` makes one, or name a run")
     return max(numbered)[1]
