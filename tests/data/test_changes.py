@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from normlab.data import ImageData, load
 from normlab.data.batches import split_images
 from normlab.data.changes import Changes, picture_names, read_changes
 from normlab.errors import DataError
+from normlab.reports.run_report import repeat_command
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +190,31 @@ def test_a_run_keeps_its_decisions(pets: Path, tmp_path: Path) -> None:
     assert images.sha256 == run.task.data_sha256
     other = run.task.load("sample")  # other data have no such pictures, and stay as they are
     assert other.sha256 == load("sample").sha256
+
+
+def test_a_printed_command_trains_on_the_data_of_the_run(pets: Path, tmp_path: Path) -> None:
+    """Decisions, groups and the size of the pictures are in it, and the CSV file may be gone."""
+    file = decisions(
+        tmp_path / "decided.csv",
+        {"file": "cat/3.png", "decision": "exclude"},
+        {"file": "dog/4.png", "decision": "relabel", "label": "cat"},
+    )
+    words = ["train", "fast79", "--data", f"{pets}/*", "--exclude", str(file), "--relabel"]
+    words += [str(file), "--group-by", r"/\d", "--image-size", "40", "--epochs", "1"]
+    words += ["--batch-size", "20", "--threads", "1", "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(cli, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    file.unlink()
+    run = normlab.open_run(tmp_path / "run")
+    command = shlex.split(repeat_command(run))
+    assert command[0] == "normlab"
+    again = CliRunner().invoke(cli, [*command[1:], "--out", str(tmp_path / "again")])
+    assert again.exit_code == 0, again.output
+    task = normlab.open_run(tmp_path / "again").task
+    assert (task.data_sha256, task.image_size) == (run.task.data_sha256, 40)
+    assert (tmp_path / "again" / "last.safetensors").read_bytes() == (
+        tmp_path / "run" / "last.safetensors"
+    ).read_bytes()
 
 
 def test_groups_stay_together_in_every_split(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from normlab.core.files import write_atomic
 from normlab.core.places import MOST_TEXT, check_regular
 from normlab.data.images import ImageData
 from normlab.errors import DataError
@@ -96,6 +97,16 @@ def read_changes(exclude: str | Path | None, relabel: str | Path | None) -> Chan
             "keep one of the rows"
         )
     return Changes(exclude=tuple(leave_out), relabel=labels, sha256=hashes)
+
+
+def write_changes(changes: Changes, path: Path) -> None:
+    """Write a CSV file in which `read_changes` finds these decisions."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("file", "decision", "label"))
+    rows.writerows((name, EXCLUDE, "") for name in changes.exclude)
+    rows.writerows((name, RELABEL, label) for name, label in changes.relabel.items())
+    write_atomic(path, text.getvalue().encode())
 
 
 def _text(path: Path) -> str:

@@ -14,7 +14,8 @@ from PIL import Image
 from normlab.core.files import write_atomic, write_json
 from normlab.core.places import make_folder
 from normlab.data import ImageData
-from normlab.data.loading import PUBLIC
+from normlab.data.changes import write_changes
+from normlab.data.loading import PUBLIC, own_pictures
 from normlab.data.pictures.sizes import USUAL
 from normlab.evaluation.baselines import NEARLY_ALL
 from normlab.evaluation.evaluation import Evaluation
@@ -30,6 +31,7 @@ from normlab.reports.pages import render
 from normlab.runs import Result, Run
 from normlab.text import counted, html, listed, shell
 
+DECISIONS = "decisions.csv"
 SHOWN_CLASSES = 20
 LISTED_CELLS = 40  # of the confusion matrix, where a table would be too large
 MOST_PICTURES = 1_000  # behind the numbers of the confusion matrix
@@ -37,8 +39,13 @@ FEWEST_HEATS, MOST_HEATS = 16, 60
 
 
 def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> None:
-    """Draw `curves.png` and `report.html` into the folder of a finished run."""
+    """Draw `curves.png` and `report.html` into the folder of a finished run.
+
+    The decisions about pictures become a file there, too, which printed commands name.
+    """
     result = run.finished()
+    if run.task.changes is not None:
+        write_changes(run.task.changes, run.path / DECISIONS)
     history = run.history
     curves = None
     if history and (len(history) > 1 or "parts" in history[0] or history[0]["steps"]):
@@ -232,13 +239,19 @@ def warnings_of(result: Result) -> list[str]:
 
 def _data_words(run: Run) -> list[str]:
     """The options that name a run's data and say how its pictures were read."""
-    data = run.task.data
-    if data == "cifar10":
-        return []
-    path, words = Path(data).expanduser(), ["--data", data]
-    if path.is_dir() or path.suffix == ".parquet":
-        words += ["--image-size", str(run.task.image_size)]
-    return [*words, "--skip-bad"] if run.task.skip_bad else words
+    task = run.task
+    words = [] if task.data == "cifar10" else ["--data", task.data]
+    if own_pictures(task.data) is not None:
+        words += ["--image-size", str(task.image_size)]
+    if task.skip_bad:
+        words.append("--skip-bad")
+    if task.group_by is not None:
+        words += ["--group-by", task.group_by]
+    if task.changes is not None:
+        file = str(run.path / DECISIONS)
+        words += ["--exclude", file] if task.changes.exclude else []
+        words += ["--relabel", file] if task.changes.relabel else []
+    return words
 
 
 def _next_commands(run: Run) -> list[str]:
