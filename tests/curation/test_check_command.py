@@ -19,11 +19,13 @@ import normlab
 from normlab.api.check import check_data
 from normlab.cli import cli
 from normlab.curation.first_look import first_look
+from normlab.curation.pictures import read_pictures
 from normlab.data import load
 from normlab.data.changes import read_changes
 from normlab.data.images import from_mapping
 from normlab.errors import UserError
 from normlab.models.timm_net import load_timm
+from normlab.reports.check_page import summary_lines
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,33 @@ def test_the_page_asks_nobody_and_shows_names_as_text(checked: tuple[Path, Path,
     assert not re.search(r"""(?:src|href)=["']?(?!data:)|https?://|@import""", page)
     assert "<b>" not in page
     assert "notes &lt;b&gt;.txt" in page
+
+
+def test_groups_stay_together_in_a_check_as_in_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NORMLAB_CACHE", str(tmp_path / "cache"))
+    rng, pattern = np.random.default_rng(0), r"/(anna\d+)_"
+    for name in ("cat", "frog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pets" / name / f"anna{i // 4}_{i}.png")
+    copy = tmp_path / "pets/cat/anna9_0.png"  # of another group, so its copies join two
+    copy.write_bytes((tmp_path / "pets/cat/anna0_0.png").read_bytes())
+    pictures = read_pictures(tmp_path / "pets", group_by=pattern)
+    data = load(tmp_path / "pets", group_by=pattern)
+    parts = dict(zip(pictures.names, pictures.parts, strict=True))
+    for part in ("train", "test"):
+        assert {parts[name] for name in getattr(data, f"files_{part}")} == {part}
+    same = np.arange(len(pictures))
+    first, second = (pictures.names.index(f"cat/anna{i}_0.png") for i in (0, 9))
+    same[second] = first
+    number = dict(zip(pictures.names, pictures.joined(same).tolist(), strict=True))
+    assert number["cat/anna9_0.png"] == number["frog/anna0_3.png"] != number["frog/anna1_4.png"]
+    found, folder = check_data(tmp_path / "pets", group_by=pattern, out=tmp_path / "o", threads=1)
+    assert any(line.startswith("6 groups by --group-by") for line in summary_lines(found))
+    assert f"--group-by &#39;{pattern}&#39;" in (folder / "index.html").read_text()
 
 
 def test_a_folder_of_something_else_is_not_written_to(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 import normlab
 from normlab import UserError
 from normlab.data.batches import hold_out, split_images
+from normlab.reports.study_report import command as study_command
 from normlab.study.arms import Arm, parse_arm
 from normlab.study.design import MEASURES
 from studies import make_design, make_outcome
@@ -80,6 +81,31 @@ def test_each_outcome_decides_by_its_own_value(outcome: str) -> None:
     assert "held-out" in design.measure.name
     assert design.measure.lower_is_better is (outcome == "loss")
     assert design.as_dict()["outcomes"]["primary"].startswith(design.measure.name)
+
+
+def test_a_study_decides_on_groups_that_it_did_not_train_on(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("dark", "light"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(40):
+            pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pets" / name / f"anna{i // 4}_{i}.png")
+    settings: dict[str, Any] = {"data": tmp_path / "pets", "seeds": 1, "threads": 1, "jobs": 1}
+    settings |= {"checks": 1, "out": tmp_path / "s"}
+    arms, pattern = ["a: epochs=1", "b: epochs=1, flip=false"], r"/(anna\d+)_"
+    study = normlab.compare(arms=arms, group_by=pattern, **settings)
+    images = normlab.load(tmp_path / "pets", group_by=pattern)
+    held = hold_out(images, 0.2)
+    of = [{name.split("/")[1].split("_")[0] for name in names or ()}
+          for names in (held.files_train, held.files_test)]  # fmt: skip
+    assert of[0]
+    assert of[1]
+    assert not of[0] & of[1]
+    assert study.outcomes[0].task["data_sha256"] == held.sha256
+    assert study.outcomes[0].task["group_by"] == pattern
+    assert f"--group-by '{pattern}'" in study_command(study)
+    with pytest.raises(UserError, match="group_by"):
+        normlab.compare(arms=arms, **settings)
 
 
 def test_an_outcome_that_is_none_is_refused() -> None:

@@ -17,6 +17,7 @@ def check_data(
     *,
     out: str | Path | None = None,
     image_size: int | None = None,
+    group_by: str | None = None,
     start: str | Path | None = None,
     threads: int | None = None,
     say: Say = lambda _: None,
@@ -34,6 +35,8 @@ def check_data(
         out: the folder to write; None for `check-NAME` here, which is written anew.
         image_size: at which labels are looked at; see `normlab.data.load`. None for what suits
             the pictures, or the network `start`.
+        group_by: as `normlab.data.load` takes it. No model judges the label of a picture after it
+            has seen others of its group.
         start: a pretrained network, by whose features labels are judged: a name in timm, a file of
             weights, or NAME=FILE. None for the body that comes with normlab.
         threads: CPU threads; None for all cores.
@@ -47,7 +50,8 @@ def check_data(
     if folder is not None:
         _refuse_others(folder)
     body = None if start is None else open_pretrained(start)
-    pictures = read_pictures(data, size_of(body) if image_size is None else image_size)
+    size = size_of(body) if image_size is None else image_size
+    pictures = read_pictures(data, size, group_by)
     if folder is None:
         name = re.sub(r"[^\w.-]+", "-", pictures.name).strip("-.") or "data"
         folder = Path(f"check-{name}")

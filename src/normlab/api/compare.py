@@ -67,6 +67,7 @@ def compare(
     data: str | Path | Mapping[str, Any] | ImageData | None = None,
     image_size: int | None = None,
     skip_bad: bool = False,
+    group_by: str | None = None,
     out: str | Path | None = None,
     jobs: int | None = None,
     threads: int = 1,
@@ -96,7 +97,7 @@ def compare(
         seeds: pairs; None for what the study was planned with, in a new one for as many as can
             decide: 6 for one contrast, 8 for four.
         first_seed: pair i has the seed first_seed + i.
-        data, image_size, skip_bad: as `normlab.load` takes them.
+        data, image_size, skip_bad, group_by: as `normlab.load` takes them.
         out: the study's folder; None for `studies/RECIPE-ARM-ARM…`.
         jobs: runs side by side on this machine; None for cores ÷ threads.
         threads: of each run.
@@ -116,7 +117,11 @@ def compare(
         UserError: something asked for is not possible, or another plan is in the folder.
         Interrupted: SIGINT or SIGTERM came; finished runs are kept.
     """
-    images = load_data(data, image_size=image_size, skip_bad=skip_bad)
+
+    def read(side: int | None) -> ImageData:
+        return load_data(data, image_size=side, skip_bad=skip_bad, group_by=group_by)
+
+    images = read(image_size)
     own = images.name not in PUBLIC
     if recipe is None:
         recipe = recipes.DEFAULT_OWN if own else recipes.DEFAULT
@@ -146,9 +151,10 @@ def compare(
         thresholds=thresholds,
         checks=checks,
         skip_bad=skip_bad,
+        group_by=group_by,
         outcome=outcome,
         held_out=HELD_OUT if own else 0.0,
-        resized=lambda side: load_data(data, image_size=side, skip_bad=skip_bad),
+        resized=read,
     )
     if jobs is not None and jobs < 1:
         raise UserError(f"jobs={jobs}: choose 1 or more")

@@ -9,6 +9,7 @@ import click
 
 from normlab.cli.options import (
     DATA,
+    GROUP_BY,
     IMAGE_SIZE,
     JSON,
     SKIP_BAD,
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
 @DATA
 @IMAGE_SIZE
 @SKIP_BAD
+@GROUP_BY
 @click.option(
     "--jobs", type=int, help="Runs side by side; cores ÷ threads by default, one of a command."
 )
@@ -164,7 +166,7 @@ def compare(
 
 _OF_RECIPES = {
     *("recipe", "arms", "tune", "outcome", "thresholds", "checks"),
-    *("data", "image_size", "skip_bad"),
+    *("data", "image_size", "skip_bad", "group_by"),
 }
 _OF_COMMANDS = {
     *("command", "metric", "result", "pattern", "lower_is_better", "diverged", "time_limit"),

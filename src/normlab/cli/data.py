@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from normlab.cli.options import IMAGE_SIZE
+from normlab.cli.options import GROUP_BY, IMAGE_SIZE
 from normlab.cli.output import say
 
 
@@ -69,6 +69,7 @@ def verify(as_json: bool) -> None:
     help="Judge labels by the features of a pretrained network: a name in timm, FILE or NAME=FILE.",
 )
 @IMAGE_SIZE
+@GROUP_BY
 @click.option("--threads", type=int, help="CPU threads; all cores by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 def check(
@@ -76,6 +77,7 @@ def check(
     out: Path | None,
     start: str | None,
     image_size: int | None,
+    group_by: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -93,6 +95,7 @@ def check(
         place,
         out=out,
         image_size=image_size,
+        group_by=group_by,
         start=start,
         threads=threads,
         say=lambda line: say(f"{line} …", err=True),

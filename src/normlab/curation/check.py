@@ -164,6 +164,7 @@ def _doubts(
     same = np.arange(len(labels))
     for one in groups:  # copies of a picture would tell its label
         same[list(one.members)] = one.members[0]
+    same = pictures.joined(same)
     pixels, trainings = pictures.pixels, f"{TRAININGS} short trainings"
     if body is None and len(labels) >= MANY:
         p = by_training(pixels, labels, k, folds_of(labels, same, TRAININGS), recipes.get("fast79"))

@@ -25,6 +25,8 @@ class Pictures:
     prints: N, equal where two pictures are equal before they are brought to one size.
     files: N files, None for a picture that is none of its own.
     passed: what is no usable picture, (name, why).
+    group_by, groups: the pattern of names that says which pictures belong together, and the number
+        of each one's group (N,); or None.
     """
 
     name: str
@@ -36,19 +38,37 @@ class Pictures:
     prints: Sequence[bytes]
     files: Sequence[Path | None]
     passed: list[tuple[str, str]] = field(default_factory=list)
+    group_by: str | None = None
+    groups: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def joined(self, same: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers (N,), equal for pictures that `same` (N,), values below N, or a group joins."""
+        if self.groups is None:
+            return same
+        from scipy.sparse import coo_array  # deferred: it takes time to load
+        from scipy.sparse.csgraph import connected_components
 
-def read_pictures(data: str | Path | None, image_size: int | None = None) -> Pictures:
+        n, joins = len(self), np.ones(len(self), bool)
+        graph = coo_array((joins, (same, n + self.groups)), (2 * n, 2 * n))
+        number: NDArray[np.int64] = connected_components(graph, directed=False)[1][same]
+        return number
+
+
+def read_pictures(
+    data: str | Path | None, image_size: int | None = None, group_by: str | None = None
+) -> Pictures:
     """The pictures of what `normlab.data.load` takes.
 
     Raises:
         DataError: as `load` does, but damaged pictures are passed over and listed.
     """
     folder = own_pictures(data)
-    return from_images(load(data)) if folder is None else _from_folder(folder, image_size)
+    if folder is None:
+        return from_images(load(data, group_by=group_by))
+    return _from_folder(folder, image_size, group_by)
 
 
 def from_images(images: ImageData) -> Pictures:
@@ -67,11 +87,14 @@ def from_images(images: ImageData) -> Pictures:
     )
 
 
-def _from_folder(path: Path, image_size: int | None) -> Pictures:
+def _from_folder(path: Path, image_size: int | None, group_by: str | None) -> Pictures:
     from normlab.data.pictures.collection import drawn_parts
+    from normlab.data.pictures.grouping import groups_of
 
     collection, decoded = gather(path, image_size)
-    parts = drawn_parts(collection, decoded)
+    names = [picture.name for picture in collection.pictures]
+    groups = None if group_by is None else groups_of(names, group_by, [])
+    parts = drawn_parts(collection, decoded, groups)
     good = sorted(parts)
     if not good:
         raise DataError(f"{collection.name} holds no picture that can be read; give another folder")
@@ -96,4 +119,8 @@ def _from_folder(path: Path, image_size: int | None) -> Pictures:
             *((what, kind) for kind, what in collection.problems),
             *((name, "no picture") for name in collection.others),
         ],
+        group_by=group_by,
+        groups=None
+        if groups is None
+        else np.unique(np.array(groups)[good], return_inverse=True)[1],
     )

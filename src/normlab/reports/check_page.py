@@ -52,6 +52,11 @@ def summary_lines(found: Check) -> list[str]:
             f"by {found.by}, which are right on {suspects.accuracy:.1%} of pictures they have not "
             "seen: the worse they are, the more of these labels are right"
         )
+    if pictures.groups is not None:
+        lines.append(
+            f"{counted(int(pictures.groups.max()) + 1, 'group')} by --group-by; no model judges "
+            "the label of a picture after it has seen others of its group"
+        )
     kinds = list(dict.fromkeys(oddity.kind for oddity in found.oddities))
     odd = [f"{sum(o.kind == kind for o in found.oddities)} {kind}" for kind in kinds]
     lines.append(f"odd pictures: {', '.join(odd) or 'none'}")
@@ -98,13 +103,14 @@ def page(found: Check, data: str) -> bytes:
     }
     seconds = sum(found.seconds.values())
     exclude = ["--exclude", "decided.csv", "--relabel", "decided.csv"]
+    by = [] if pictures.group_by is None else ["--group-by", pictures.group_by]
     text = json.dumps(content).replace("<", "\\u003c")
     return render(
         "data_check.html",
         title=f"{pictures.name}: what is odd in it",
         subtitle=f"{len(pictures):,} pictures, {len(names)} classes, looked at in {seconds:.0f} s",
         summary=summary_lines(found),
-        command=shell(["normlab", "train", "--data", data, *exclude]),
+        command=shell(["normlab", "train", "--data", data, *by, *exclude]),
         planted=[(kind, f"{share:.0%}") for kind, share in found.copies.found.items()],
         classes=found.classes,
         passed=pictures.passed[:200],

@@ -131,6 +131,7 @@ def command(study: Study) -> str:
         words += ["--data", design.data]
         words += ["--image-size", str(design.image_size)]
         words += ["--skip-bad"] if design.skip_bad else []
+        words += ["--group-by", design.group_by] if design.group_by else []
     if design.tuning is not None:
         factors = ",".join(f"{f:g}" for f in design.tuning.factors)
         words += ["--tune", f"{design.tuning.setting}={factors}"]

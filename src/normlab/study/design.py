@@ -66,6 +66,7 @@ class Design(Plan):
         thresholds: validation accuracies whose steps are counted.
         checks: at least so many checks of validation accuracy a run, evenly spread.
         data_name: what the data are called, wherever they lie; empty in studies before 0.2.
+        group_by: a pattern of files' names; see `normlab.data.load`.
         outcome: what decides, one of `MEASURES`.
         held_out: share of the training images that the runs are tested on, so that one's own test
             images have no say in what is chosen; 0 for the test images.
@@ -86,6 +87,7 @@ class Design(Plan):
     test_images: int
     data_name: str = ""
     skip_bad: bool = False
+    group_by: str | None = None
     tuning: Tuning | None = None
     outcome: str = "accuracy"
     held_out: float = 0.0
@@ -152,6 +154,7 @@ class Design(Plan):
             class_names=self.class_names,
             image_size=size,
             skip_bad=self.skip_bad,
+            group_by=self.group_by,
             start=self.starts.get(arm.name),
         )
 

@@ -58,10 +58,13 @@ class Job:
     def _images(self) -> ImageData:
         if isinstance(self.data, ImageData):
             return self.data
-        return _load(self.data, self.task.image_size, self.task.skip_bad, self.held_out)
+        task = self.task
+        return _load(self.data, task.image_size, task.skip_bad, task.group_by, self.held_out)
 
 
 @lru_cache(maxsize=2)  # arms may have two sizes of pictures
-def _load(data: str, image_size: int, skip_bad: bool, held_out: float) -> ImageData:
-    images = load_data(data, image_size=image_size, skip_bad=skip_bad)
+def _load(
+    data: str, image_size: int, skip_bad: bool, group_by: str | None, held_out: float
+) -> ImageData:
+    images = load_data(data, image_size=image_size, skip_bad=skip_bad, group_by=group_by)
     return hold_out(images, held_out) if held_out else images

@@ -178,15 +178,19 @@ def assemble(
     )
 
 
-def drawn_parts(collection: Collection, decoded: Decoded) -> dict[int, str]:
+def drawn_parts(
+    collection: Collection, decoded: Decoded, groups: Sequence[int] | None = None
+) -> dict[int, str]:
     """The part of each usable picture, as `assemble` draws it, before anything is left out.
 
     Copies that stand in two classes, which `assemble` leaves out, count as training pictures.
+
+    groups: the number of each picture's group, no matter if it is usable.
     """
     good = [i for i, problem in enumerate(decoded.problems) if not problem]
     prints = [bytes(row) for row in decoded.fingerprints]
     contradictory = _contradictory(collection, good, prints)
-    parts = _split(collection, [i for i in good if i not in contradictory], prints)
+    parts = _split(collection, [i for i in good if i not in contradictory], prints, groups)
     return {i: parts.get(i, collection.pictures[i].part or "train") for i in good}
 
 
