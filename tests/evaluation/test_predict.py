@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 from PIL import Image
 
 from normlab.api.run import open_run
-from normlab.errors import DataError
-from normlab.evaluation.prediction import Predictor, predict, run_predictor
+from normlab.core.tensors import read_tensors, write_tensors
+from normlab.errors import DataError, UserError
+from normlab.evaluation.prediction import Predictor, open_predictor, predict, run_predictor
 from normlab.formats.onnx_model import open_onnx
 
 
@@ -121,6 +123,24 @@ def test_json_and_csv(project: Path) -> None:
     assert table[0] == ["path", "class_1", "p_1", "class_2", "p_2", "doubt", "familiarity"]
     assert table[1][:2] == ["colours/blue/00.png", answer["class"]]
     assert float(table[1][2]) == answer["probability"]
+
+
+def test_weights_of_a_run_are_chosen(project: Path) -> None:
+    folder = project / "other"
+    shutil.copytree(project / "runs" / "0001-notebook", folder)
+    tensors, _ = read_tensors(folder / "last.safetensors")
+    write_tensors(folder / "best.safetensors", {k: abs(v) for k, v in tensors.items()})
+    run, picture = open_run(folder), "colours/red/00.png"
+    tops = {}
+    for name in ("last", "best"):
+        (answer,) = predict(run_predictor(run, name), [project / picture])
+        done = normlab("predict", "other", picture, "--weights", name, "--json", cwd=project)
+        tops[name] = json.loads(done.stdout)["predictions"][0]["probability"]
+        assert answer.probabilities is not None
+        assert tops[name] == pytest.approx(answer.probabilities.max(), abs=1e-6)
+    assert tops["last"] != tops["best"]
+    with pytest.raises(UserError, match="one set of weights"):
+        open_predictor("model.onnx", "best")
 
 
 def test_an_exported_file_answers_as_its_run(project: Path) -> None:

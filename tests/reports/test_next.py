@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from normlab.data.changes import Changes
 from normlab.recipes import get
 from normlab.reports.run_report import _lacks
 
@@ -14,41 +15,61 @@ def run(accuracy: float, balanced: float, learnt: float, **changes: Any) -> Any:
     size = changes.pop("image_size", 64)
     start = changes.pop("start", None)
     recipe = changes.pop("recipe", "pictures")
+    decided = changes.pop("decided", None)
+    surest = changes.pop("surest", 0.6)
     result = {
         "test_accuracy": accuracy,
         "train_seconds": 100.0,
-        "evaluation": {"balanced_accuracy": balanced, "confusion": [[3, 1], [1, 5]]},
+        "evaluation": {"balanced_accuracy": balanced, "surest_mistake": {"probability": surest}},
     }
+    group_by = changes.pop("group_by", None)
     task = SimpleNamespace(
         recipe=get(recipe).override(**changes), data="pets", image_size=size, start=start,
-        skip_bad=False, group_by=None, changes=None,
+        skip_bad=False, group_by=group_by, changes=decided,
     )  # fmt: skip
     return SimpleNamespace(
         task=task, path=Path("runs/1"), history=[{"accuracy": learnt}], finished=lambda: result
     )
 
 
+SEED = "normlab train --data pets"
+BUILTIN = SimpleNamespace(head="new", run="builtin")
+FITTED = SimpleNamespace(head="fitted", run="net.pth")
+CURVE = "normlab curve --data pets"
+CHECK = "normlab data check pets"
+
+
 @pytest.mark.parametrize(
-    ("finished", "options"),
+    ("finished", "commands"),
     [
         (run(0.99, 0.99, 1.0), []),
-        (run(0.85, 0.6, 0.9), [["--balance", "sampling"], ["--minutes", "7"]]),
-        (run(0.85, 0.6, 0.9, balance="sampling"), [["--minutes", "7"]]),
-        (run(0.7, 0.7, 0.95), [["--from", "builtin"], ["--minutes", "7"]]),
+        (run(0.99, 0.99, 1.0, surest=0.99), []),
+        (run(0.85, 0.6, 0.9), [f"{SEED} --balance sampling", f"{SEED} --minutes 7"]),
+        (run(0.85, 0.6, 0.9, balance="sampling"), [f"{SEED} --minutes 7", CURVE]),
+        (run(0.7, 0.7, 0.95), [f"{SEED} --from builtin", f"{SEED} --minutes 7"]),
         (
-            run(0.7, 0.7, 0.95, start=SimpleNamespace(head="new", run="builtin")),
-            [["--minutes", "7"]],
+            run(0.7, 0.7, 0.95, start=BUILTIN),
+            [f"{SEED} --from resnet18.a1_in1k", f"{SEED} --minutes 7"],
         ),
-        (run(0.6, 0.6, 0.6), [["--minutes", "5"]]),
-        (run(0.9, 0.9, 0.95, image_size=128), []),
+        (run(0.7, 0.7, 0.95, start=SimpleNamespace(head="new", run="runs/1"), image_size=96), []),
+        (run(0.6, 0.6, 0.6), [f"{SEED} --minutes 5"]),
+        (run(0.6, 0.6, 0.6, surest=0.97), [f"{SEED} --minutes 5", CHECK]),
+        (run(0.9, 0.9, 0.95, image_size=128), [CURVE]),
+        (run(0.9, 0.9, 0.95, image_size=128, surest=0.97), [CHECK, CURVE]),
+        (run(0.9, 0.9, 0.95, group_by="a", surest=0.97, image_size=96),
+         [f"{CHECK} --group-by a", f"{CURVE} --group-by a"]),
+        (run(0.9, 0.9, 0.95, image_size=128, surest=0.97, decided=Changes(exclude=("a",))), []),
+        (run(0.9, 0.9, 0.95, recipe="pretrained", start=FITTED, surest=0.97),
+         ["normlab train pretrained --from net.pth --epochs 3 --data pets", CHECK]),
     ],
-)
-def test_next_is_made_from_what_the_run_lacks(finished: Any, options: list[list[str]]) -> None:
-    commands = [words for words, _ in _lacks(finished)]
-    assert [words[:4] for words in commands] == [["normlab", "train", "--data", "pets"]] * len(
-        options
-    )
-    assert [words[4:] for words in commands] == options
+)  # fmt: skip
+def test_next_is_made_from_what_the_run_lacks(finished: Any, commands: list[str]) -> None:
+    assert [" ".join(words) for words, _ in _lacks(finished)] == commands
+
+
+def test_a_curve_says_how_long_it_will_take() -> None:
+    ((_, reason),) = _lacks(run(0.9, 0.9, 0.95, image_size=128))
+    assert "Nine trainings, about 15 minutes" in reason
 
 
 def test_another_recipe_than_the_one_for_own_pictures_is_said() -> None:

@@ -5,6 +5,7 @@ import shutil
 
 import click
 
+from normlab.cli.options import WEIGHTS
 from normlab.cli.output import say
 from normlab.text import shell
 
@@ -15,12 +16,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 @click.command()
 @click.argument("path")
 @DATA
-@click.option(
-    "--weights",
-    default="kept",
-    show_default=True,
-    help="Of a run: kept (by its result), last, best or recalibrated.",
-)
+@WEIGHTS
 @JSON
 def doctor(path: str, data: str | None, weights: str, as_json: bool) -> None:
     """Say what is wrong with a batch-normalised model, where, how bad, and what to do.

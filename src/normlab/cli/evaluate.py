@@ -4,19 +4,14 @@ import json
 
 import click
 
-from normlab.cli.options import ABSTAIN_AT, DATA, JSON, PER_CLASS, SETS
+from normlab.cli.options import ABSTAIN_AT, DATA, JSON, PER_CLASS, SETS, WEIGHTS
 from normlab.cli.output import say
 
 
 @click.command()
 @click.argument("run", required=False)
 @DATA
-@click.option(
-    "--weights",
-    default="kept",
-    show_default=True,
-    help="kept (by the run's result), last, best or recalibrated.",
-)
+@WEIGHTS
 @click.option(
     "--views",
     default="single",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from normlab.cli.options import WEIGHTS
 from normlab.cli.output import say
 
 
@@ -20,9 +21,7 @@ from normlab.cli.output import say
     metavar="FILE",
     help="The file to write, with web a folder; README.md, the model card, comes beside it.",
 )
-@click.option(
-    "--weights", default="kept", show_default=True, help="kept, last, best or recalibrated."
-)
+@WEIGHTS
 @click.option("--data", metavar="DATA", help="Where the run's data are now.")
 @click.option("--int8", is_flag=True, help="With onnx: in eight bits; what that costs is told.")
 @click.option(

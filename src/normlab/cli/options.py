@@ -22,6 +22,12 @@ GROUP_BY = click.option(
     help="A regular expression of files' names: what it finds alike stays on one side of a split.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
+WEIGHTS = click.option(
+    "--weights",
+    default="kept",
+    show_default=True,
+    help="Of a run: kept (by its result), last, best or recalibrated.",
+)
 RATE = click.FloatRange(1, 100, max_open=True)  # per cent
 ABSTAIN_AT = click.option(
     "--abstain-at",

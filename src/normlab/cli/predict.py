@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normlab.cli.options import ABSTAIN_AT, PER_CLASS, SETS
+from normlab.cli.options import ABSTAIN_AT, PER_CLASS, SETS, WEIGHTS
 from normlab.cli.output import say
 from normlab.text import printable
 
@@ -42,6 +42,7 @@ class _Answer:
 @click.option(
     "--top", type=click.IntRange(1), default=3, show_default=True, help="Classes a picture."
 )
+@WEIGHTS
 @ABSTAIN_AT
 @SETS
 @PER_CLASS
@@ -51,6 +52,7 @@ class _Answer:
 def predict(
     words: tuple[str, ...],
     top: int,
+    weights: str,
     abstain_at: float | None,
     sets: float | None,
     per_class: bool,
@@ -76,10 +78,15 @@ def predict(
         raise click.UsageError("--always cannot be combined with --abstain-at or --sets")
     if per_class and sets is None:
         raise click.UsageError("--per-class says how --sets are made: add --sets 90")
-    predictor, paths = _model_and_paths(words)
+    predictor, paths = _model_and_paths(words, weights)
     names, doubt = predictor.class_names, predictor.doubt
+    unlearnt = NOTHING_HELD_OUT
+    if weights != "kept":
+        unlearnt = (
+            "for these weights nothing was learnt from held-out pictures: leave out --weights"
+        )
     if doubt is None and (abstain_at is not None or sets is not None):
-        raise UserError(f"this model knows no doubt: {NOTHING_HELD_OUT}")
+        raise UserError(f"this model knows no doubt: {unlearnt}")
     rule = None if doubt is None or always else doubt.rule(_share(abstain_at))
     limits = None
     if doubt is not None and sets is not None:
@@ -98,7 +105,7 @@ def predict(
     if not seen:
         raise UserError(f"no picture in {', '.join(map(_shown, paths))}: give pictures or folders")
     if doubt is None and not always:
-        say(f"Note: this model answers whatever it is shown; {NOTHING_HELD_OUT}", err=True)
+        say(f"Note: this model answers whatever it is shown; {unlearnt}", err=True)
     for line in _summary(seen, rule):
         say(line, err=True)
     if bad:
@@ -109,14 +116,14 @@ def _share(percent: float | None) -> float | None:
     return None if percent is None else percent / 100
 
 
-def _model_and_paths(words: tuple[str, ...]) -> tuple["Predictor", tuple[str, ...]]:
+def _model_and_paths(words: tuple[str, ...], weights: str) -> tuple["Predictor", tuple[str, ...]]:
     """A first word that is a run's folder or an ONNX file is the model; the rest is pictures."""
     from normlab.evaluation.prediction import is_model, open_predictor
 
     named = is_model(words[0])
     if named and len(words) == 1:
         raise click.UsageError(f"{words[0]} is a model; give pictures or folders after it")
-    return open_predictor(words[0] if named else None), words[named:]
+    return open_predictor(words[0] if named else None, weights), words[named:]
 
 
 def _judged(

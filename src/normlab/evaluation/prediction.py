@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from normlab.data.pictures.decoding import Readers
 from normlab.data.pictures.walking import Found, walk
+from normlab.errors import UserError
 from normlab.evaluation.doubt import Doubt
 
 if TYPE_CHECKING:
@@ -85,16 +86,20 @@ def is_model(path: str | Path) -> bool:
     return Path(path).suffix.lower() == ".onnx" or (Path(path) / "recipe.json").is_file()
 
 
-def open_predictor(path: str | Path | None = None) -> Predictor:
+def open_predictor(path: str | Path | None = None, weights: str = "kept") -> Predictor:
     """The classifier at `path`: a run's folder or an exported ONNX file; by default the latest run.
 
+    weights: of a run; see `normlab.runs.Run.model`.
+
     Raises:
-        UserError: there is none, or it is damaged, or of another kind.
+        UserError: there is none, it is damaged or of another kind, or has no such weights.
     """
     if path is None or Path(path).suffix.lower() != ".onnx":
         from normlab.runs import open_run  # with PyTorch, which an ONNX file does not need
 
-        return run_predictor(open_run(path))
+        return run_predictor(open_run(path), weights)
+    if weights != "kept":
+        raise UserError(f"{path} holds one set of weights: leave out --weights {weights}")
     from normlab.formats.onnx_model import open_onnx
 
     model = open_onnx(path)

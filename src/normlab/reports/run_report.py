@@ -30,8 +30,11 @@ from normlab.reports import plots
 from normlab.reports.pages import render
 from normlab.runs import Result, Run
 from normlab.text import counted, html, listed, shell
+from normlab.training.starting_points import BUILTIN
 
 DECISIONS = "decisions.csv"
+PRETRAINED = "resnet18.a1_in1k"  # a small network of timm, offered where none was named
+SURE = 0.95  # of an answer that makes its label doubtful
 SHOWN_CLASSES = 20
 LISTED_CELLS = 40  # of the confusion matrix, where a table would be too large
 MOST_PICTURES = 1_000  # behind the numbers of the confusion matrix
@@ -283,40 +286,62 @@ def _contrasts(run: Run) -> list[tuple[list[str], str]]:
 
 
 def _lacks(run: Run) -> list[tuple[list[str], str]]:
-    """On data of one's own: what this run's scores say that it lacks; at most two commands.
+    """On data of one's own: what this run's scores say that it lacks; at most two commands, the
+    first of `docs/pictures.md`'s list.
 
     Nothing where it errs on one test picture in fifty or fewer.
     """
-    recipe, result, scores = run.task.recipe, run.finished(), run.finished()["evaluation"]
+    task, result = run.task, run.finished()
+    recipe, scores, start = task.recipe, result["evaluation"], task.start
     data, size = _data_words(run), "--image-size"
     data = data[: data.index(size)] + data[data.index(size) + 2 :] if size in data else data
-    if (start := run.task.start) is not None and start.head == "fitted":
-        words = ["normlab", "train", recipe.name, "--from", start.run]
-        words += ["--epochs", str(recipe.epochs + 3), *data]
-        return [(words, "the body learns on, slowly")]
+    train, seconds = ["normlab", "train"], result["train_seconds"]
+    if start is not None and start.head == "fitted":
+        words = [*train, recipe.name, "--from", start.run, "--epochs", str(recipe.epochs + 3)]
+        return [([*words, *data], "the body learns on, slowly"), *_doubtful_labels(run)]
     if recipe.name != DEFAULT_OWN:
-        words = ["normlab", "train", *data]
-        return [(words, "the recipe for own pictures, with the size that suits them")]
+        text = "the recipe for own pictures, with the size that suits them"
+        return [([*train, *data], text)]
     learnt = (run.history[-1].get("accuracy") if run.history else None) or 0.0
-    accuracy, counts = result["test_accuracy"], np.sum(scores["confusion"], axis=1)
-    found = []
+    accuracy, found = result["test_accuracy"], []
     if accuracy >= NEARLY_ALL:
         return []
     if accuracy - scores["balanced_accuracy"] > 0.03 and recipe.balance != "sampling":
         text = "rare classes are answered worse: show them more often"
-        found.append((["--balance", "sampling"], text))
-    if learnt - accuracy > 0.1 and run.task.start is None and counts.size:
+        found.append(([*train, *data, "--balance", "sampling"], text))
+    if learnt - accuracy > 0.1 and start is None:
         text = "it knows its own pictures much better than new ones: start from CIFAR-10"
-        found.append((["--from", "builtin"], text))
+        found.append(([*train, *data, "--from", BUILTIN], text))
+    elif learnt - accuracy > 0.1 and start is not None and start.run == BUILTIN:
+        text = "the same from ImageNet: needs pip install 'normlab[pretrained]', and a download"
+        found.append(([*train, *data, "--from", PRETRAINED], text))
     if learnt < 0.9:
-        minutes = max(1, math.ceil(3 * result["train_seconds"] / 60))
         text = "it has not learnt its own pictures yet: three times as long"
-        found.append((["--minutes", str(minutes)], text))
-    elif run.task.image_size <= USUAL and len(found) < 2:
-        minutes = max(5, math.ceil(4 * result["train_seconds"] / 60))
+        found.append(([*train, *data, "--minutes", _minutes(3 * seconds, 1)], text))
+    found += _doubtful_labels(run)
+    if learnt >= 0.9 and task.image_size <= USUAL:
         text = "larger pictures and a deeper network, if the pictures have the pixels"
-        found.append((["--minutes", str(minutes)], text))
-    return [(["normlab", "train", *data, *options], reason) for options, reason in found[:2]]
+        found.append(([*train, *data, "--minutes", _minutes(4 * seconds, 5)], text))
+    if learnt >= 0.9 and start is None and task.changes is None:  # a curve takes neither
+        text = f"would more pictures help? Nine trainings, about {_minutes(9 * seconds, 1)} minutes"
+        found.append((["normlab", "curve", *data], text))
+    return found[:2]
+
+
+def _doubtful_labels(run: Run) -> list[tuple[list[str], str]]:
+    """Where an answer is nearly certain and wrong, and nobody has decided about pictures: a look
+    at the labels.
+    """
+    surest = run.finished()["evaluation"].get("surest_mistake")
+    if surest is None or surest["probability"] < SURE or run.task.changes is not None:
+        return []
+    by = [] if run.task.group_by is None else ["--group-by", run.task.group_by]
+    text = f"an answer of {surest['probability']:.1%} is wrong: look whether labels are"
+    return [(["normlab", "data", "check", run.task.data, *by], text)]
+
+
+def _minutes(seconds: float, least: int) -> str:
+    return str(max(least, math.ceil(seconds / 60)))
 
 
 def run_summary_html(run: Run) -> str:
