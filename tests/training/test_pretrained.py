@@ -30,6 +30,7 @@ from normlab.interchange import export_run
 from normlab.models.timm_net import batch_norms, load_timm
 from normlab.reports.run_report import closing_lines
 from normlab.runs import Run
+from normlab.training import starting_points
 from normlab.training.loop import Interrupted
 from normlab.training.pretrained import fit_names, open_pretrained, read_weights
 from stopping import StopAfter
@@ -95,6 +96,23 @@ def test_the_head_is_fitted_and_the_body_stays(run: Run, network: nn.Module) -> 
     (row,) = run.history
     assert row["epoch"] == 0
     assert row["val_accuracy"] == run.finished()["val_accuracy"]
+
+
+def test_what_will_be_done_is_said_before_features_are_computed(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    begin = starting_points.begin
+
+    def listening(*given: Any) -> Any:
+        said.append(capsys.readouterr().err)
+        return begin(*given)
+
+    monkeypatch.setattr(starting_points, "begin", listening)
+    trained(file, tmp_path / "run")
+    (before,) = said
+    assert "data: 3 classes: airplane 40 + 20, automobile 40 + 20, bird 40 + 20" in before
+    assert "an output layer is fitted to them; about" in before
 
 
 def test_the_record_tells_what_the_run_started_from(run: Run, file: Path) -> None:

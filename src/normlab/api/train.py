@@ -33,7 +33,7 @@ from normlab.inspection.recording import RECORDING, Recorder
 from normlab.recipes import DEFAULT_OWN, Recipe
 from normlab.recipes.pictures import fitted
 from normlab.runs import Task, create_folder
-from normlab.text import printable, shell
+from normlab.text import duration, printable, shell
 from normlab.training import checkpoint, starting_points
 from normlab.training.hooks import ThreeWayScores, make_hooks
 from normlab.training.loop import fit
@@ -200,13 +200,20 @@ def train(
                     planned["least_steps"] = steps
                     task = task_at(side, **planned)
                     allowed = left - pace.ending(make_plan(task, images, threads), images)
-                elif own and ranks.size == 1 and not task.recipe.learns_nothing:
+                elif own and ranks.size == 1:
                     pace = measure(task, where)
                 if pace is not None:
                     plan = make_plan(task, images, threads)
                     expected = pace.seconds(plan) + pace.ending(plan, images)
                 observed(task.build(), layers)
+                fits = task.recipe.head == "fitted"
+                if fits and ranks.first:  # which takes its time before the first line of a training
+                    text = f"{images.name}: {images.summary()}; an output layer is fitted to them"
+                    text += "" if expected is None else f"; about {duration(expected)} in all"
+                    print(printable(text), file=sys.stderr, flush=True)
                 task, weights = starting_points.begin(source, task, images)
+                if fits and pace is not None and expected is not None:
+                    expected -= len(plan.train) * pace.image  # for features, which are there now
         machine = _describe(threads, where, ranks)
         ranks.same("facts", _facts(task, machine))
         with machine_settings(threads, where), ExitStack() as held:

@@ -24,6 +24,7 @@ from normlab.training.preparation import make_plan
 from normlab.training.state import Plan
 from normlab.training.step import train_step
 
+FEW = 16  # images that are scored to measure a network of which the output layer alone is fitted
 STEPS = 3  # that are measured, after one that is not
 AT_THE_END = 4.0  # seconds of drawing and of the logistic regression
 
@@ -107,7 +108,8 @@ def steps_in(seconds: float, pace: Pace, task: Task, images: ImageData) -> int:
 
 
 def measure(task: Task, device: torch.device) -> Pace:
-    """Take a few steps of the task's network on noise of the images' size, and score some.
+    """Take a few steps of the task's network on noise of the images' size, and score some; no step
+    where the output layer alone is fitted.
 
     The fastest of them counts: others on the machine only make steps slower.
     """
@@ -136,9 +138,11 @@ def measure(task: Task, device: torch.device) -> Pace:
         batches = plan.batches(device)
         return lambda: train_step(model, optimizer, *batches(0), rng, recipe.label_smoothing)
 
-    full = _fastest(step(False))
-    half = _fastest(step(True)) if recipe.half_size else full
-    few = noise[:EVALUATION_BATCH]
+    if recipe.learns_nothing:
+        full, few = 0.0, noise[:FEW]
+    else:
+        full, few = _fastest(step(False)), noise[:EVALUATION_BATCH]
+    half = _fastest(step(True)) if recipe.half_size and full else full
     return Pace(full, half, _fastest(lambda: logits_of(model, few)) / len(few))
 
 

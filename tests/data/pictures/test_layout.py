@@ -226,7 +226,10 @@ def test_files_that_are_no_pictures_are_told_in_one_line_and_damaged_ones_stop(
         "pets/: passed over files that are no pictures: 2 .xml, 1 .md, 1 .csv, …",
         "pets/: folders without pictures: docs/",
         "pets/: pictures in no folder of a class are passed over: poster.png",
+        "pets/: 8 pictures in 2 classes: jay 4, owl 4",
     ]
+    load(root, image_size=8)  # nothing is decoded: what the training says soon is not said twice
+    assert capsys.readouterr().err.splitlines() == said[:3]
     (root / "owl" / "1.png").write_bytes(b"<html>")
     with pytest.raises(DataError, match=r"1 problem, listed above; .*--skip-bad"):
         load(root, image_size=8)

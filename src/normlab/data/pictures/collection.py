@@ -71,6 +71,16 @@ class Collection:
     others: list[str] = field(default_factory=list)
     natural_size: int | None = None
 
+    def summary(self, most: int = 10) -> str:
+        """Pictures and classes in a line; of more than `most` classes the first ones."""
+        counts = Counter(picture.label for picture in self.pictures)
+        listed = ", ".join(f"{name} {counts[name]:,}" for name in self.classes[:most])
+        more = len(self.classes) - most
+        return (
+            f"{self.name}: {counted(len(self.pictures), 'picture')} in {len(self.classes)} "
+            f"classes: {listed}{f' and {more} more' if more > 0 else ''}"
+        )
+
     def note(self, kind: str, what: str) -> None:
         """A problem, which stops it unless the user said otherwise."""
         self.problems.append((kind, what))

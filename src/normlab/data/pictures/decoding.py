@@ -63,11 +63,14 @@ class Decoded:
     peaks: NDArray[np.int16]
 
 
-def decode(place: Path, key: str, sources: Sequence[Path | bytes], size: int) -> Decoded:
+def decode(
+    place: Path, key: str, sources: Sequence[Path | bytes], size: int, told: str = ""
+) -> Decoded:
     """Decode `sources` to squares of `size`, or take them from the cache.
 
     place: what the sources belong to; the cache keeps one result for it and each size.
     key: changes whenever a source does.
+    told: a line about the sources, said on standard error before they are decoded.
 
     Raises:
         DataError: the cache cannot be written.
@@ -80,6 +83,8 @@ def decode(place: Path, key: str, sources: Sequence[Path | bytes], size: int) ->
     with writing(_to_stderr, name) as work:
         found = _read(cache_folder() / name, key)  # another process may have been first
         if found is None:
+            if told:
+                _to_stderr(told)
             found = _decode_all(sources, size, work / "pixels.npy")
             arrays = {name: getattr(found, name) for name in _ARRAYS}
             write_cache({**arrays, "sha256": _check(found, key)}, work, cache_folder() / name)

@@ -40,7 +40,7 @@ def read_folder(path: Path, *, image_size: int | None = None) -> tuple[Collectio
         )
     settle(collection)
     size = choose_size(collection, files, image_size)
-    decoded = decode(path, _key(files), files, size)
+    decoded = decode(path, _key(files), files, size, collection.summary())
     return collection, decoded
 
 

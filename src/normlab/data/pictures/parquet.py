@@ -67,7 +67,7 @@ def read_parquet(path: Path, *, image_size: int | None = None) -> tuple[Collecti
     settle(collection)
     key = [(str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, statuses, strict=True)]
     size = choose_size(collection, contents, image_size)
-    decoded = decode(path, json.dumps(key), contents, size)
+    decoded = decode(path, json.dumps(key), contents, size, collection.summary())
     return collection, decoded
 
 
