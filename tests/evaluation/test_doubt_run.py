@@ -186,7 +186,9 @@ def test_the_export_has_it_all(
     assert "not sure, unlike" in alone.stdout
     assert alone.stdout == said(capsys, "predict", run.path, pictures)[0]
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "the temperature" in card
+    before, after = (run.finished()["evaluation"]["calibration"][k] for k in ("before", "after"))
+    assert f"| {before['error']:.4f} without the temperature " in card
+    assert f", {after['error']:.4f} with it |" in card
     assert "always answers" not in card
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,8 @@ def test_the_model_the_health_and_the_samples(server: Server, exported: Path) ->
     assert model["certificate"]["test_images"] == 200
     assert str(exported.parent) not in json.dumps(model)
     assert model["limits"]["file_bytes"] == LIMITS["file_bytes"]
+    assert (model["limits"]["pixels"], model["limits"]["jpeg_pixels"]) == (50_000_000, 200_000_000)
+    assert ("HEIC" in model["formats"]) == (find_spec("pillow_heif") is not None)
     assert len(model["samples"]) == 10
     sample = server.get("/" + model["samples"][3]["path"])
     assert sample.headers["content-type"] == "image/png"
@@ -519,6 +522,16 @@ def test_a_hostile_picture_costs_little_and_the_server_stays_healthy(exported: P
             assert server.post(PICTURE).status_code == 200, name
         assert peak_memory(server.process.pid) < 600 * 2**20
         assert server.get("/healthz").json()["status"] == "ok"
+
+
+def test_a_phones_photograph_of_48_megapixels_is_answered(exported: Path) -> None:
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (750, 1000, 3), np.uint8))
+    file = io.BytesIO()
+    small.resize((8000, 6000)).save(file, "JPEG", quality=95)
+    assert 15_000_000 < len(file.getvalue()) < 25_000_000
+    with running(str(exported)) as server:
+        assert server.post(file.getvalue()).status_code == 200
 
 
 def test_a_decoder_that_takes_too_long_is_replaced(exported: Path) -> None:

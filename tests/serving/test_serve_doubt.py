@@ -13,6 +13,7 @@ from PIL import Image
 import normlab
 from normlab.api.run import Run
 from normlab.data import load
+from normlab.evaluation import held_out
 from servers import Server, running
 
 
@@ -52,6 +53,11 @@ def test_doubt_stands_beside_the_answer(run: Run, server: Server, pictures: list
     (answer,) = server.post(known.read_bytes()).json()["results"]
     sure = answer["predictions"][0]["probability"] >= 0.5
     assert answer["doubt"] == (None if sure else "undecided")
+    told, learnt = server.get("/model").json()["doubt"], held_out.read(run)
+    assert learnt is not None
+    assert learnt[0].before is not None
+    assert told["error_before"] == pytest.approx(learnt[0].before["error"])
+    assert 0 <= told["error_after"] <= 1
     with running(str(run.path), "--always") as other:
         (answer,) = other.post(strange.read_bytes()).json()["results"]
         assert answer["doubt"] is None

@@ -72,7 +72,7 @@ def card(
         ("accuracy", f"{evaluation.accuracy:.4f} (95 % interval {low:.4f} to {high:.4f})"),
         ("balanced accuracy", f"{evaluation.balanced_accuracy:.4f}"),
         ("loss (mean cross-entropy, nats)", f"{evaluation.loss:.4f}"),
-        ("expected calibration error", f"{evaluation.calibration.error:.4f}"),
+        ("expected calibration error", _calibrated(evaluation)),
     ]
     by_class = zip(evaluation.class_names, evaluation.class_accuracy, strict=True)
     rows += [(f"accuracy on {markdown(name)}", f"{accuracy:.3f}") for name, accuracy in by_class]
@@ -141,6 +141,15 @@ _KERAS_TAKES = (
     f"{_TAKES}of shape (N, {{size}}, {{size}}, 3): the middle square, resized to {{size}} × "
     f"{{size}} with antialiasing. The scaling is inside{_GIVES}"
 )
+
+
+def _calibrated(evaluation: Evaluation) -> str:
+    if evaluation.doubt is None:
+        return f"{evaluation.calibration.error:.4f}"
+    return (
+        f"{evaluation.before.error:.4f} without the temperature {evaluation.temperature:.3f}, "
+        f"{evaluation.after.error:.4f} with it"
+    )
 
 
 def _when_sure(evaluation: Evaluation) -> str:

@@ -75,7 +75,8 @@ class ModelLimits(BaseModel):
     """What one request may hold."""
 
     file_bytes: int
-    pixels: int
+    pixels: int = Field(description="Of a picture that is no JPEG.")
+    jpeg_pixels: int
     parts: int
     body_bytes: int
 
@@ -87,6 +88,12 @@ class ModelDoubt(BaseModel):
     least_probability: float
     least_familiarity: float | None
     temperature: float
+    error_before: float | None = Field(
+        description="Calibration error on the held-out pictures without the temperature."
+    )
+    error_after: float | None = Field(
+        description="The same with the temperature, which was fitted on these pictures."
+    )
     told: str = Field(description="The rule in words.")
 
 

@@ -26,7 +26,7 @@ from starlette.requests import ClientDisconnect
 
 from normlab.data.cifar10.layouts import CLASS_NAMES
 from normlab.data.images import Pixels
-from normlab.data.pictures.reading import FORMATS, MAX_PIXELS
+from normlab.data.pictures.reading import MAX_JPEG, MAX_OTHER, formats
 from normlab.evaluation.doubt import Rule
 from normlab.evaluation.heat import heat_from, hidden, overlay
 from normlab.serving.answers import (
@@ -288,7 +288,7 @@ def _describe(service: Service, samples: list[tuple[str, Pixels]]) -> ModelDescr
         name=printable(model.name),
         class_names=service.class_names,
         image_size=model.onnx.image_size,
-        formats=list(FORMATS),
+        formats=list(formats()),
         recipe=printable(name) if isinstance(name, str) else None,
         data=_data_name(task.get("data")),
         sha256=model.sha256,
@@ -297,7 +297,8 @@ def _describe(service: Service, samples: list[tuple[str, Pixels]]) -> ModelDescr
         doubt=_doubt(service),
         limits=ModelLimits(
             file_bytes=settings.file_bytes,
-            pixels=MAX_PIXELS,
+            pixels=MAX_OTHER,
+            jpeg_pixels=MAX_JPEG,
             parts=settings.parts,
             body_bytes=settings.body_bytes,
         ),
@@ -316,6 +317,8 @@ def _doubt(service: Service) -> ModelDoubt | None:
         least_probability=rule.least_probability,
         least_familiarity=rule.least_familiarity if doubt.tells_unlike else None,
         temperature=doubt.temperature,
+        error_before=None if doubt.before is None else doubt.before["error"],
+        error_after=None if doubt.after is None else doubt.after["error"],
         told=rule.told(),
     )
 

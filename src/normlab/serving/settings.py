@@ -31,7 +31,7 @@ class ServerSettings:
         decoder_start: time on the clock to start a decoder.
     """
 
-    file_bytes: int = 10_000_000
+    file_bytes: int = 25_000_000
     parts: int = 64
     body_bytes: int = 64_000_000
     requests: int = 128

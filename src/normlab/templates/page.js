@@ -20,12 +20,17 @@ let running = 0;
 let open = 0; // pictures without an answer yet
 let finished = [];
 
+function calibration(doubt) {
+  if (doubt?.error_before == null || doubt.error_after == null) return null;
+  return `error ${doubt.error_before.toFixed(3)} before, ${doubt.error_after.toFixed(3)} after the temperature ${doubt.temperature.toFixed(2)}, on the ${doubt.held_out} held-out pictures that it was fitted on`;
+}
+
 async function describe() {
   model = await backend.describe();
   const trained = model.recipe ? `${model.recipe} on ${model.data}` : "an ONNX model";
   byId("model").textContent =
     `${model.name} – ${trained}, ${model.class_names.length} classes`;
-  const most = model.limits && `; up to ${megabytes(model.limits.file_bytes)} and ${model.limits.pixels / 1e6} megapixels each`;
+  const most = model.limits && `; up to ${megabytes(model.limits.file_bytes)} and ${model.limits.pixels / 1e6} megapixels each (JPEG: ${model.limits.jpeg_pixels / 1e6})`;
   byId("limits").textContent = model.formats.join(", ") + (most ?? "");
   const rows = {
     Classes: model.class_names.join(", "),
@@ -34,6 +39,7 @@ async function describe() {
     Data: model.data,
     Checked: model.checked,
     Sure: model.doubt ? model.doubt.told : "always: it answers whatever it is shown",
+    Calibration: calibration(model.doubt),
     "SHA-256": model.sha256,
     ...model.more,
   };

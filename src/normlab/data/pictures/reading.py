@@ -27,6 +27,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +42,7 @@ MAX_PIXELS = 25_000_000  # that are kept; of more every second, fourth or eighth
 MAX_JPEG = 200_000_000  # of a JPEG, which is reduced while it is unpacked
 MAX_OTHER = 50_000_000
 
+_NO_MEMORY = "takes more memory than there is for it; make it smaller"
 _BAND = 1 << 20  # pixels that are converted at a time
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
@@ -129,6 +131,11 @@ def read_square(source: Path | bytes, size: int) -> Pixels:
         return np.asarray(image if image.size == (size, size) else _fit(image, size))
 
 
+def formats() -> tuple[str, ...]:
+    """The kinds of pictures that can be read here; HEIC where its reader is installed."""
+    return (*FORMATS, "HEIC") if find_spec("pillow_heif") is not None else FORMATS
+
+
 def to_square(picture: Pixels, size: int) -> Pixels:
     """The largest centred square, resized to (size, size, 3) by antialiased bicubic filtering.
 
@@ -165,15 +172,17 @@ def _damage_named() -> Iterator[None]:
     except DataError:
         raise
     except UnidentifiedImageError:
-        known = ", ".join(FORMATS)
+        known = ", ".join(formats())
         raise DataError(f"not a picture, or damaged at its start; known are {known}") from None
     except Image.DecompressionBombError:
         raise TooLargeError(
             f"more than {MAX_OTHER / 1e6:.0f} megapixels are refused; make it smaller"
         ) from None
     except MemoryError as error:
-        raise TooLargeError("takes more memory than there is for it; make it smaller") from error
+        raise TooLargeError(_NO_MEMORY) from error
     except _DAMAGE as error:
+        if "Memory allocation error" in str(error):  # as the library for HEIC says it
+            raise TooLargeError(_NO_MEMORY) from error
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"cannot be read ({reason or type(error).__name__})") from error
 
