@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -52,6 +53,17 @@ def test_names_of_any_kind_are_drawn_and_written(
     assert "\x1b" not in page
     assert r"a\ud800b" in page
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_mistake_is_named_by_its_file_and_without_one_by_its_number(
+    evaluation: Evaluation,
+) -> None:
+    assert plots._caption(evaluation, 45).endswith("\n#45")
+    files = tuple(f"cat/{'long ' * 9}{i}.png" for i in range(70))
+    last = plots._caption(replace(evaluation, files=files), 45).splitlines()[-1]
+    assert last.startswith("…")
+    assert last.endswith("long 45.png")
+    assert len(last) == plots.LONGEST_TICK
 
 
 def test_a_name_is_no_formula_in_anybodys_axes(evaluation: Evaluation) -> None:

@@ -225,4 +225,10 @@ def draw_mistakes(evaluation: "Evaluation", images: NDArray[np.uint8]) -> Figure
 def _caption(evaluation: "Evaluation", index: int) -> str:
     answer = evaluation.predictions[index]
     label, answered = names(evaluation.class_names[i] for i in (evaluation.labels[index], answer))
-    return f"{label}\n→ {answered} {evaluation.probabilities[index, answer]:.1%}\n#{index}"
+    where = f"#{index}"
+    if evaluation.files is not None:
+        file = evaluation.files[index]
+        if len(file) > LONGEST_TICK:  # its end tells files apart
+            file = f"…{file[1 - LONGEST_TICK :]}"
+        (where,) = names([file])
+    return f"{label}\n→ {answered} {evaluation.probabilities[index, answer]:.1%}\n{where}"
