@@ -17,6 +17,7 @@ from normlab.data import ImageData
 from normlab.data.changes import write_changes
 from normlab.data.loading import PUBLIC, own_pictures
 from normlab.data.pictures.sizes import USUAL
+from normlab.errors import install
 from normlab.evaluation.baselines import NEARLY_ALL
 from normlab.evaluation.evaluation import Evaluation
 from normlab.evaluation.heat import PASSES, Heat, Probabilities, heat_of, overlay
@@ -313,7 +314,7 @@ def _lacks(run: Run) -> list[tuple[list[str], str]]:
         text = "it knows its own pictures much better than new ones: start from CIFAR-10"
         found.append(([*train, *data, "--from", BUILTIN], text))
     elif learnt - accuracy > 0.1 and start is not None and start.run == BUILTIN:
-        text = "the same from ImageNet: needs pip install 'normlab[pretrained]', and a download"
+        text = f"the same from ImageNet, a download; first {install('pretrained')}"
         found.append(([*train, *data, "--from", PRETRAINED], text))
     if learnt < 0.9:
         text = "it has not learnt its own pictures yet: three times as long"
