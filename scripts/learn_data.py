@@ -1,7 +1,7 @@
 """Make the data of the page on batch normalisation from runs.
 
-    normlab train notebook --record --epochs 2 --out runs/with
-    normlab train notebook --record --epochs 2 --norm none --out runs/without
+    normlab train notebook --record --out runs/with
+    normlab train notebook --record --norm none --out runs/without
     python scripts/small_network.py train runs/small --epochs 2
     python scripts/small_network.py study docs/results/studies/shaken
     python scripts/learn_data.py --with runs/with --without runs/without --small runs/small
@@ -285,7 +285,7 @@ def folding(network: Any, images: Any) -> dict[str, Any]:
 
 
 def landscape() -> dict[str, Any]:
-    """Part 4: how much the loss varies along the gradient, three seeds."""
+    """Part 4: how much the loss varies along the gradient, seed by seed."""
     raw = json.loads(LANDSCAPE.read_text())
     arms = {
         arm: {
