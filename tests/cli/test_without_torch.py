@@ -31,12 +31,14 @@ INDIRECT = (
 )
 ONLY = """
 import sys
+from importlib.machinery import PathFinder
 names = {names!r} | set(sys.stdlib_module_names) | {{"normlab", "__editable___normlab"}}
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name[0] != "_" and name.partition(".")[0] not in names:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Absent())
+class Only(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name[0] == "_" or name.partition(".")[0] in names:
+            return PathFinder.find_spec(name, path, target)
+sys.meta_path[:] = [Only if finder is PathFinder else finder for finder in sys.meta_path]
 from normlab.__main__ import run
 code = run(sys.argv[1:])
 """

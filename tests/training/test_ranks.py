@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import normlab
 import ranks
 from normlab.core.tensors import read_tensors
 from ranks import Trainings, begin, end
@@ -46,8 +47,10 @@ def test_a_rank_is_killed_and_the_run_goes_on_to_the_same_bits(
             trainings.kill_one(2, out, seconds, which)
     if not (out / "result.json").exists():
         trainings.run(2, out)
-    else:  # killed between its result and its last line, it left a lock that nobody holds
+    else:  # killed behind its result, it left a lock that nobody holds, and perhaps no page
         (out / ".lock").unlink(missing_ok=True)
+        if not (out / "report.html").exists():
+            normlab.resume(out)
     check_same(whole, out)
 
 
