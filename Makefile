@@ -50,7 +50,7 @@ bench: $(BENCH)/.installed
 	$(BENCH)/bin/python -m benchmarks $(if $(QUICK),--quick) $(ARGS)
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not soak" $(ARGS)
 
 check: $(VENV)/.checked
 	$(BIN)/ruff format --check .
