@@ -56,6 +56,7 @@ def kept() -> nbformat.NotebookNode:
     return nbformat.read(EXAMPLE, as_version=4)
 
 
+@pytest.mark.soak
 def test_every_cell_runs_on_the_sample(tmp_path: Path) -> None:
     before = sorted(EXAMPLE.parent.rglob("*")), sorted(os.listdir(ROOT))
     ran = execute(tmp_path, DATA="sample", EPOCHS=1, PAIRS=2)

@@ -8,6 +8,7 @@ import pytest
 from attack.server import attacks
 
 
+@pytest.mark.soak
 def test_no_attack_does_harm(tmp_path: Path) -> None:
     cases = list(attacks(tmp_path, Random(0), tries=1))
     assert [case for case in cases if case.survived < case.tried] == []
