@@ -20,28 +20,14 @@ from normlab.models.fast import Whitening, patches_of
 from normlab.recipes import fast79, notebook
 from normlab.reports.plots import plot_curve
 from normlab.training.optimisers import Muon, make_optimizer, orthogonalize, set_rate
-from normlab.training.state import Plan, State
 from normlab.training.step import train_step
+from stopping import StopAfter
 
 SHORT: dict[str, Any] = {"data": "sample", "threads": 1, "epochs": 2, "batch_size": 100}
 
 
 def pixels(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(stream(seed, "pixels").random(shape)).float()
-
-
-class Stop:
-    """Interrupts a training after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def before_training(self, plan: Plan) -> None:
-        pass
-
-    def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
-        if state.step == self.step:
-            raise Interrupted(2)
 
 
 def test_learns_the_sample(in_tmp: Path) -> None:
@@ -62,7 +48,7 @@ def test_resumed_within_an_epoch_ends_with_the_same_bits(in_tmp: Path, norm: str
     whole = normlab.train("fast79", **changes)
     for step in (1, 3, 6):  # before and after the change of size, and in the second epoch
         with pytest.raises(Interrupted):
-            normlab.train("fast79", out=f"cut-{step}", observers=(Stop(step),), **changes)
+            normlab.train("fast79", out=f"cut-{step}", observers=(StopAfter(step),), **changes)
         resumed = normlab.resume(f"cut-{step}")
         assert whole.result is not None
         assert resumed.result is not None
