@@ -233,6 +233,14 @@ def test_a_training_looks_first_and_is_loud_only_when_there_is_something(tmp_pat
     assert "2 of 100 test pictures have a near copy" in lines[-1]
     assert "test/7 is much like train/" in lines[-1]
     assert "test/8 is much like train/" in lines[-1]
+    long = "a folder with a long name/and another one"
+    files = {
+        f"files_{part}": tuple(f"{part}/{long}/{i}.png" for i in range(count))
+        for part, count in (("train", len(leaked.x_train)), ("test", len(x_test)))
+    }
+    named = first_look(replace(leaked, **files))[-1]
+    assert f"test/{long}/7.png is much like train/{long}/" in named
+    assert "…" not in named
 
 
 def test_train_tells_what_it_saw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

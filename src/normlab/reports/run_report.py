@@ -337,7 +337,7 @@ def _doubtful_labels(run: Run) -> list[tuple[list[str], str]]:
     if surest is None or surest["probability"] < SURE or run.task.changes is not None:
         return []
     by = [] if run.task.group_by is None else ["--group-by", run.task.group_by]
-    text = f"an answer of {surest['probability']:.1%} is wrong: look whether labels are"
+    text = f"one wrong answer is {surest['probability']:.1%} sure: is its label right?"
     return [(["normlab", "data", "check", run.task.data, *by], text)]
 
 
