@@ -122,6 +122,7 @@ def test_what_is_printed_is_short_and_leads_to_the_page(checked: tuple[Path, Pat
 
 def test_the_page_asks_nobody_and_shows_names_as_text(checked: tuple[Path, Path, str]) -> None:
     page = (checked[1] / "index.html").read_text()
+    assert "score inf" not in page + (checked[1] / "findings.csv").read_text()
     assert not re.search(r"""(?:src|href)=["']?(?!data:)|https?://|@import""", page)
     assert "<b>" not in page
     assert "notes &lt;b&gt;.txt" in page

@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
+import normlab
 from normlab.data.images import ImageData
 from normlab.evaluation.evaluation import Evaluation, assess
 from normlab.reports import plots, run_report
@@ -147,3 +148,12 @@ def test_the_command_reads_no_matplotlibrc(
         timeout=120,
     )
     assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+@pytest.mark.parametrize("half_size", [0.0, 0.5])
+def test_a_page_says_why_its_curves_jump(tmp_path: Path, half_size: float) -> None:
+    run = normlab.train(
+        "fast79", data="sample", out=tmp_path / "run", threads=1, epochs=2, half_size=half_size
+    )
+    page = (run.path / "report.html").read_text(encoding="utf-8")
+    assert ("pictures of half the size" in page) == (half_size > 0)

@@ -16,6 +16,7 @@ from PIL import Image
 from normlab.core.files import write_atomic, write_json
 from normlab.core.places import make_folder
 from normlab.curation import Check, as_record
+from normlab.curation.check import Group
 from normlab.reports.pages import render
 from normlab.text import counted, printable, shell
 
@@ -122,11 +123,16 @@ def _section(title: str, text: str, items: list[dict[str, Any]], **more: Any) ->
     return {"title": title, "text": text, "items": items, "single": False, "actions": [], **more}
 
 
+def _sureness(group: Group) -> str:
+    """How sure a group is; a pair of equal pixels has no score."""
+    return "some equal to the pixel" if np.isinf(group.score) else f"score {group.score:.1f}"
+
+
 def _copies(found: Check) -> dict[str, Any]:
     parts, groups = found.pictures.parts, found.groups
     items = []
     for group in groups[:MOST_GROUPS]:
-        facts = ["equal to the pixel" if group.exact else f"near copies, score {group.score:.1f}"]
+        facts = ["equal to the pixel" if group.exact else f"near copies, {_sureness(group)}"]
         facts += ["in several parts"] if group.leaks else []
         facts += ["labels differ"] if group.contradicts else []
         members = group.members
@@ -216,7 +222,7 @@ def _findings(found: Check) -> str:
         kind = "exact copy" if group.exact else "near copy"
         facts = "; across parts" * group.leaks + "; labels differ" * group.contradicts
         for i in group.members:
-            add(i, kind, f"group {number}, score {group.score:.2f}{facts}")
+            add(i, kind, f"group {number}, {_sureness(group)}{facts}")
     if suspects is not None:
         for i in suspects.order[: suspects.count].tolist():
             suggested = pictures.class_names[suspects.suggested[i]]

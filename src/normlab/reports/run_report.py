@@ -34,6 +34,10 @@ from normlab.text import counted, html, listed, shell
 from normlab.training.starting_points import BUILTIN
 
 DECISIONS = "decisions.csv"
+HALF_SIZE = (
+    "the first epochs learn from pictures of half the size, and validation is at the full size: "
+    "where that ends, its curve jumps"
+)
 PRETRAINED = "resnet18.a1_in1k"  # a small network of timm, offered where none was named
 SURE = 0.95  # of an answer that makes its label doubtful
 SHOWN_CLASSES = 20
@@ -65,6 +69,7 @@ def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> Non
         *([("decisions", run.task.changes)] if run.task.changes else []),
         *([("groups by", run.task.group_by)] if run.task.group_by else []),
         ("training", f"{result['train_seconds']:.1f} s, {result['steps']:,} steps"),
+        *([("curves", HALF_SIZE)] if recipe.half_size and history else []),
         *([("speed", f"{_speed(result)}, validation included")] if result["steps"] else []),
         ("machine", f"{environment['cpu']}, {counted(environment['threads'], 'thread')}"),
         ("versions", f"normlab {environment['normlab']}, PyTorch {environment['torch']}"),
