@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import html
 import json
 import re
 from dataclasses import replace
@@ -26,6 +27,7 @@ from normlab.data.images import from_mapping
 from normlab.errors import UserError
 from normlab.models.timm_net import load_timm
 from normlab.reports.check_page import summary_lines
+from normlab.reports.run_report import warnings_of
 
 
 @pytest.fixture(scope="module")
@@ -222,14 +224,14 @@ def test_a_training_looks_first_and_is_loud_only_when_there_is_something(tmp_pat
         | {"x_test": sample.x_test[:100], "y_test": sample.y_test[:100]},
         name="pets",
     )
-    assert first_look(clean) == []
+    assert first_look(clean).lines == []
     x_test = clean.x_test.copy()
     x_test[7] = clean.x_train[50][:, ::-1]
     x_test[8] = clean.x_train[51] // 2 + 60
     few = clean.y_train != 3
     few[np.flatnonzero(~few)[:9]] = True
     leaked = replace(clean, x_test=x_test, x_train=clean.x_train[few], y_train=clean.y_train[few])
-    lines = first_look(leaked)
+    lines = first_look(leaked).lines
     assert lines[0] == "3: 9 to train on; give at least 20"
     assert "2 of 100 test pictures have a near copy" in lines[-1]
     assert "test/7 is much like train/" in lines[-1]
@@ -239,7 +241,8 @@ def test_a_training_looks_first_and_is_loud_only_when_there_is_something(tmp_pat
         f"files_{part}": tuple(f"{part}/{long}/{i}.png" for i in range(count))
         for part, count in (("train", len(leaked.x_train)), ("test", len(x_test)))
     }
-    named = first_look(replace(leaked, **files))[-1]
+    named = first_look(replace(leaked, **files)).leak
+    assert named is not None
     assert f"test/{long}/7.png is much like train/{long}/" in named
     assert "…" not in named
 
@@ -252,10 +255,15 @@ def test_train_tells_what_it_saw(tmp_path: Path, capsys: pytest.CaptureFixture[s
     arrays |= {"x_test": x_test, "y_test": sample.y_test}
     np.savez(tmp_path / "mine.npz", **arrays)
     options = {"epochs": 1, "batch_size": 100, "out": tmp_path / "run", "threads": 1}
-    normlab.train("fast79", data=tmp_path / "mine.npz", **options)
+    run = normlab.train("fast79", data=tmp_path / "mine.npz", **options)
     said = capsys.readouterr().err
     assert "mine.npz: 1 of 200 test pictures have a near copy among 400 training pictures" in said
     assert "test/0 is much like train/5" in said
+    assert run.leak is not None
+    assert run.leak in said
+    assert any(run.leak in line for line in warnings_of(run.finished()))  # beside the score
+    shown = html.unescape((run.path / "report.html").read_text())
+    assert "test/0 is much like train/5" in shown
 
 
 def test_labels_are_judged_by_a_pretrained_network(

@@ -182,8 +182,9 @@ def train(
             with machine_settings(threads, where):
                 started = time.perf_counter()
                 refuse_impossible(task, images)
-                if own and ranks.first:
-                    for line in first_look(images):
+                look = first_look(images) if own and ranks.first else None
+                if look is not None:
+                    for line in look.lines:
                         text = printable(f"{images.name}: {line}")
                         print(text, file=sys.stderr, flush=True)
                 expected = allowed = pace = None
@@ -225,6 +226,8 @@ def train(
                     _claim(folder, task)
                     starting_points.write_start(folder, task, weights)
                     write_json(folder / "environment.json", machine)
+                    if look is not None:
+                        write_json(folder / "look.json", {"leak": look.leak})
             folder = Path(ranks.exchange("folder's name", str(folder))[0])
             ranks.remember(str(folder.absolute()))
             state = new_state(task, images, where, weights)
@@ -514,6 +517,7 @@ def _finish(
         "data_seconds": data_seconds,
         "evaluation_seconds": evaluation_seconds,
         "evaluation": evaluation.as_dict(),
+        "leak": run.leak,
         "baselines": None if images.name in PUBLIC else score_baselines(images),
     }
     write_json(folder / "result.json", result)  # from here on the run counts as finished

@@ -1,5 +1,7 @@
 """A short look at data before each training: bounded in time, and silent if nothing is found."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,34 +18,47 @@ MOST_TRAIN, MOST_TEST, MOST_PAIRS = 3_000, 500, 1_000
 _NOTES = 3
 
 
-def first_look(images: ImageData) -> list[str]:
-    """Lines about small classes, and about test pictures that were trained on, changed or not.
+@dataclass(frozen=True)
+class FirstLook:
+    """What a short look found.
 
-    It looks at 500 test and 3,000 training pictures at most, drawn once.
+    classes: lines about small and unequal classes.
+    leak: a sentence about test pictures that are trained on, changed or not; None if none is seen.
     """
+
+    classes: list[str]
+    leak: str | None
+
+    @property
+    def lines(self) -> list[str]:
+        return [*self.classes, *([self.leak] if self.leak else [])]
+
+
+def first_look(images: ImageData) -> FirstLook:
+    """Look at 500 test and 3,000 training pictures at most, drawn once."""
     if len(images.x_train) + len(images.x_test) < LEAST:
-        return []
+        return FirstLook([], None)
     notes = class_notes(from_images(images))
-    lines = notes[:_NOTES]
+    classes = notes[:_NOTES]
     if len(notes) > _NOTES:
-        lines.append(f"{len(notes) - _NOTES} more classes are small")
+        classes.append(f"{len(notes) - _NOTES} more classes are small")
     train = _drawn(len(images.x_train), MOST_TRAIN)
     test = _drawn(len(images.x_test), MOST_TEST)
     pairs = leaks(to_side(images.x_train[train]), to_side(images.x_test[test]), most=MOST_PAIRS)
-    if len(pairs):
-        names = picture_names(images)
-        of = f"of {len(test):,} test pictures" + _sampled(len(test), len(images.x_test))
-        among = f"{len(train):,} training pictures" + _sampled(len(train), len(images.x_train))
-        shown = ", ".join(
-            f"{names['test'][test[b]]} is much like {names['train'][train[a]]}"
-            for a, b in pairs[:2]
-        )
-        more = f" and {len(pairs) - 2:,} more" if len(pairs) > 2 else ""
-        lines.append(
-            f"{len(set(pairs[:, 1].tolist())):,} {of} have a near copy among {among}, which makes "
-            f"the score too good: {shown}{more}; `normlab data check` shows them all"
-        )
-    return lines
+    if not len(pairs):
+        return FirstLook(classes, None)
+    names = picture_names(images)
+    of = f"of {len(test):,} test pictures" + _sampled(len(test), len(images.x_test))
+    among = f"{len(train):,} training pictures" + _sampled(len(train), len(images.x_train))
+    shown = ", ".join(
+        f"{names['test'][test[b]]} is much like {names['train'][train[a]]}" for a, b in pairs[:2]
+    )
+    more = f" and {len(pairs) - 2:,} more" if len(pairs) > 2 else ""
+    return FirstLook(
+        classes,
+        f"{len(set(pairs[:, 1].tolist())):,} {of} have a near copy among {among}, which makes "
+        f"the score too good: {shown}{more}; `normlab data check` shows them all",
+    )
 
 
 def _drawn(n: int, most: int) -> NDArray[np.int64]:

@@ -228,6 +228,8 @@ def _own_data_lines(result: Result) -> list[str]:
 def warnings_of(result: Result) -> list[str]:
     """What a person must hear about a result before anybody relies on it, with what to try."""
     scores, found = result["evaluation"], []
+    if leak := result.get("leak"):
+        found.append(leak)
     if repair := result.get("repair"):
         found.append(str(Repair(Score(**repair["before"]), Score(**repair["after"]))))
     missed = [name for name, a in scores["class_accuracy"].items() if a == 0]

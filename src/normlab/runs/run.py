@@ -55,10 +55,17 @@ class Result(TypedDict):
     data_seconds: NotRequired[float]
     evaluation_seconds: NotRequired[float]
     evaluation: NotRequired[dict[str, Any]]
+    leak: NotRequired[str | None]
     weights: NotRequired[str]
     repair: NotRequired[dict[str, dict[str, float]] | None]
     length: NotRequired[dict[str, int | None]]
     baselines: NotRequired[dict[str, dict[str, Any]] | None]
+
+
+class Look(TypedDict):
+    """`look.json`: what was seen of own data before the training."""
+
+    leak: str | None
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,15 @@ class Run:
     def history(self) -> list[Row]:
         """One entry an epoch: losses, accuracies, seconds."""
         return read_history(self.path)
+
+    @property
+    def leak(self) -> str | None:
+        """What the look at the data before the training said of test pictures trained on."""
+        path = self.path / "look.json"
+        if not path.exists():
+            return None
+        found: Look = checked(read_json(path), Look, path)
+        return found["leak"]
 
     @property
     def environment(self) -> Environment:
