@@ -4,6 +4,7 @@
     python -m benchmarks.doubt run RUN --strange sea=FOLDER --strange screens=/tmp/screens \\
         --out docs/results/doubt/NAME.json
     python -m benchmarks.doubt draw docs/results/doubt/*.json --out docs/doubt.png
+    python -m benchmarks.doubt curves docs/results/doubt/curve-*.json
 
 Thresholds come from the run's held-out pictures. The 100 splits are of its test pictures: one half
 takes the part of held-out ones, the other is counted. The file has every split.
@@ -31,6 +32,7 @@ from normlab.evaluation.abstention import choose_threshold, risk_coverage
 from normlab.evaluation.conformal import lowest, lowest_by_class, sets_of
 from normlab.evaluation.familiarity import answers_of, class_features, familiarity, some_of
 from normlab.reports import plots
+from normlab.study.learning_curve import LearningCurve, Point, extrapolate
 
 SPLITS = 100
 RATES = (0.8, 0.85, 0.9, 0.95, 0.98)
@@ -171,6 +173,26 @@ def table(r: dict[str, Any]) -> str:
     by_score = " | ".join(f"{scores['test']:.0%}" for scores in r["scores"].values())
     lines.append(f"| its own test pictures | {r['test']} | | {by_score} |")
     return "\n".join(lines) + "\n"
+
+
+@cli.command()
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
+def curves(results: tuple[Path, ...]) -> None:
+    """What half of the pictures and less promise all of them, beside what all then gave."""
+    click.echo("| data, recipe | pictures: accuracy | expected of all (95 %) | given | n |")
+    click.echo("|---|---|---|---|---|")
+    for path in results:
+        read = json.loads(path.read_text())
+        points = [Point(**{k: v for k, v in p.items() if k != "accuracy"}) for p in read["points"]]
+        curve = LearningCurve(read["recipe"], Path(read["data"]).name, tuple(points))
+        *fewer, (every, given) = [(n, [p.accuracy for p in of_n]) for n, of_n in curve.sizes]
+        expected = extrapolate([p for p in points if p.pictures < every], every)
+        smaller = ", ".join(f"{n:,}: {np.mean(a):.4f}" for n, a in fewer)
+        click.echo(
+            f"| {curve.data}, `{curve.recipe}` | {smaller} | {expected.accuracy:.4f} "
+            f"({expected.low:.4f} to {expected.high:.4f}) | {every:,}: **{np.mean(given):.4f}** "
+            f"({min(given):.4f} to {max(given):.4f}) | {len(given)} |"
+        )
 
 
 def drawn(size: int) -> dict[str, NDArray[np.uint8]]:
