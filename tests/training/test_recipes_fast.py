@@ -212,6 +212,20 @@ def test_dense_weights_and_biases_follow_torch_sgd() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+def test_the_iterations_are_those_of_newton_and_schulz(iterations: int) -> None:
+    """As the formula has them, one after the other; also where singular values span 1e4."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    matrix = (pixels(24, 90).double() - 0.5) * torch.logspace(0, -4, 90, dtype=torch.float64)
+    x = matrix / matrix.norm()
+    for _ in range(iterations):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    torch.testing.assert_close(orthogonalize(matrix, iterations), x, rtol=1e-6, atol=1e-6)
+    found = orthogonalize(matrix.float(), iterations)
+    assert (found - x).norm() < 1e-4 * x.norm()
+
+
 def test_muon_turns_kernels_of_unit_filters() -> None:
     matrix = pixels(16, 40) - 0.5
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)

@@ -21,7 +21,7 @@ def fast79() -> Recipe:
     """
     return Recipe(
         name="fast79",
-        model=Model(name="fast", logit_scale=1 / 3),
+        model=Model(name="fast", logit_scale=1 / 3, winograd=4),
         norm=Norm(momentum=0.6),  # 225 to 250 steps: 0.99 would still remember its first values
         epochs=1,
         batch_size=200,  # 250 loses 0.3 points; the rates below belong to it
@@ -67,7 +67,7 @@ def fast90() -> Recipe:
     return replace(
         fast84(),
         name="fast90",
-        model=Model(name="fast-wide", logit_scale=1 / 3),
+        model=Model(name="fast-wide", logit_scale=1 / 3, winograd=4),
         epochs=9,
         optimizer=Muon(learning_rate=0.1, sgd_rate=0.37),  # longer trainings want a lower rate
         augmentation=Augmentation(flip=True, shift=2),  # with nine looks, not with four
@@ -90,7 +90,7 @@ def fast94() -> Recipe:
     return replace(
         fast90(),
         name="fast94",
-        model=Model(name="fast-wider", logit_scale=1 / 3),
+        model=Model(name="fast-wider", logit_scale=1 / 3, winograd=4),
         epochs=16,
         optimizer=Muon(learning_rate=0.06, sgd_rate=0.37),
     )

@@ -22,7 +22,7 @@ def pictures() -> Recipe:
     """
     return Recipe(
         name="pictures",
-        model=Model(name="fast", logit_scale=1 / 3),
+        model=Model(name="fast", logit_scale=1 / 3, winograd=4),
         norm=Norm(momentum=0.6),
         epochs=10,
         least_steps=1500,

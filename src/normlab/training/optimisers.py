@@ -106,15 +106,23 @@ class Adam(Optimizer):
 def orthogonalize(matrix: Tensor, iterations: int = 3) -> Tensor:
     """Move the singular values of `matrix` (rows, columns) towards 1, roughly, and fast.
 
-    The quintic Newton–Schulz iteration X ← a·X + (b·A + c·A²)·X, A = X·Xᵀ, with the coefficients of
-    Jordan et al. (2024), "Muon"; they trade accuracy for speed, and values end within 0.5 to 1.5.
+    The quintic Newton–Schulz iteration X ← B·X, B = a + b·A + c·A², A = X·Xᵀ, with the coefficients
+    of Jordan et al. (2024), "Muon"; they trade accuracy for speed, and values end within 0.5 to
+    1.5. Each B is a polynomial of the first A, so all are multiplied before X is: of the products
+    two have X's longer side, instead of two an iteration.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / (wide.norm() + 1e-7)
-    for _ in range(iterations):
-        square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
+    square = x @ x.T
+    factors = None
+    for left in range(iterations - 1, -1, -1):
+        factor = torch.addmm(square, square, square, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        factors = factor if factors is None else factor @ factors
+        if left:
+            square = factor @ square @ factor
+    x = x if factors is None else factors @ x
     result: Tensor = x if wide is matrix else x.T
     return result
 
