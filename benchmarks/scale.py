@@ -3,9 +3,9 @@
     make bench-scale            # or python -m benchmarks.scale [--quick] [--out FILE]
 
 Trains the notebook's network on CIFAR-10 (or the sample) for some steps in 1 process of 2 threads,
-2 of 1 and 4 of 1, and times the messages of gloo on loopback, also with 1 ms added to each
-message. The model of more machines is computed from these figures and from what its constants say
-of networks.
+2 of 1 and 4 of 1, taking turns, and times the messages of gloo on loopback, also with 1 ms added to
+each message. Steps that leave messages out, and learn something else, tell what these cost. The
+model of more machines is computed from these figures and from what its constants say of networks.
 """
 
 import argparse
@@ -17,13 +17,18 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.other_load import OtherLoad, is_quiet
 
 LIMIT = 300.0  # seconds for one measurement, or it is given up
-CASES = ((1, 2), (2, 1), (4, 1))  # processes, threads each
+CASES: tuple[tuple[Any, ...], ...] = (  # processes, threads each, messages left out
+    *((1, 2), (2, 1), (4, 1)),
+    *((2, 1, "statistics"), (2, 1, "gradients"), (2, 1, "statistics", "gradients")),
+)
+ROUNDS = 5
 SIZES = (8, 1_000, 25_000, 400_000, 6_600_000)  # bytes of a message
 WARM_UP = 3
 DELAY = 1e-3  # seconds, added to each message of statistics
@@ -96,7 +101,7 @@ def measure_steps(rank: int, size: int, threads: int, options: dict[str, Any]) -
     from normlab.core.ranks import Ranks
     from normlab.core.streams import stream
     from normlab.runs import Task
-    from normlab.training.parallel import ParallelStep
+    from normlab.training.parallel import ParallelStep, share_statistics
     from normlab.training.preparation import make_plan, new_state
     from normlab.training.step import train_step
 
@@ -112,6 +117,7 @@ def measure_steps(rank: int, size: int, threads: int, options: dict[str, Any]) -
     )
     spent: dict[str, float] = defaultdict(float)
     sent: dict[str, float] = defaultdict(float)
+    without = options.get("without", ())
 
     class Timed(Group):
         """Counts its messages, and the time that this process waits for them."""
@@ -133,10 +139,14 @@ def measure_steps(rank: int, size: int, threads: int, options: dict[str, Any]) -
             return self._timed(super().sum, values, 1)
 
         def begin_sum(self, values: Any) -> Any:
+            if "gradients" in without:
+                return None
             sent[self.kind] += values.numel() * values.element_size()
             return super().begin_sum(values)
 
         def finish(self, work: Any) -> None:
+            if work is None:
+                return
             started = time.perf_counter()
             super().finish(work)  # a delay of these is hidden behind the backward pass
             spent[self.kind] += time.perf_counter() - started
@@ -151,6 +161,8 @@ def measure_steps(rank: int, size: int, threads: int, options: dict[str, Any]) -
     state = new_state(task, images, torch.device("cpu"))
     batches = plan.batches()
     step_of: Any = ParallelStep(state.model, batches) if size > 1 else train_step
+    if "statistics" in without:
+        share_statistics(state.model, None)
     state.model.train()
     seconds, cpu = [], []
     for step in range(WARM_UP + options["steps"]):
@@ -281,6 +293,12 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def middle(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of a case's rounds the one with the median step, and every round's step."""
+    ordered = sorted(rounds, key=lambda s: s["step"])
+    return ordered[(len(ordered) - 1) // 2] | {"rounds": [s["step"] for s in rounds]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", default="cifar10")
@@ -296,7 +314,17 @@ def main() -> None:
         "repeats": 100 if options.quick else 500,
     }
     others = OtherLoad()
-    cases = {f"{p} × {t}": summary(together(p, t, "steps", settings)) for p, t in CASES}
+    turns = [
+        [
+            summary(together(p, t, "steps", {**settings, "without": without}))
+            for p, t, *without in CASES
+        ]
+        for _ in range(2 if options.quick else ROUNDS)
+    ]
+    cases = {
+        f"{p} × {t}" + "".join(f", no {kind}" for kind in without): middle(of_case)
+        for (p, t, *without), of_case in zip(CASES, zip(*turns, strict=True), strict=True)
+    }
     messages = together(2, 1, "messages", settings)[0]
     draws = together(1, 1, "draws", settings)[0]
     delayed = summary(together(2, 1, "steps", {**settings, "delay": DELAY}))
@@ -333,13 +361,14 @@ def table(result: dict[str, Any]) -> list[str]:
     lines = [
         f"others took {result['others_share'] or 0:.0%} of the machine meanwhile"
         + ("" if result["quiet"] else ": not quotable as times"),
-        "| processes × threads | s a step | least | processor s | waited: statistics | gradients | "
-        "bytes sent: statistics | gradients |",
-        "|---|---|---|---|---|---|---|---|",
+        "| processes × threads | s a step | rounds | least | processor s | waited: statistics | "
+        "gradients | bytes sent: statistics | gradients |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, c in result["cases"].items():
         lines.append(
-            f"| {name} | {c['step']:.3f} | {c['least']:.3f} | {c['cpu']:.3f} | "
+            f"| {name} | {c['step']:.3f} | {min(c['rounds']):.3f} to {max(c['rounds']):.3f} | "
+            f"{c['least']:.3f} | {c['cpu']:.3f} | "
             f"{c['waited']['statistics'] / c['step']:.0%} | "
             f"{c['waited']['gradients'] / c['step']:.0%} | {c['bytes']['statistics']:,.0f} | "
             f"{c['bytes']['gradients']:,.0f} |"
