@@ -16,7 +16,10 @@ from PIL import Image
 
 from normlab.api.run import open_run
 from normlab.core.tensors import read_tensors, write_tensors
+from normlab.data.pictures.decoding import Readers
 from normlab.errors import DataError, UserError
+from normlab.evaluation import held_out
+from normlab.evaluation.forward import logits_of
 from normlab.evaluation.prediction import Predictor, open_predictor, predict, run_predictor
 from normlab.formats.onnx_model import open_onnx
 
@@ -141,6 +144,36 @@ def test_weights_of_a_run_are_chosen(project: Path) -> None:
     assert tops["last"] != tops["best"]
     with pytest.raises(UserError, match="one set of weights"):
         open_predictor("model.onnx", "best")
+
+
+@pytest.mark.parametrize("views", ["flip", "shift", "unsure"])
+def test_answers_from_several_views(project: Path, views: str) -> None:
+    run = open_run(project / "runs" / "0001-notebook")
+    found = list(predict(run_predictor(run, views=views), [project / "colours" / "blue"]))
+    single = list(predict(run_predictor(run), [project / "colours" / "blue"]))
+    with Readers() as readers:
+        read = [pixels for pixels, *_ in readers.read([answer.path for answer in found], 16)]
+    pixels = np.stack([p for p in read if p is not None])
+    learnt = held_out.read(run, "kept")
+    assert learnt is not None
+    expected = (logits_of(run.model(), pixels, views=views) / learnt[0].temperature).softmax(1)
+    moved = 0
+    for answer, alone, row in zip(found, single, expected, strict=True):
+        assert answer.probabilities is not None
+        assert alone.probabilities is not None
+        np.testing.assert_allclose(answer.probabilities, row, atol=1e-6)
+        assert answer.familiarity == alone.familiarity  # told by the single view
+        moved += not np.allclose(answer.probabilities, alone.probabilities, atol=1e-7)
+    assert moved == (5 if views == "unsure" else 20)  # a quarter of twenty
+
+
+def test_views_are_refused_where_they_cannot_be(project: Path) -> None:
+    picture = "colours/red/00.png"
+    done = normlab("predict", picture, "--views", "flip", "--sets", "90", cwd=project)
+    assert done.returncode == 2
+    assert "hold for single views: leave out --views" in done.stderr
+    with pytest.raises(UserError, match="answers single views"):
+        open_predictor("model.onnx", views="flip")
 
 
 def test_an_exported_file_answers_as_its_run(project: Path) -> None:

@@ -4,7 +4,7 @@ import json
 
 import click
 
-from normlab.cli.options import ABSTAIN_AT, DATA, JSON, PER_CLASS, SETS, WEIGHTS
+from normlab.cli.options import ABSTAIN_AT, DATA, JSON, PER_CLASS, SETS, VIEWS, WEIGHTS
 from normlab.cli.output import say
 
 
@@ -12,13 +12,7 @@ from normlab.cli.output import say
 @click.argument("run", required=False)
 @DATA
 @WEIGHTS
-@click.option(
-    "--views",
-    default="single",
-    show_default=True,
-    help="Versions of each picture to answer from: single, flip (2), shift (6), or unsure: "
-    "6 for the quarter of pictures with the least sure answers.",
-)
+@VIEWS
 @ABSTAIN_AT
 @SETS
 @PER_CLASS

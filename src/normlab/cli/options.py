@@ -29,6 +29,14 @@ WEIGHTS = click.option(
     help="Of a run: kept (by its result), last, best or recalibrated.",
 )
 RATE = click.FloatRange(1, 100, max_open=True)  # per cent
+VIEWS = click.option(
+    "--views",
+    type=click.Choice(["single", "flip", "shift", "unsure"]),
+    default="single",
+    show_default=True,
+    help="Versions of each picture to answer from: single, flip (2), shift (6), or unsure: "
+    "6 for the quarter of pictures with the least sure answers.",
+)
 ABSTAIN_AT = click.option(
     "--abstain-at",
     type=RATE,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normlab.cli.options import ABSTAIN_AT, PER_CLASS, SETS, WEIGHTS
+from normlab.cli.options import ABSTAIN_AT, PER_CLASS, SETS, VIEWS, WEIGHTS
 from normlab.cli.output import say
 from normlab.text import printable
 
@@ -43,6 +43,7 @@ class _Answer:
     "--top", type=click.IntRange(1), default=3, show_default=True, help="Classes a picture."
 )
 @WEIGHTS
+@VIEWS
 @ABSTAIN_AT
 @SETS
 @PER_CLASS
@@ -53,6 +54,7 @@ def predict(
     words: tuple[str, ...],
     top: int,
     weights: str,
+    views: str,
     abstain_at: float | None,
     sets: float | None,
     per_class: bool,
@@ -78,7 +80,9 @@ def predict(
         raise click.UsageError("--always cannot be combined with --abstain-at or --sets")
     if per_class and sets is None:
         raise click.UsageError("--per-class says how --sets are made: add --sets 90")
-    predictor, paths = _model_and_paths(words, weights)
+    if views != "single" and (abstain_at is not None or sets is not None):
+        raise click.UsageError("--abstain-at and --sets hold for single views: leave out --views")
+    predictor, paths = _model_and_paths(words, weights, views)
     names, doubt = predictor.class_names, predictor.doubt
     unlearnt = NOTHING_HELD_OUT
     if weights != "kept":
@@ -116,14 +120,16 @@ def _share(percent: float | None) -> float | None:
     return None if percent is None else percent / 100
 
 
-def _model_and_paths(words: tuple[str, ...], weights: str) -> tuple["Predictor", tuple[str, ...]]:
+def _model_and_paths(
+    words: tuple[str, ...], weights: str, views: str
+) -> tuple["Predictor", tuple[str, ...]]:
     """A first word that is a run's folder or an ONNX file is the model; the rest is pictures."""
     from normlab.evaluation.prediction import is_model, open_predictor
 
     named = is_model(words[0])
     if named and len(words) == 1:
         raise click.UsageError(f"{words[0]} is a model; give pictures or folders after it")
-    return open_predictor(words[0] if named else None, weights), words[named:]
+    return open_predictor(words[0] if named else None, weights, views), words[named:]
 
 
 def _judged(

@@ -59,21 +59,31 @@ class Prediction:
         return [(class_names[k], float(p[k])) for k in order]
 
 
-def run_predictor(run: "Run", weights: str = "kept") -> Predictor:
+def run_predictor(run: "Run", weights: str = "kept", views: str = "single") -> Predictor:
     """The network of a run, as trained.
+
+    Args:
+        views: of each picture, see `logits_of`; `unsure` means the quarter of each batch. The
+            temperature is that of single views, and these tell what is familiar.
 
     Raises:
         UserError: the run has no such weights.
     """
     from normlab.evaluation import held_out
     from normlab.evaluation.familiarity import answers_of, familiarity
+    from normlab.evaluation.forward import logits_of
 
     model = run.model(weights)
     doubt, means = held_out.read(run, weights) or (None, None)
     temperature = 1.0 if doubt is None else doubt.temperature
 
     def answers(images: NDArray[np.uint8]) -> Answers:
-        logits, features = answers_of(model, images)
+        if views == "single" or means is not None:
+            logits, features = answers_of(model, images)
+        else:
+            features = None
+        if views != "single":
+            logits = logits_of(model, images, views=views)
         near = None if means is None or features is None else familiarity(features, means)
         probabilities: NDArray[np.floating] = (logits.double() / temperature).softmax(1).numpy()
         return probabilities, near
@@ -86,20 +96,26 @@ def is_model(path: str | Path) -> bool:
     return Path(path).suffix.lower() == ".onnx" or (Path(path) / "recipe.json").is_file()
 
 
-def open_predictor(path: str | Path | None = None, weights: str = "kept") -> Predictor:
+def open_predictor(
+    path: str | Path | None = None, weights: str = "kept", views: str = "single"
+) -> Predictor:
     """The classifier at `path`: a run's folder or an exported ONNX file; by default the latest run.
 
-    weights: of a run; see `normlab.runs.Run.model`.
+    Args:
+        weights: of a run; see `normlab.runs.Run.model`.
+        views: of each picture, by a run; see `run_predictor`.
 
     Raises:
-        UserError: there is none, it is damaged or of another kind, or has no such weights.
+        UserError: there is none, it is damaged or of another kind, or has no such weights or views.
     """
     if path is None or Path(path).suffix.lower() != ".onnx":
         from normlab.runs import open_run  # with PyTorch, which an ONNX file does not need
 
-        return run_predictor(open_run(path), weights)
+        return run_predictor(open_run(path), weights, views)
     if weights != "kept":
         raise UserError(f"{path} holds one set of weights: leave out --weights {weights}")
+    if views != "single":
+        raise UserError(f"{path} answers single views: leave out --views, or name its run")
     from normlab.formats.onnx_model import open_onnx
 
     model = open_onnx(path)
