@@ -63,6 +63,34 @@ def test_the_interval_holds_the_next_training() -> None:
     assert held >= 0.93 * 400
 
 
+def test_a_floor_that_no_number_of_pictures_brings_below_is_allowed_for() -> None:
+    """Where the fall slows down, a power law alone promises too much: here 2.5 points."""
+    rng = np.random.default_rng(2)
+    held, expected = 0, []
+    for _ in range(200):
+        error = {n: 40 * n**-0.8 + 0.15 for n in (*SIZES, 8000)}
+        points = [
+            Point(1, n, s, round(1e6 * (1 - error[n] * (1 + 0.01 * rng.normal()))), 10**6)
+            for s in range(3)
+            for n in SIZES
+        ]
+        found = extrapolate(points, 8000)
+        held += found.low <= 1 - error[8000] <= found.high
+        expected.append(found.accuracy)
+        assert found.low <= found.accuracy <= found.high
+    assert held >= 0.93 * 200
+    assert np.mean(expected) == pytest.approx(1 - error[8000], abs=0.01)
+
+
+def test_two_sizes_tell_no_floor() -> None:
+    """Any is possible, so the interval reaches from no gain to the power law's."""
+    curve = drawn(5.0, 0.4, 0.005)
+    two = [p for p in curve.points if p.pictures > 1000]
+    found = extrapolate(two, 8000)
+    assert found.accuracy == pytest.approx(1 - 5 * 8000**-0.4, abs=0.01)
+    assert found.low < 1 - 4.9 * 4000**-0.4
+
+
 def test_parts_are_of_every_class_and_nested() -> None:
     images = load("sample")
     parts = [_part(images, 0.1, share, 0) for share in (0.25, 0.5, 1.0)]

@@ -6,8 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import f as fisher
 from scipy.stats import t as student
 
+FLOORS = np.linspace(0, 0.98, 50)  # of the smallest error
 LITTLE = 0.005  # half a point of accuracy: less is not worth collecting for
 
 
@@ -56,30 +59,61 @@ class Expected:
 
 
 def extrapolate(points: Sequence[Point], pictures: int) -> Expected:
-    """Continue error = a·n^−b, fitted to all trainings by least squares of the logarithms.
+    """Continue error = a·n^−b + c, fitted to all trainings by least squares of the logarithms.
 
-    Such power laws describe errors over wide ranges of n (Hestness et al. 2017, arXiv 1712.00409);
-    they know no floor, so they promise too much where the labels themselves are wrong. The interval
-    is that of one more observation of this regression, with Student's t.
+    Such laws describe errors over wide ranges of n (Hestness et al. 2017, arXiv 1712.00409). c is
+    what no number of pictures brings below: wrong labels, too small a network, too few steps. Two
+    sizes do not tell it, so c = 0 is taken as the likeliest there, and every other as possible. The
+    interval spans those of one more training over all c that the errors allow (an F test, 95 %),
+    with Student's t.
 
     Args:
         points: at two numbers of pictures or more.
     """
-    x, y = np.log([p.pictures for p in points]), np.log([p.error for p in points])
-    away, spread = math.log(pictures) - x.mean(), float(((x - x.mean()) ** 2).sum())
-    slope = float(((x - x.mean()) * (y - y.mean())).sum() / spread)
-    falls = slope < 0  # errors that rise with more pictures are taken for level
-    slope = min(slope, 0.0)
-    middle = float(y.mean() + slope * away)
-    free = len(points) - 1 - falls
-    half = 0.0
-    if free > 0:
-        rest = y - y.mean() - slope * (x - x.mean())
-        variance = float((rest**2).sum()) / free
-        leverage = 1 / len(points) + (away**2 / spread if falls else 0.0)
-        half = float(student.ppf(0.975, free)) * math.sqrt(variance * (1 + leverage))
-    low, accuracy, high = (1 - min(1.0, math.exp(middle + d)) for d in (half, 0.0, -half))
-    return Expected(pictures, accuracy, low, high)
+    x, errors = np.log([p.pictures for p in points]), np.array([p.error for p in points])
+    fits = [_through(x, errors, c, math.log(pictures)) for c in FLOORS * errors.min()]
+    free = len(points) - 3
+    if free < 1:
+        return Expected(pictures, *[1 - fits[0].error] * 3)
+    sizes = len(set(x.tolist()))
+    best = fits[0] if sizes < 3 else min(fits, key=lambda fit: fit.squares)
+    least = min(fit.squares for fit in fits)
+    possible = [f for f in fits if f.squares <= least * (1 + fisher.ppf(0.95, 1, free) / free)]
+    half = [
+        float(student.ppf(0.975, free)) * math.sqrt(f.squares / free * (1 + f.leverage))
+        for f in possible
+    ]
+    last = errors[x == x.max()]  # more pictures do no harm: no worse than one more training there
+    spread = math.sqrt(best.squares / free * (1 + 1 / len(last)))
+    now = float(np.exp(np.log(last).mean() + student.ppf(0.975, free) * spread))
+    most = max(f.error * math.exp(h) for f, h in zip(possible, half, strict=True))
+    few = min(f.error * math.exp(-h) for f, h in zip(possible, half, strict=True))
+    return Expected(pictures, 1 - best.error, 1 - min(1.0, most, now), 1 - few)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A curve with a given floor.
+
+    error: where it is asked for; squares: of the residuals of log error; leverage: of that place.
+    """
+
+    error: float
+    squares: float
+    leverage: float
+
+
+def _through(x: NDArray[np.float64], errors: NDArray[np.float64], floor: float, at: float) -> _Fit:
+    """log(error − floor) as a falling line of `x`; errors that rise are taken for level."""
+    y = np.log(errors - floor)
+    away, spread = at - x.mean(), float(((x - x.mean()) ** 2).sum())
+    slope = min(0.0, float(((x - x.mean()) * (y - y.mean())).sum() / spread))
+    fitted = floor + np.exp(y.mean() + slope * (x - x.mean()))
+    return _Fit(
+        error=floor + math.exp(float(y.mean()) + slope * away),
+        squares=float(((np.log(errors) - np.log(fitted)) ** 2).sum()),
+        leverage=1 / len(x) + (away**2 / spread if slope < 0 else 0.0),
+    )
 
 
 @dataclass(frozen=True)
