@@ -12,6 +12,7 @@ import platformdirs
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # programs with two threads beside another test
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 # What tests write into the cache goes with them; downloads, if they are there, are the user's.

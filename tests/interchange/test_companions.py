@@ -8,6 +8,7 @@ import subprocess
 import sys
 import venv
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,13 +37,16 @@ def folder(run: normlab.Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> ModuleType:
+def alone(folder: Path) -> Iterator[ModuleType]:
+    """predict.py in this process; it takes Pillow's limit away, which is put back."""
+    limit = Image.MAX_IMAGE_PIXELS
     spec = importlib.util.spec_from_file_location("predict", folder / "predict.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    Image.MAX_IMAGE_PIXELS = limit
 
 
 def photograph(width: int = 90, height: int = 60) -> Image.Image:
