@@ -82,6 +82,8 @@ def main() -> None:
                 run = normlab.train(recipe, out=scratch, seed=seed, threads=arguments.threads)
                 write_json(target, record(run, others.share()))
         kept = read_json(target)
+        if kept["recipe"] != recipe.as_dict():
+            parser.error(f"{target} is of another recipe than today's: move its folder away")
         print(f"seed {seed}: {kept['test_accuracy']:.4f} in {kept['train_seconds']:.1f} s")
     kept = [read_json(path) for path in sorted(folder.glob("seed-*.json"))]
     scores = [k["test_accuracy"] for k in kept]
