@@ -105,7 +105,7 @@ def headline_runs(results: Path, here: str) -> dict[str, list[Run]]:
     Of several processors one: `here`, or else the one with the most seeds of all recipes.
     """
     found: dict[str, dict[str, list[Run]]] = {}
-    seeds = Counter({here: 1_000_000})
+    seeds: Counter[str] = Counter()
     for name, runs in kept(results).items():
         recipe = name.removesuffix("-tiles-of-2")
         for run in runs if recipe in RECIPES else []:
@@ -113,7 +113,10 @@ def headline_runs(results: Path, here: str) -> dict[str, list[Run]]:
                 at = processor(run["environment"])
                 found.setdefault(recipe, {}).setdefault(at, []).append(run)
                 seeds[at] += 1
-    return {recipe: runs[max(runs, key=lambda at: seeds[at])] for recipe, runs in found.items()}
+    return {
+        recipe: runs[max(runs, key=lambda at: (at == here, seeds[at]))]
+        for recipe, runs in found.items()
+    }
 
 
 def draw_accuracy_time(result: Result, results: Path) -> Figure:

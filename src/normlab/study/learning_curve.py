@@ -63,32 +63,34 @@ def extrapolate(points: Sequence[Point], pictures: int) -> Expected:
 
     Such laws describe errors over wide ranges of n (Hestness et al. 2017, arXiv 1712.00409). c is
     what no number of pictures brings below: wrong labels, too small a network, too few steps. Two
-    sizes do not tell it, so c = 0 is taken as the likeliest there, and every other as possible. The
-    interval spans those of one more training over all c that the errors allow (an F test, 95 %),
-    with Student's t.
+    sizes, or three trainings, do not tell it, so c = 0 is the estimate there, and every other c is
+    possible. The interval spans those of one more training over all c that the errors allow (an F
+    test, 95 %), with Student's t.
 
     Args:
         points: at two numbers of pictures or more.
     """
     x, errors = np.log([p.pictures for p in points]), np.array([p.error for p in points])
     fits = [_through(x, errors, c, math.log(pictures)) for c in FLOORS * errors.min()]
-    free = len(points) - 3
+    told = len(points) > 3 and len(set(x.tolist())) > 2
+    free = len(points) - (3 if told else 2)
+    best, possible = fits[0], fits
+    if told:
+        best = min(fits, key=lambda fit: fit.squares)
+        limit = best.squares * (1 + fisher.ppf(0.95, 1, free) / free)
+        possible = [fit for fit in fits if fit.squares <= limit]
     if free < 1:
-        return Expected(pictures, *[1 - fits[0].error] * 3)
-    sizes = len(set(x.tolist()))
-    best = fits[0] if sizes < 3 else min(fits, key=lambda fit: fit.squares)
-    least = min(fit.squares for fit in fits)
-    possible = [f for f in fits if f.squares <= least * (1 + fisher.ppf(0.95, 1, free) / free)]
-    half = [
-        float(student.ppf(0.975, free)) * math.sqrt(f.squares / free * (1 + f.leverage))
-        for f in possible
-    ]
+        return Expected(pictures, *[1 - best.error] * 3)
+    t = float(student.ppf(0.975, free))
+    half = [t * math.sqrt(fit.squares / free * (1 + fit.leverage)) for fit in possible]
+    ends = list(zip(possible, half, strict=True))
+    few = min(fit.error * math.exp(-h) for fit, h in ends)
+    most = max(fit.error * math.exp(h) for fit, h in ends)
     last = errors[x == x.max()]  # more pictures do no harm: no worse than one more training there
     spread = math.sqrt(best.squares / free * (1 + 1 / len(last)))
-    now = float(np.exp(np.log(last).mean() + student.ppf(0.975, free) * spread))
-    most = max(f.error * math.exp(h) for f, h in zip(possible, half, strict=True))
-    few = min(f.error * math.exp(-h) for f, h in zip(possible, half, strict=True))
-    return Expected(pictures, 1 - best.error, 1 - min(1.0, most, now), 1 - few)
+    now = float(np.exp(np.log(last).mean() + t * spread))
+    most = max(best.error, min(most, now, 1.0))
+    return Expected(pictures, 1 - best.error, 1 - most, 1 - few)
 
 
 @dataclass(frozen=True)
