@@ -20,8 +20,11 @@ X86 = {
     "avx2": ["-mavx2", "-mfma"],
     "default": [],
 }
-SOURCES = ("kernels", "winograd2", "winograd4", "pixels")
-HEADERS = ("vectors", "winograd")
+SOURCES = (
+    *("kernels", "pixels", "winograd2", "winograd4"),
+    *("winograd2_bfloat16", "winograd4_bfloat16"),
+)
+HEADERS = ("bfloat16", "vectors", "winograd")
 VARIANTS = X86 if platform.machine().lower() in ("x86_64", "amd64") else {"default": []}
 # Compiled for OpenMP but not linked with a runtime: the symbols come from the one PyTorch loaded.
 # Apple's Clang takes the option only so, and leaves symbols open where it is told to; this has not
@@ -53,7 +56,10 @@ setup(
         Extension(
             f"normlab.kernels._{name}",
             [f"src/normlab/kernels/{source}.c" for source in SOURCES],
-            depends=[f"src/normlab/kernels/{header}.h" for header in HEADERS],
+            depends=[
+                *(f"src/normlab/kernels/{header}.h" for header in HEADERS),
+                *(f"src/normlab/kernels/winograd{side}.c" for side in (2, 4)),
+            ],
             extra_compile_args=[*FLAGS, *OPENMP[sys.platform], *flags],
             extra_link_args=LINKED.get(sys.platform, []),
             optional=True,

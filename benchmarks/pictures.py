@@ -100,14 +100,13 @@ def _is_ours(name: str) -> bool:
 
 
 def headline_runs(results: Path, here: str) -> dict[str, list[Run]]:
-    """By recipe, the seeds that had the whole machine, also as the recipe was with tiles of 2.
+    """By recipe, the seeds that had the whole machine; not those of the recipe as it was before.
 
     Of several processors one: `here`, or else the one with the most seeds of all recipes.
     """
     found: dict[str, dict[str, list[Run]]] = {}
     seeds: Counter[str] = Counter()
-    for name, runs in kept(results).items():
-        recipe = name.removesuffix("-tiles-of-2")
+    for recipe, runs in kept(results).items():
         for run in runs if recipe in RECIPES else []:
             if timed([run]):
                 at = processor(run["environment"])

@@ -11,6 +11,7 @@ import ast
 import json
 import resource
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ import torch
 
 from normlab import recipes
 from normlab.core.environment import describe_machine, settings
-from normlab.data import load
+from normlab.data import ImageData, load
 from normlab.data.batches import split_validation
 from normlab.evaluation.forward import logits_of
 from normlab.evaluation.scores import score
+from normlab.kernels import Tiles
 from normlab.layers import use_tiles
 from normlab.models import MODELS
 from normlab.training.loop import fit
@@ -42,25 +44,29 @@ def parse(setting: str) -> tuple[str, Any]:
         return name, value
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe")
-    parser.add_argument("settings", nargs="*", metavar="name=value")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_intermixed_args()
-    changes = dict(map(parse, arguments.settings))
+def tune(
+    name: str,
+    wanted: Sequence[str],
+    seed: int,
+    threads: int,
+    device: torch.device,
+    images: ImageData,
+) -> dict[str, Any]:
+    """Train a variant; returns what it was, how it did on the images held out, and what it took."""
+    changes = dict(map(parse, wanted))
     network = {name: changes.pop(name) for name in NETWORK if name in changes}
-    recipe = recipes.get(arguments.recipe).override(**changes, validation=0.1)
-    images = load()
+    recipe = recipes.get(name).override(**changes, validation=0.1)
     train, validation = split_validation(images.x_train, images.y_train, recipe.validation)
-    device = torch.device("cpu")
-    with settings(arguments.threads, device):
+    with settings(threads, device):
         started, processor = time.perf_counter(), time.process_time()
         model = partial(MODELS[recipe.model.name], **network)(
-            norm=recipe.norm.name, seed=arguments.seed
-        )
-        use_tiles(model, recipe.model.winograd)
+            norm=recipe.norm.name,
+            norm_momentum=recipe.norm.momentum,
+            norm_epsilon=recipe.norm.epsilon,
+            logit_scale=recipe.model.logit_scale,
+            seed=seed,
+        ).to(device)
+        use_tiles(model, Tiles(recipe.model.winograd, recipe.model.products == "bfloat16"))
         model.to(memory_format=torch.channels_last)
         if hasattr(model, "fit_to"):
             model.fit_to(train.images)
@@ -68,8 +74,8 @@ def main() -> None:
         plan = Plan(
             recipe=recipe,
             folder=None,
-            seed=arguments.seed,
-            threads=arguments.threads,
+            seed=seed,
+            threads=threads,
             train=train,
             validation=validation.__class__(validation.images[:0], validation.labels[:0]),
         )
@@ -80,9 +86,9 @@ def main() -> None:
             views: logits_of(model, validation.images, views=views).argmax(1).numpy()
             for views in ("shift", "unsure")
         }
-    line = {
+    return {
         "recipe": recipe.as_dict() | network,
-        "seed": arguments.seed,
+        "seed": seed,
         "val_accuracy": found.accuracy,
         **{
             f"val_accuracy_{views}": float((answers == validation.labels).mean())
@@ -92,13 +98,27 @@ def main() -> None:
         "seconds": round(seconds, 1),
         "processor_seconds": round(processor, 1),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "environment": describe_machine(arguments.threads, device),
+        "environment": describe_machine(threads, device),
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe")
+    parser.add_argument("settings", nargs="*", metavar="name=value")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_intermixed_args()
+    line = tune(
+        *(arguments.recipe, arguments.settings, arguments.seed, arguments.threads),
+        *(torch.device(arguments.device), load()),
+    )
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with open(RESULTS, "a", encoding="utf-8") as f:
         f.write(json.dumps(line) + "\n")
     print(
-        f"{found.accuracy:.4f} {seconds:.1f} s {processor:.1f} cpu-s",
+        f"{line['val_accuracy']:.4f} {line['seconds']} s {line['processor_seconds']} cpu-s",
         arguments.settings,
         flush=True,
     )

@@ -14,6 +14,8 @@
                                          i64, i64, i64, float *, float *, int);
 CONV(2)
 CONV(4)
+CONV(2_bfloat16)
+CONV(4_bfloat16)
 int normlab_conv_pixels(const float *, const float *, const float *, i64, i64, i64, i64, float *, int);
 int normlab_conv_pixels_gradient(const float *, const float *, i64, i64, i64, i64, float *, float *,
                                  int);
@@ -218,6 +220,12 @@ int main(int argc, char **argv) {
     for (int i = 0; i < rounds; i++) {
         convolution(normlab_conv3x3_by2, normlab_conv3x3_by2_gradient, 2e-6);
         convolution(normlab_conv3x3_by4, normlab_conv3x3_by4_gradient, 6e-6);
+#ifdef BFLOAT16
+        if (normlab_bfloat16()) {
+            convolution(normlab_conv3x3_by2_bfloat16, normlab_conv3x3_by2_bfloat16_gradient, 1.5e-2);
+            convolution(normlab_conv3x3_by4_bfloat16, normlab_conv3x3_by4_bfloat16_gradient, 4e-2);
+        }
+#endif
         pixels();
         normalisation();
         pooling();

@@ -16,6 +16,7 @@ from torch.nn.functional import conv2d, max_pool2d
 import normlab
 from normlab import kernels
 from normlab.core.streams import stream
+from normlab.kernels import Tiles
 from normlab.layers import (
     BatchNorm,
     Conv2d,
@@ -222,7 +223,7 @@ def test_convolution_matches_float64(shape: tuple[int, ...], c_out: int, tile: i
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
     convolution = Conv2d(shape[1], c_out, padding=1, rng=stream(0, "conv"))
-    convolution.tile = tile
+    convolution.tiles = Tiles(tile)
     nn.init.normal_(convolution.bias, generator=generator)
     x.requires_grad_()
     y = convolution(x)
@@ -242,15 +243,97 @@ def test_tiles_of_four_round_three_times_as_much_as_tiles_of_two() -> None:
     x = x.contiguous(memory_format=torch.channels_last)
     weight = torch.randn(32, 256, 3, 3, generator=generator)
     expected = conv2d(x.double(), weight.double(), padding=1)
-    errors = [(kernels.conv3x3(x, weight, None, tile) - expected).norm() for tile in (2, 4)]
+    errors = [(kernels.conv3x3(x, weight, None, Tiles(tile)) - expected).norm() for tile in (2, 4)]
     assert 2 < errors[1] / errors[0] < 4
     assert errors[1] < 2e-6 * expected.norm()
+
+
+bfloat16 = pytest.mark.skipif(
+    not kernels.has_bfloat16(), reason="no AVX512-BF16 here, or a compiler without it"
+)
+ODD = [  # tiles and channels in all sorts of numbers, so that pairs of both have a half to spare
+    ((1, 16, 4, 4), 16),
+    ((3, 24, 6, 10), 16),
+    ((7, 32, 9, 5), 48),
+    ((2, 40, 7, 7), 32),
+    ((9, 48, 16, 15), 80),
+    ((67, 16, 8, 8), 64),
+]
+
+
+@bfloat16
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize(("shape", "c_out"), ODD)
+def test_small_whole_numbers_lose_nothing_in_bfloat16(
+    shape: tuple[int, ...], c_out: int, pooled: bool
+) -> None:
+    """Tiles of 2 add and halve such numbers exactly, so every sum must be the right one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def whole(*shape: int, times: int = 1) -> Tensor:
+        return times * torch.randint(-1, 2, shape, generator=generator).float()
+
+    x = whole(*shape).contiguous(memory_format=torch.channels_last)
+    x.requires_grad_(shape[1] % 16 == 0)
+    conv, pool = Conv2d(shape[1], c_out, padding=1, rng=stream(0, "conv")), MaxPool2d(2)
+    conv.tiles = Tiles(2, bfloat16=True)
+    conv.weight.data = whole(*conv.weight.shape, times=4)
+    inputs = [t for t in (x, *conv.parameters()) if t.requires_grad]
+    y = conv_pool(x, conv, pool) if pooled else conv(x)
+    g = whole(*y.shape)
+    ours = torch.autograd.grad(y, inputs, g)
+    with kernels.disabled():
+        expected = pool(conv(x)) if pooled else conv(x)
+        theirs = torch.autograd.grad(expected, inputs, g)
+    for a, b in zip((y, *ours), (expected, *theirs), strict=True):
+        assert torch.equal(a, b)
+
+
+@bfloat16
+@pytest.mark.parametrize(("tile", "bound"), [(2, 0.006), (4, 0.018)])
+@pytest.mark.parametrize(("shape", "c_out"), ODD)
+def test_bfloat16_rounds_to_about_a_hundredth(
+    shape: tuple[int, ...], c_out: int, tile: int, bound: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
+    x.requires_grad_(shape[1] % 16 == 0)
+    conv = Conv2d(shape[1], c_out, padding=1, rng=stream(0, "conv"))
+    conv.tiles = Tiles(tile, bfloat16=True)
+    inputs = [t for t in (x, conv.weight) if t.requires_grad]
+    y = conv(x)
+    g = torch.randn(y.shape, generator=generator)
+    ours = torch.autograd.grad(y, inputs, g)
+    with kernels.disabled():
+        expected = conv(x)
+        theirs = torch.autograd.grad(expected, inputs, g)
+    for a, b in zip((y, *ours), (expected, *theirs), strict=True):
+        assert 1e-4 * b.norm() < (a - b).norm() <= bound * b.norm()
+
+
+@bfloat16
+def test_answers_of_a_network_that_does_not_learn_are_not_rounded() -> None:
+    x = torch.randn(3, 32, 8, 8).contiguous(memory_format=torch.channels_last)
+    conv, pool = Conv2d(32, 16, padding=1, rng=stream(0, "conv")).eval(), MaxPool2d(2)
+    plain = conv(x), conv_pool(x, conv, pool)
+    conv.tiles = Tiles(2, bfloat16=True)
+    assert torch.equal(conv(x), plain[0])
+    assert torch.equal(conv_pool(x, conv, pool), plain[1])
+    assert not torch.equal(conv.train()(x), plain[0])
+
+
+def test_without_the_instructions_nothing_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "has_bfloat16", lambda: False)
+    x = torch.randn(3, 32, 8, 8).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(16, 32, 3, 3)
+    by = [kernels.conv3x3(x, weight, None, Tiles(4, half)) for half in (False, True)]
+    assert torch.equal(*by)
 
 
 def test_maps_of_two_pixels_are_one_tile_of_two() -> None:
     x = torch.randn(3, 32, 2, 5).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(16, 32, 3, 3)
-    by = [kernels.conv3x3(x, weight, None, tile) for tile in (2, 4)]
+    by = [kernels.conv3x3(x, weight, None, Tiles(tile)) for tile in (2, 4)]
     assert torch.equal(*by)
 
 
@@ -302,7 +385,7 @@ def test_convolution_with_pooling_is_one_after_the_other(
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
     conv = Conv2d(shape[1], c_out, padding=1, bias=bias, rng=stream(0, "conv"))
-    conv.tile = tile
+    conv.tiles = Tiles(tile)
     conv.weight.data[1] = 0  # ties in every window, where the first value counts
     if conv.bias is not None:
         nn.init.normal_(conv.bias, generator=generator)
@@ -339,16 +422,19 @@ def test_hooks_see_the_map_between_convolution_and_pooling() -> None:
     torch.testing.assert_close(y, expected)
 
 
-@pytest.mark.parametrize(("c_in", "tile"), [(3, 2), (32, 2), (32, 4)])
+@pytest.mark.parametrize(
+    ("c_in", "tiles"),
+    [(3, Tiles(2)), (32, Tiles(2)), (32, Tiles(4)), (32, Tiles(4, bfloat16=True))],
+)
 def test_the_bits_of_convolutions_do_not_depend_on_the_number_of_threads(
-    c_in: int, tile: int
+    c_in: int, tiles: Tiles
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, c_in, 16, 15, generator=generator)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_(c_in > 3)
     norm, pool = BatchNorm(3), MaxPool2d(2)
     conv = Conv2d(c_in, 32, padding=int(c_in > 3), rng=stream(0, "conv"))
-    conv.tile = tile
+    conv.tiles = tiles
     results: list[tuple[Tensor, ...]] = []
     threads = torch.get_num_threads()
     for count in (1, 2, 3):

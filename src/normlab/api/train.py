@@ -225,9 +225,10 @@ def train(
                     held.enter_context(locked(folder))
                     _claim(folder, task)
                     starting_points.write_start(folder, task, weights)
-                    write_json(folder / "environment.json", machine)
                     if look is not None:
                         write_json(folder / "look.json", {"leak": look.leak})
+                    # The last of the first files: a run that has it can be resumed.
+                    write_json(folder / "environment.json", machine)
             folder = Path(ranks.exchange("folder's name", str(folder))[0])
             ranks.remember(str(folder.absolute()))
             state = new_state(task, images, where, weights)

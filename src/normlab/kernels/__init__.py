@@ -1,6 +1,6 @@
 """Optional compiled passes over memory; without them everything runs on PyTorch alone.
 
-`kernels.c` holds the passes, `winograd2.c`, `winograd4.c` and `pixels.c` the convolutions;
+`kernels.c` holds the passes, `winograd*.c` and `pixels.c` the convolutions;
 `setup.py` compiles them when the package is installed, once for each instruction set. The variant
 is the one PyTorch chose for itself (`ATEN_CPU_CAPABILITY` changes both). The threads are PyTorch's
 own: the library has no OpenMP runtime and binds to the one that PyTorch has loaded, so there is one
@@ -17,10 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from normlab.kernels.library import available, call, disabled
+from normlab.kernels.library import available, call, disabled, has_bfloat16
 
 __all__ = [
+    "OF_TWO",
     "Running",
+    "Tiles",
     "available",
     "batch_norm",
     "conv3x3",
@@ -32,6 +34,7 @@ __all__ = [
     "convolves_pixels",
     "disabled",
     "gradient",
+    "has_bfloat16",
     "layout",
     "like",
     "max_pool",
@@ -300,6 +303,29 @@ def max_pool_gradient(g: Tensor, which: Tensor, x_shape: torch.Size) -> Tensor:
     return dx
 
 
+class Tiles(NamedTuple):
+    """How a compiled 3 × 3 convolution is computed (Lavin and Gray 2016, arXiv 1509.09308).
+
+    Attributes:
+        side: of the tiles of the output that are computed together, 2 or 4: 4/9 or 1/4 of the
+            multiplications; with 4 rounding is larger (winograd4.c).
+        bfloat16: round the products' factors to bfloat16 where the processor has instructions for
+            it, twice as many a second; sums stay float32. Elsewhere nothing is rounded.
+    """
+
+    side: int = 2
+    bfloat16: bool = False
+
+    def kernel(self, height: int, width: int) -> str:
+        """What computes maps of `height` × `width`."""
+        # Tiles of 4 on maps of two pixels would compute more than tiles of 2.
+        side = self.side if min(height, width) > 2 else 2
+        return f"conv3x3_by{side}" + ("_bfloat16" if self.bfloat16 and has_bfloat16() else "")
+
+
+OF_TWO = Tiles()
+
+
 def convolves(x: Tensor, weight: Tensor) -> bool:
     """Whether `conv3x3` takes channels-last `x` (N, I, H, W) and `weight` (O, I, 3, 3).
 
@@ -314,40 +340,30 @@ def convolves(x: Tensor, weight: Tensor) -> bool:
     return x.ndim == 4 and x.shape[1] == c_in and whole
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, tile: int = 2) -> Tensor:
-    """3 × 3 convolution of `x` (N, I, H, W), zero-padded by 1, stride 1: (N, O, H, W).
-
-    Args:
-        tile: side of the tiles of y that are computed together, 2 or 4: 4/9 or 1/4 of the
-            multiplications; with 4 rounding is larger (winograd4.c).
-    """
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles = OF_TWO) -> Tensor:
+    """3 × 3 convolution of `x` (N, I, H, W), zero-padded by 1, stride 1: (N, O, H, W)."""
     n, _, h, w = x.shape
     y = torch.empty((n, len(weight), h, w), memory_format=torch.channels_last)
-    _convolve(x, weight, bias, tile, y, None)
+    _convolve(x, weight, bias, tiles, y, None)
     return y
 
 
 def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tile: int, y: Tensor, which: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles, y: Tensor, which: Tensor | None
 ) -> None:
     """Write the convolution to `y`, or its maxima, and which they are to `which`."""
     (n, c_in, h, w), c_out = x.shape, len(weight)
-    name, weight = f"conv3x3_by{_side(tile, h, w)}", weight.contiguous()
-    call(name, x, weight, bias, n, h, w, c_in, c_out, 0, y, which)
-
-
-def _side(tile: int, height: int, width: int) -> int:
-    """Tiles of 4 on maps of two pixels would compute more than tiles of 2."""
-    return tile if min(height, width) > 2 else 2
+    weight = weight.contiguous()
+    call(tiles.kernel(h, w), x, weight, bias, n, h, w, c_in, c_out, 0, y, which)
 
 
 def conv3x3_max_pool(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tile: int = 2
+    x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles = OF_TWO
 ) -> tuple[Tensor, Tensor]:
     """`max_pool` of `conv3x3`, which itself is never written."""
     n, _, h, w = x.shape
     y, which = _windows(n, len(weight), h, w)
-    _convolve(x, weight, bias, tile, y, which)
+    _convolve(x, weight, bias, tiles, y, which)
     return y, which
 
 
@@ -357,7 +373,7 @@ def conv3x3_gradients(
     g: Tensor,
     which: Tensor | None = None,
     *,
-    tile: int = 2,
+    tiles: Tiles = OF_TWO,
     x_grad: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients with respect to x (None without `x_grad`), kernel and bias, from `g` = dL/dy.
@@ -369,7 +385,7 @@ def conv3x3_gradients(
     g = g.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous()
     weight_grad, bias_grad = torch.empty_like(weight), g.new_empty(c_out)
-    name = f"conv3x3_by{_side(tile, h, w)}"
+    name = tiles.kernel(h, w)
     call(f"{name}_gradient", x, g, which, n, h, w, c_in, c_out, weight_grad, bias_grad)
     if not x_grad:
         return None, weight_grad, bias_grad

@@ -11,6 +11,7 @@
  */
 #include <math.h>
 
+#include "bfloat16.h"
 #include "vectors.h"
 
 #define BLOCK 64          /* rows summed in float, in cache, before they join the double sums */
@@ -412,7 +413,16 @@ int normlab_normalize(const float *x, const float *mean, const float *var, const
 }
 
 /* Which signatures these are: a library of another number, from an older build, is not used. */
-int normlab_interface(void) { return 5; }
+int normlab_interface(void) { return 6; }
+
+/* Whether convolutions with products of bfloat16 are here and run on this processor. */
+int normlab_bfloat16(void) {
+#ifdef BFLOAT16
+    return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+    return 0;
+#endif
+}
 
 /* Batch normalisation in training, of x, N x C x S, into y:
  *     mean, var = moments of x, var biased

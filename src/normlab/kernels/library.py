@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-INTERFACE = 5  # as in kernels.c: raised there and here whenever a signature changes
+INTERFACE = 6  # as in kernels.c: raised there and here whenever a signature changes
 
 
 class _Off(threading.local):
@@ -55,6 +55,12 @@ _SIGNATURES = {
     "pool": [_POINTER, *[_LONG] * 4, *[_POINTER] * 2, _INT],
     "pool_gradient": [*[_POINTER] * 2, *[_LONG] * 4, _POINTER, _INT],
 }
+_BFLOAT16 = {  # which not every processor has
+    "conv3x3_by2_bfloat16": _CONV,
+    "conv3x3_by4_bfloat16": _CONV,
+    "conv3x3_by2_bfloat16_gradient": _CONV_GRADIENT,
+    "conv3x3_by4_bfloat16_gradient": _CONV_GRADIENT,
+}
 
 
 @cache
@@ -82,8 +88,10 @@ def _library() -> ctypes.CDLL | None:
             library = ctypes.CDLL(str(path))
             if library.normlab_interface() != INTERFACE:
                 continue
-            for name, argtypes in _SIGNATURES.items():
-                getattr(library, f"normlab_{name}").argtypes = argtypes
+            missing = {} if library.normlab_bfloat16() else _BFLOAT16
+            for name, argtypes in (_SIGNATURES | _BFLOAT16).items():
+                if name not in missing:
+                    getattr(library, f"normlab_{name}").argtypes = argtypes
             for name in _STRUCTS:
                 getattr(library, f"normlab_{name}").argtypes = [ctypes.c_char_p]
         except (OSError, AttributeError):  # another platform's file, or an older build's
@@ -95,6 +103,13 @@ def _library() -> ctypes.CDLL | None:
 def available() -> bool:
     """Whether compiled kernels were built, load here, and are not disabled."""
     return not _off.depth and _library() is not None
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether the kernels were compiled with, and this processor has, products of bfloat16."""
+    library = _library()
+    return library is not None and bool(library.normlab_bfloat16())
 
 
 @contextmanager

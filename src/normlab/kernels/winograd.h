@@ -21,6 +21,11 @@
  *
  * Transformed tiles lie in strips of 16 channels, POINTS x C/16 x room x 16, transformed kernels too,
  * POINTS x O/16 x I x 16: what a product reads is contiguous and small, whatever C is.
+ *
+ * With BFLOAT16 the products' factors are bfloat16, the upper halves of float32, and their sums
+ * float32. One instruction multiplies and adds two factors next to each other in the summed index, so
+ * these lie together: channels of a tile do anyway; rows of a strip are summed over in pairs, which
+ * lie value by value side by side (`deep`).
  */
 
 #define TILES 42 /* tiles transformed together: what they need stays in cache, in sets of its own */
@@ -34,6 +39,38 @@
 #define ROWS 6         /* its rows; divides TILES, as do those of a block of one vector */
 #define ROWS_ALONE 14
 #define OVER (VEC == 16 ? 8 : 4) /* rows of a block of the products over tiles */
+
+#ifdef BFLOAT16
+#define DEPTH 2 /* factors that an instruction sums over */
+typedef uint16_t cell;
+typedef __m512i factors;
+INLINE factors factors_at(const cell *p) { return _mm512_loadu_si512(p); }
+INLINE factors repeat(const cell *p) { return _mm512_set1_epi32(*(const int32_t *)p); }
+INLINE vec multiply_add(factors a, factors b, vec sum) {
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+/* Write v rounded, as the first or second of each pair; the first goes with zeros. */
+INLINE void put_half(cell *p, vec v, int second) {
+    __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
+    if (second) wide = _mm512_or_si512(_mm512_slli_epi32(wide, 16), _mm512_loadu_si512(p));
+    _mm512_storeu_si512(p, wide);
+}
+INLINE void put(cell *p, vec v) {
+    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+#else
+#define DEPTH 1
+typedef float cell;
+typedef vec factors;
+INLINE factors factors_at(const cell *p) { return load(p); }
+INLINE factors repeat(const cell *p) { return splat(*p); }
+INLINE vec multiply_add(factors a, factors b, vec sum) { return sum + a * b; }
+INLINE void put(cell *p, vec v) { store(p, v); }
+INLINE void put_half(cell *p, vec v, int second) {
+    (void)second;
+    store(p, v);
+}
+#endif
 
 typedef struct {
     i64 N, H, W, down, across; /* down x across tiles an image */
@@ -52,6 +89,10 @@ static inline i64 padded(i64 C) { return (C + STRIP - 1) / STRIP * STRIP; }
 
 /* Where column `c` of row `r` is in strips of `rows` rows. */
 static inline i64 at(i64 r, i64 c, i64 rows) { return (c / STRIP * rows + r) * STRIP + c % STRIP; }
+
+/* The same in strips whose rows are summed over; `rows` is a multiple of DEPTH. Of a pair of rows both
+ * are there, and `put_half` writes one. */
+static inline i64 deep(i64 r, i64 c, i64 rows) { return DEPTH * at(r / DEPTH, c, rows / DEPTH); }
 
 /* Column `c` of C, a multiple of 8, and those behind it; zeros behind the last. */
 static inline vec load_within(const float *p, i64 c, i64 C) {
@@ -100,37 +141,46 @@ static void windows_of(const grid_t *s, i64 t, int nearby, i64 *windows) {
         }
 }
 
-/* The second half of B' d B: along the rows, to `out` and every `step` from there. */
-INLINE void store_input(vec rows[SPAN][SPAN], float *out, i64 step) {
+/* The second half of B' d B of tile `t`, columns from `c` of C: along the rows, to strips of `room` rows
+ * at each point. `over_tiles`: for a product that sums over the tiles, not the channels. */
+INLINE void store_input(vec rows[SPAN][SPAN], int t, i64 c, i64 C, i64 room, int over_tiles, cell *V) {
+    V += over_tiles ? deep(t, c, room) : at(t, c, room);
     UNROLL for (int i = 0; i < SPAN; i++) {
         vec r[SPAN];
         input_side(rows[i], r);
-        UNROLL for (int j = 0; j < SPAN; j++) store(out + (SPAN * i + j) * step, r[j]);
+        UNROLL for (int j = 0; j < SPAN; j++) {
+            cell *to = V + (SPAN * i + j) * room * C;
+            if (over_tiles) put_half(to, r[j], t % DEPTH);
+            else put(to, r[j]);
+        }
     }
 }
 
 /* V = B' x B of `count` tiles from `first`, in strips of `room` rows. */
-static void transform_input(const float *x, const grid_t *s, i64 C, i64 first, int count, i64 room,
-                            const float *zeros, float *V) {
-    for (int t = 0; t < count; t++) {
-        const float *p[POINTS];
-        input_pixels(x, s, C, first + t, zeros, p);
-        for (i64 c = 0; c < C; c += VEC) {
-            vec rows[SPAN][SPAN];
-            UNROLL for (int j = 0; j < SPAN; j++) {
-                vec d[SPAN], r[SPAN];
-                UNROLL for (int i = 0; i < SPAN; i++) d[i] = load_within(p[SPAN * i + j], c, C);
-                input_side(d, r);
-                UNROLL for (int i = 0; i < SPAN; i++) rows[i][j] = r[i];
+INLINE void transform_input(const float *x, const grid_t *s, i64 C, i64 first, int count, i64 room,
+                            int over_tiles, const float *zeros, cell *V) {
+    for (int t = 0; t < count; t += DEPTH) {
+        const float *p[DEPTH][POINTS];
+        int together = (int)min64(DEPTH, count - t);
+        for (int k = 0; k < together; k++) input_pixels(x, s, C, first + t + k, zeros, p[k]);
+        for (i64 c = 0; c < C; c += VEC)
+            for (int k = 0; k < together; k++) {
+                vec rows[SPAN][SPAN];
+                UNROLL for (int j = 0; j < SPAN; j++) {
+                    vec d[SPAN], r[SPAN];
+                    UNROLL for (int i = 0; i < SPAN; i++)
+                        d[i] = load_within(p[k][SPAN * i + j], c, C);
+                    input_side(d, r);
+                    UNROLL for (int i = 0; i < SPAN; i++) rows[i][j] = r[i];
+                }
+                store_input(rows, t + k, c, padded(C), room, over_tiles, V);
             }
-            store_input(rows, V + at(t, c, room), room * padded(C));
-        }
     }
 }
 
 /* The same of the image whose windows hold the values g where `which` says, and zeros. */
 static void transform_windows(const float *g, const uint8_t *which, const grid_t *s, i64 C,
-                              i64 first, int count, i64 room, const float *zeros, float *V) {
+                              i64 first, int count, i64 room, const float *zeros, cell *V) {
     for (int t = 0; t < count; t++) {
         i64 windows[NEAR * NEAR];
         const float *values[NEAR * NEAR];
@@ -138,7 +188,7 @@ static void transform_windows(const float *g, const uint8_t *which, const grid_t
         windows_of(s, first + t, 1, windows);
         for (int k = 0; k < NEAR * NEAR; k++) {
             values[k] = windows[k] < 0 ? zeros : g + windows[k] * C;
-            places[k] = which + max64(windows[k], 0) * C;
+            places[k] = windows[k] < 0 ? (const uint8_t *)zeros : which + windows[k] * C;
         }
         for (i64 c = 0; c < C; c += VEC) {
             vec rows[SPAN][SPAN];
@@ -151,7 +201,7 @@ static void transform_windows(const float *g, const uint8_t *which, const grid_t
                 input_side(d, r);
                 UNROLL for (int i = 0; i < SPAN; i++) rows[i][j] = r[i];
             }
-            store_input(rows, V + at(t, c, room), room * C);
+            store_input(rows, t, c, C, room, 0, V);
         }
     }
 }
@@ -197,47 +247,65 @@ static void transform_output(const float *M, const grid_t *s, i64 C, i64 first, 
     }
 }
 
+/* Where the gradient of a tile of the output is: its pixels, or with `which` its windows' values and
+ * their places. */
+typedef struct {
+    float *pixels[PIXELS];
+    const float *values[ACROSS * ACROSS];
+    const uint8_t *places[ACROSS * ACROSS];
+} gradient_t;
+
+static void gradient_of(const float *g, const uint8_t *which, const grid_t *s, i64 C, i64 t,
+                        float *zeros, gradient_t *tile) {
+    i64 windows[ACROSS * ACROSS];
+    if (!which) {
+        output_pixels((float *)g, s, C, t, zeros, tile->pixels);
+        return;
+    }
+    windows_of(s, t, 0, windows);
+    for (int k = 0; k < ACROSS * ACROSS; k++) {
+        tile->values[k] = windows[k] < 0 ? zeros : g + windows[k] * C;
+        tile->places[k] = windows[k] < 0 ? (const uint8_t *)zeros : which + windows[k] * C;
+    }
+}
+
 /* U = A g A' of `count` tiles from `first`, in strips; sums (C) grows by the tiles' sums. With
  * `which`, g holds one value a window. */
 static void transform_gradient(const float *g, const uint8_t *which, const grid_t *s, i64 C,
-                               i64 first, int count, i64 room, float *zeros, float *U,
+                               i64 first, int count, i64 room, float *zeros, cell *U,
                                float *sums) {
-    for (int t = 0; t < count; t++) {
-        float *p[PIXELS];
-        i64 windows[ACROSS * ACROSS];
-        const float *values[ACROSS * ACROSS];
-        const uint8_t *places[ACROSS * ACROSS];
-        if (which) {
-            windows_of(s, first + t, 0, windows);
-            for (int k = 0; k < ACROSS * ACROSS; k++) {
-                values[k] = windows[k] < 0 ? zeros : g + windows[k] * C;
-                places[k] = which + max64(windows[k], 0) * C;
-            }
-        } else output_pixels((float *)g, s, C, first + t, zeros, p);
+    for (int t = 0; t < count; t += DEPTH) {
+        gradient_t at_tiles[DEPTH];
+        int together = (int)min64(DEPTH, count - t);
+        for (int k = 0; k < together; k++) gradient_of(g, which, s, C, first + t + k, zeros, at_tiles + k);
         for (i64 c = 0; c < C; c += VEC) {
-            vec rows[SPAN][SIDE], sum;
-            UNROLL for (int j = 0; j < SIDE; j++) {
-                vec d[SIDE], r[SPAN], total;
-                UNROLL for (int i = 0; i < SIDE; i++) {
-                    int k = i / 2 * ACROSS + j / 2, corner = i % 2 * 2 + j % 2;
-                    if (which) {
-                        ivec place = load_places(places[k] + c);
-                        d[i] = (vec)((ivec)load(values[k] + c) & (place == corner));
-                    } else d[i] = load(p[SIDE * i + j] + c);
-                    if (i) total += d[i];
-                    else total = d[i];
+            cell *out = U + deep(t, c, room);
+            for (int k = 0; k < together; k++) {
+                const gradient_t *from = at_tiles + k;
+                vec rows[SPAN][SIDE], sum;
+                UNROLL for (int j = 0; j < SIDE; j++) {
+                    vec d[SIDE], r[SPAN], total;
+                    UNROLL for (int i = 0; i < SIDE; i++) {
+                        int w = i / 2 * ACROSS + j / 2, corner = i % 2 * 2 + j % 2;
+                        if (which) {
+                            ivec place = load_places(from->places[w] + c);
+                            d[i] = (vec)((ivec)load(from->values[w] + c) & (place == corner));
+                        } else d[i] = load(from->pixels[SIDE * i + j] + c);
+                        if (i) total += d[i];
+                        else total = d[i];
+                    }
+                    if (j) sum += total;
+                    else sum = total;
+                    gradient_side(d, r);
+                    UNROLL for (int i = 0; i < SPAN; i++) rows[i][j] = r[i];
                 }
-                if (j) sum += total;
-                else sum = total;
-                gradient_side(d, r);
-                UNROLL for (int i = 0; i < SPAN; i++) rows[i][j] = r[i];
-            }
-            store(sums + c, load(sums + c) + sum);
-            float *out = U + at(t, c, room);
-            UNROLL for (int i = 0; i < SPAN; i++) {
-                vec r[SPAN];
-                gradient_side(rows[i], r);
-                UNROLL for (int j = 0; j < SPAN; j++) store(out + (SPAN * i + j) * room * C, r[j]);
+                store(sums + c, load(sums + c) + sum);
+                UNROLL for (int i = 0; i < SPAN; i++) {
+                    vec r[SPAN];
+                    gradient_side(rows[i], r);
+                    UNROLL for (int j = 0; j < SPAN; j++)
+                        put_half(out + (SPAN * i + j) * room * C, r[j], k);
+                }
             }
         }
     }
@@ -245,10 +313,11 @@ static void transform_gradient(const float *g, const uint8_t *which, const grid_
 
 /* G w G' of w, O x I x 3 x 3, as I rows for O columns; or, turned, of the kernel that takes the
  * gradient back, O rows for I columns. Here the 16 columns from `first`. */
-static void transform_kernel(const float *w, i64 O, i64 I, int turned, i64 first, float *U) {
+static void transform_kernel(const float *w, i64 O, i64 I, int turned, i64 first, cell *U) {
     i64 rows = turned ? O : I;
     for (i64 row = 0; row < rows; row++) {
-        float k[9][STRIP], *out = U + at(row, first, rows);
+        float k[9][STRIP];
+        cell *out = U + deep(row, first, rows);
         for (int c = 0; c < STRIP; c++) {
             const float *from = w + 9 * (turned ? row * I + first + c : (first + c) * I + row);
             UNROLL for (int j = 0; j < 9; j++) k[j][c] = from[turned ? 8 - j : j];
@@ -263,7 +332,8 @@ static void transform_kernel(const float *w, i64 O, i64 I, int turned, i64 first
             UNROLL for (int i = 0; i < SPAN; i++) {
                 vec r[SPAN];
                 kernel_side(at_rows[i], r);
-                UNROLL for (int j = 0; j < SPAN; j++) store(out + (SPAN * i + j) * I * O + c, r[j]);
+                UNROLL for (int j = 0; j < SPAN; j++)
+                    put_half(out + (SPAN * i + j) * I * O + DEPTH * c, r[j], row % DEPTH);
             }
         }
     }
@@ -295,19 +365,19 @@ static void transform_back(const float *D, i64 O, i64 I, i64 first, float *dw) {
 
 /* M (rows x one vector of columns, or `two`) = V (rows x I) U (I x columns), `height` rows at a time,
  * the last ones rounded up; V in strips of TILES rows. */
-INLINE void product_of(const float *V, const float *u0, const float *u1, int rows, i64 I, float *m0,
+INLINE void product_of(const cell *V, const cell *u0, const cell *u1, int rows, i64 I, float *m0,
                        float *m1, int height, int two) {
     for (int r = 0; r < rows; r += height) {
         vec sum[ROWS_ALONE][2] = {{{0}}};
-        const float *a0 = u0, *a1 = u1;
+        const cell *a0 = u0, *a1 = u1;
         for (i64 first = 0; first < I; first += 8) {
-            const float *v = V + at(r, first, TILES);
-            for (int i = 0; i < 8; i++, a0 += STRIP, a1 += STRIP) {
-                vec b0 = load(a0), b1 = two ? load(a1) : b0;
+            const cell *v = V + at(r, first, TILES);
+            for (int i = 0; i < 8; i += DEPTH, a0 += DEPTH * STRIP, a1 += DEPTH * STRIP) {
+                factors b0 = factors_at(a0), b1 = two ? factors_at(a1) : b0;
                 UNROLL for (int k = 0; k < height; k++) {
-                    vec a = splat(v[k * STRIP + i]);
-                    sum[k][0] += a * b0;
-                    if (two) sum[k][1] += a * b1;
+                    factors a = repeat(v + k * STRIP + i);
+                    sum[k][0] = multiply_add(a, b0, sum[k][0]);
+                    if (two) sum[k][1] = multiply_add(a, b1, sum[k][1]);
                 }
             }
         }
@@ -319,30 +389,31 @@ INLINE void product_of(const float *V, const float *u0, const float *u1, int row
 }
 
 /* The same for the PAIR of columns from `o` of U (I x O). */
-static void product(const float *V, const float *U, int rows, i64 I, i64 O, i64 o, float *M) {
-    const float *u0 = U + at(0, o, I), *u1 = U + at(0, o + VEC, I);
+static void product(const cell *V, const cell *U, int rows, i64 I, i64 O, i64 o, float *M) {
+    const cell *u0 = U + at(0, o, I), *u1 = U + at(0, o + VEC, I);
     if (o + VEC < O) product_of(V, u0, u1, rows, I, M, M + at(0, VEC, TILES), ROWS, 1);
     else product_of(V, u0, u0, rows, I, M, M, ROWS_ALONE, 0);
 }
 
 /* D (I x one vector of columns, or `two`) += V' (I x rows) U (rows x columns), all in strips, V and U
  * of `room` rows. */
-INLINE void product_over_tiles_of(const float *V, const float *u0, const float *u1, int rows,
-                                  i64 room, i64 I, float *d0, float *d1, int two) {
+INLINE void product_over_tiles_of(const cell *V, const cell *u0, const cell *u1, int rows, i64 room,
+                                  i64 I, float *d0, float *d1, int two) {
     for (i64 i = 0; i < I; i += OVER, d0 += OVER * STRIP, d1 += OVER * STRIP) {
         vec sum[OVER][2];
         UNROLL for (int k = 0; k < OVER; k++) {
             sum[k][0] = load(d0 + k * STRIP);
             if (two) sum[k][1] = load(d1 + k * STRIP);
         }
-        const float *v = V + at(0, i, room), *b0 = u0, *b1 = u1;
-        for (int r = 0; r < rows; r++, v += STRIP, b0 += STRIP, b1 += STRIP) {
-            vec c0 = load(b0), c1 = two ? load(b1) : c0;
+        const cell *v = V + deep(0, i, room), *b0 = u0, *b1 = u1;
+        for (int r = 0; r < rows; r += DEPTH) {
+            factors c0 = factors_at(b0), c1 = two ? factors_at(b1) : c0;
             UNROLL for (int k = 0; k < OVER; k++) {
-                vec a = splat(v[k]);
-                sum[k][0] += a * c0;
-                if (two) sum[k][1] += a * c1;
+                factors a = repeat(v + DEPTH * k);
+                sum[k][0] = multiply_add(a, c0, sum[k][0]);
+                if (two) sum[k][1] = multiply_add(a, c1, sum[k][1]);
             }
+            v += DEPTH * STRIP, b0 += DEPTH * STRIP, b1 += DEPTH * STRIP;
         }
         UNROLL for (int k = 0; k < OVER; k++) {
             store(d0 + k * STRIP, sum[k][0]);
@@ -351,10 +422,10 @@ INLINE void product_over_tiles_of(const float *V, const float *u0, const float *
     }
 }
 
-static void product_over_tiles(const float *V, const float *U, int rows, i64 room, i64 I, i64 O,
+static void product_over_tiles(const cell *V, const cell *U, int rows, i64 room, i64 I, i64 O,
                                float *D) {
     for (i64 o = 0; o < O; o += PAIR) {
-        const float *u0 = U + at(0, o, room), *u1 = U + at(0, o + VEC, room);
+        const cell *u0 = U + at(0, o, room), *u1 = U + at(0, o + VEC, room);
         float *d0 = D + at(0, o, I), *d1 = D + at(0, o + VEC, I);
         if (o + VEC < O) product_over_tiles_of(V, u0, u1, rows, room, I, d0, d1, 1);
         else product_over_tiles_of(V, u0, u0, rows, room, I, d0, d0, 0);
@@ -371,7 +442,7 @@ int CONV3X3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64
     grid_t s = grid(N, H, W, which && !turned);
     i64 tiles = tiles_of(&s), blocks = (tiles + TILES - 1) / TILES;
     i64 from = turned ? O : I, to = turned ? I : O;
-    float *U = malloc(POINTS * I * O * sizeof(float));
+    cell *U = malloc(POINTS * I * O * sizeof(cell));
     if (!U) return -1;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
@@ -379,11 +450,12 @@ int CONV3X3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64
 #pragma omp for schedule(static)
         for (i64 first = 0; first < to; first += STRIP)
             transform_kernel(w, O, I, turned, first, U);
-        i64 space = POINTS * TILES * (padded(from) + padded(to));
-        float *V = aligned_alloc(64, (space + padded(from) + padded(to)) * sizeof(float));
+        i64 in = POINTS * TILES * padded(from) * sizeof(cell), out = POINTS * TILES * padded(to);
+        i64 size = in + (out + padded(from) + padded(to)) * sizeof(float);
+        cell *V = aligned_alloc(64, size);
         float *pixels[TILES][PIXELS];
-        float *M = V + POINTS * TILES * padded(from), *zeros = V + space, *outside = zeros + padded(from);
-        if (V) memset(V, 0, (space + padded(from)) * sizeof(float));
+        float *M = (float *)((char *)V + in), *zeros = M + out, *outside = zeros + padded(from);
+        if (V) memset(V, 0, size);
         else {
 #pragma omp atomic write
             failed = 1;
@@ -394,7 +466,7 @@ int CONV3X3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64
             int count = (int)min64(TILES, tiles - b * TILES);
             if (which && turned)
                 transform_windows(x, which, &s, from, b * TILES, count, TILES, zeros, V);
-            else transform_input(x, &s, from, b * TILES, count, TILES, zeros, V);
+            else transform_input(x, &s, from, b * TILES, count, TILES, 0, zeros, V);
             int pooled = which && !turned;
             for (int t = 0; t < count && !pooled; t++)
                 output_pixels(y, &s, to, b * TILES + t, outside, pixels[t]);
@@ -410,11 +482,12 @@ int CONV3X3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64
     return failed ? -1 : 0;
 }
 
-/* Tiles whose transforms are kept for one product over them: the more, the fewer passes over D. Odd,
- * since the 16 points of a tile lie so many rows apart, and must not meet in one set of the cache. */
+/* Tiles whose transforms are kept for one product over them: the more, the fewer passes over D. Rows
+ * are odd in number, since the points of a tile lie so many apart, and must not meet in one set of the
+ * cache. */
 static i64 room_for(i64 channels) {
-    i64 tiles = 3 * (1 << 18) / (POINTS * channels); /* 3 MiB */
-    return max64(TILES, min64(tiles, 128)) | 1;
+    i64 rows = 3 * (1 << 18) / (POINTS * channels); /* 3 MiB */
+    return (max64(TILES, min64(rows, 128)) | 1) * DEPTH;
 }
 
 /* Gradients of the kernel, dw (O x I x 3 x 3), and of the bias, db (O), from x and g = dL/dy, of the
@@ -426,15 +499,16 @@ int CONV3X3_GRADIENT(const float *x, const float *g, const uint8_t *which, i64 N
     i64 tiles = tiles_of(&s), room = room_for(padded(I) + O);
     i64 size = POINTS * I * O + O; /* of a part: D, POINTS x I x O, and the sums of g */
     i64 most = min64(16, max64(4, (1 << 21) / size)); /* 8 MiB of them, or four */
-    int count_of_parts = (int)min64(most, 1 + tiles / (4 * room));
+    int count_of_parts = (int)min64(most, 1 + tiles / (4 * room / DEPTH));
     float *parts = calloc(count_of_parts * size, sizeof(float));
     if (!parts) return -1;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        i64 space = POINTS * room * (padded(I) + O);
-        float *V = aligned_alloc(64, (space + padded(I) + O) * sizeof(float));
-        float *U = V + POINTS * room * padded(I), *zeros = V + space;
+        i64 space = POINTS * room * (padded(I) + O) * sizeof(cell);
+        cell *V = aligned_alloc(64, space + (padded(I) + O) * sizeof(float));
+        cell *U = V + POINTS * room * padded(I);
+        float *zeros = (float *)((char *)V + space);
         if (V) memset(zeros, 0, (padded(I) + O) * sizeof(float));
         else {
 #pragma omp atomic write
@@ -446,7 +520,7 @@ int CONV3X3_GRADIENT(const float *x, const float *g, const uint8_t *which, i64 N
             i64 begin = tiles * part / count_of_parts, end = tiles * (part + 1) / count_of_parts;
             for (i64 t = begin; V && t < end; t += room) {
                 int count = (int)min64(room, end - t);
-                transform_input(x, &s, I, t, count, room, zeros, V);
+                transform_input(x, &s, I, t, count, room, 1, zeros, V);
                 transform_gradient(g, which, &s, O, t, count, room, zeros, U, D + POINTS * I * O);
                 for (int p = 0; p < POINTS; p++)
                     product_over_tiles(V + p * room * padded(I), U + p * room * O, count, room, I, O,

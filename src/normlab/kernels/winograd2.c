@@ -10,8 +10,10 @@
 #include "vectors.h"
 
 #define SIDE 2
+#ifndef CONV3X3
 #define CONV3X3 normlab_conv3x3_by2
 #define CONV3X3_GRADIENT normlab_conv3x3_by2_gradient
+#endif
 
 INLINE void input_side(const vec d[4], vec r[4]) {
     r[0] = d[0] - d[2], r[1] = d[1] + d[2], r[2] = d[2] - d[1], r[3] = d[1] - d[3];

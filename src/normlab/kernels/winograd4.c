@@ -13,8 +13,10 @@
 #include "vectors.h"
 
 #define SIDE 4
+#ifndef CONV3X3
 #define CONV3X3 normlab_conv3x3_by4
 #define CONV3X3_GRADIENT normlab_conv3x3_by4_gradient
+#endif
 #define A 0.70710678f
 #define B 1.41421356f
 

@@ -247,16 +247,18 @@ def conv_pool(x: Tensor, conv: nn.Module, pool: nn.Module) -> Tensor:
         or _hooked(pool)
     ):
         return pool(conv(x))  # type: ignore[no-any-return]
-    y: Tensor = _ConvPool.apply(x, conv.weight, conv.bias, conv.tile)  # type: ignore[no-untyped-call]
+    y: Tensor = _ConvPool.apply(x, conv.weight, conv.bias, conv.tiles_now())  # type: ignore[no-untyped-call]
     return y
 
 
 class _ConvPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
-        y, which = kernels.conv3x3_max_pool(x, weight, bias, tile)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tiles: kernels.Tiles
+    ) -> Tensor:
+        y, which = kernels.conv3x3_max_pool(x, weight, bias, tiles)
         ctx.save_for_backward(x, weight, which)
-        ctx.tile = tile
+        ctx.tiles = tiles
         return y
 
     @staticmethod
@@ -264,7 +266,7 @@ class _ConvPool(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, which = ctx.saved_tensors
         x_grad = ctx.needs_input_grad[0]
-        grads = kernels.conv3x3_gradients(x, weight, g, which, tile=ctx.tile, x_grad=x_grad)
+        grads = kernels.conv3x3_gradients(x, weight, g, which, tiles=ctx.tiles, x_grad=x_grad)
         return needed(ctx, *grads, None)
 
 

@@ -34,10 +34,10 @@ class Conv2d(nn.Conv2d):
     """3×3 convolution with Glorot-uniform kernel and zero bias.
 
     Attributes:
-        tile: side of the tiles that the compiled convolution works on; see `conv3x3`.
+        tiles: how the compiled convolution is computed in training.
     """
 
-    tile = 2
+    tiles = kernels.Tiles()
 
     def __init__(
         self, c_in: int, c_out: int, *, padding: int, rng: "Generator", bias: bool = True
@@ -51,27 +51,27 @@ class Conv2d(nn.Conv2d):
         """(N, I, H, W) → (N, O, H, W), or two pixels less a side without padding."""
         if self.padding != (1, 1):
             return super().forward(x)
-        return conv3x3(x, self.weight, self.bias, self.tile)
+        return conv3x3(x, self.weight, self.bias, self.tiles_now())
+
+    def tiles_now(self) -> kernels.Tiles:
+        """`tiles`; but where nothing is learnt, answers are not rounded to bfloat16."""
+        return self.tiles if self.training else self.tiles._replace(bfloat16=False)
 
 
-def use_tiles(network: nn.Module, side: int) -> None:
-    """Let every `Conv2d` of `network` work on tiles of `side` × `side`; see `conv3x3`."""
+def use_tiles(network: nn.Module, tiles: kernels.Tiles) -> None:
+    """Let every `Conv2d` of `network` compute as `tiles` says in training."""
     for layer in network.modules():
         if isinstance(layer, Conv2d):
-            layer.tile = side
+            layer.tiles = tiles
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, tile: int = 2) -> Tensor:
-    """conv2d(x, weight, bias, padding=1) for 3 × 3 kernels, compiled where that applies.
-
-    Args:
-        tile: 2 or 4, the side of the tiles that the compiled one computes at a time, by Winograd's
-            algorithm (Lavin and Gray 2016): 4/9 or 1/4 of the multiplications. With 4 the rounding
-            error is three times that with 2.
-    """
+def conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tiles: kernels.Tiles = kernels.OF_TWO
+) -> Tensor:
+    """conv2d(x, weight, bias, padding=1) for 3 × 3 kernels, compiled where that applies."""
     if not kernels.convolves(x, weight):
         return conv2d(x, weight, bias, padding=1)
-    y: Tensor = _Conv3x3.apply(x, weight, bias, tile)  # type: ignore[no-untyped-call]
+    y: Tensor = _Conv3x3.apply(x, weight, bias, tiles)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -79,17 +79,19 @@ class _Conv3x3(torch.autograd.Function):
     """The compiled convolution: the same sums in fewer multiplications (winograd.h)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tiles: kernels.Tiles
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.tile = tile
-        return kernels.conv3x3(x, weight, bias, tile)
+        ctx.tiles = tiles
+        return kernels.conv3x3(x, weight, bias, tiles)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         x_grad = ctx.needs_input_grad[0]
-        grads = kernels.conv3x3_gradients(x, weight, g, tile=ctx.tile, x_grad=x_grad)
+        grads = kernels.conv3x3_gradients(x, weight, g, tiles=ctx.tiles, x_grad=x_grad)
         return needed(ctx, *grads, None)
 
 

@@ -184,3 +184,4 @@ deep = partial(FastNet, stages=((16,), (64,), (128,), (128, 128)))  # for 64 × 
 deeper = partial(FastNet, stages=((16,), (32,), (64,), (128,), (128, 128)))  # for 96 and more
 wide = partial(FastNet, components=16, stages=((32, 32), (128, 128), (128, 128)))
 wider = partial(FastNet, components=16, stages=((64, 64), (256, 256), (256, 256)))
+widest = partial(FastNet, components=16, stages=((128, 128), (384, 384), (384, 384)))

@@ -44,6 +44,11 @@ class Model:
         allowed=lambda side: side in (2, 4),
         remedy="choose 2 or 4",
     )
+    products: str = setting(
+        "float32",
+        "What compiled convolutions multiply in training; bfloat16 where the processor has it.",
+        names=("float32", "bfloat16"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +174,7 @@ PARTS: dict[str, Mapping[str, type[Any]]] = {
 ORDINARY: dict[str, Any] = {"logit_scale": 1.0, "norm_momentum": 0.99}
 USUAL: dict[str, dict[str, Any]] = {
     name: {"logit_scale": 1 / 3, "norm_momentum": 0.6}
-    for name in ("fast", "fast-deep", "fast-deeper", "fast-wide", "fast-wider")
+    for name in ("fast", "fast-deep", "fast-deeper", "fast-wide", "fast-wider", "fast-widest")
 }
 USUAL["timm"] = {"logit_scale": 1.0, "norm_momentum": 0.9}
 

@@ -16,6 +16,7 @@ from normlab.data.changes import Changes
 from normlab.data.given import was_given
 from normlab.data.loading import PUBLIC
 from normlab.errors import DataError
+from normlab.kernels import Tiles
 from normlab.layers import BatchNorm, use_tiles
 from normlab.recipes import Recipe
 from normlab.recipes.families import MODELS
@@ -145,7 +146,7 @@ class Task:
             seed=self.seed,
             **({"architecture": model.architecture} if model.name == "timm" else {}),
         )
-        use_tiles(network, model.winograd)
+        use_tiles(network, Tiles(model.winograd, model.products == "bfloat16"))
         for layer in network.modules():
             if isinstance(layer, BatchNorm):
                 layer.ghost = norm.images
