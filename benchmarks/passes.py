@@ -11,7 +11,9 @@ Written to docs/results/passes.json; docs/benchmarks.md has the tables.
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +91,19 @@ def peaks() -> tuple[float, float]:
 def passes_of(name: str, threads: int) -> dict[str, Any]:
     """Every pass of a step of the recipe `name` with its share of the time."""
     recipe, data = recipes.get(name), load()
-    costs: dict[str, tuple[int, int]] = {}
+    ours: dict[str, Counter[str]] = {}
     plain = kernels.call
 
     def watched(kernel: str, *arguments: Any) -> None:
         words, operations, bytes_ = cost(kernel, arguments)
-        before = costs.get(words, (0, 0))
-        costs[words] = before[0] + operations, before[1] + bytes_
-        with record_function(words):
+        started = time.perf_counter()
+        plain(kernel, *arguments)
+        took = time.perf_counter() - started
+        counts = {"seconds": took, "calls": 1, "operations": operations, "bytes": bytes_}
+        ours.setdefault(words, Counter()).update(counts)
+
+    def named(kernel: str, *arguments: Any) -> None:
+        with record_function(cost(kernel, arguments)[0]):
             plain(kernel, *arguments)
 
     device = torch.device("cpu")
@@ -119,30 +126,39 @@ def passes_of(name: str, threads: int) -> dict[str, Any]:
                 x, labels = batches(number)
             train_step(model, optimizer, x, labels, stream(0, "dropout", number))
 
-        for number in range(first, first + WARM_UP):
+        numbers = iter(range(first, first + WARM_UP + 2 * STEPS))
+        for number in islice(numbers, WARM_UP):
             step(number)
-        kernels.call = watched
         try:
+            kernels.call = watched
             started = time.perf_counter()
-            with profile(activities=[ProfilerActivity.CPU], with_flops=True) as seen:
-                for number in range(first + WARM_UP, first + WARM_UP + STEPS):
-                    step(number)
+            for number in islice(numbers, STEPS):
+                step(number)
             seconds = (time.perf_counter() - started) / STEPS
+            # What the profiler keeps splits the memory that steps give back, so that large tensors
+            # lie in new pages each time: our passes were timed without it.
+            kernels.call = named
+            with profile(activities=[ProfilerActivity.CPU], with_flops=True) as seen:
+                for number in numbers:
+                    step(number)
         finally:
             kernels.call = plain
-    rows = []
-    for event in seen.key_averages():
-        operations, bytes_ = costs.get(event.key, (event.flops or 0, 0))
-        taken = event.self_cpu_time_total / 1e6 / STEPS
-        rows.append(
-            {
-                "pass": event.key,
-                "calls": event.count / STEPS,
-                "seconds": taken,
-                "operations": operations / STEPS,
-                "bytes": bytes_ / STEPS,
-            }
-        )
+    totals = [{"pass": words, **counts} for words, counts in ours.items()]
+    totals += [
+        {
+            "pass": event.key,
+            "calls": event.count,
+            "seconds": event.self_cpu_time_total / 1e6,
+            "operations": event.flops or 0,
+            "bytes": 0,
+        }
+        for event in seen.key_averages()
+        if event.key not in ours
+    ]
+    rows: list[dict[str, Any]] = [
+        {"pass": total.pop("pass"), **{key: value / STEPS for key, value in total.items()}}
+        for total in totals
+    ]
     rows.sort(key=lambda row: -row["seconds"])
     return {"seconds": seconds, "batch_size": recipe.batch_size, "passes": rows}
 

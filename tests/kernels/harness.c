@@ -19,6 +19,7 @@ CONV(4_bfloat16)
 int normlab_conv_pixels(const float *, const float *, const float *, i64, i64, i64, i64, float *, int);
 int normlab_conv_pixels_gradient(const float *, const float *, i64, i64, i64, i64, float *, float *,
                                  int);
+int normlab_whiten(const float *, const float *, const float *, i64, i64, i64, i64, float *, int);
 
 static int compared;
 
@@ -81,6 +82,32 @@ typedef int conv_t(const float *, const float *, const float *, i64, i64, i64, i
                    uint8_t *, int);
 typedef int conv_gradient_t(const float *, const float *, const uint8_t *, i64, i64, i64, i64, i64,
                             float *, float *, int);
+
+static void whitening(void) {
+    i64 N = between(1, 3), H = between(1, 9), W = between(1, 30), K = between(1, 16);
+    int threads = (int)between(1, 2);
+    float *x = drawn(N * H * W * 3), *mean = drawn(3), *w = drawn(K * 27), *y = drawn(N * H * W * 2 * K);
+    double *Y = room(N * H * W * 2 * K * sizeof(double));
+    normlab_whiten(x, mean, w, N, H, W, K, y, threads);
+    for (i64 n = 0; n < N; n++)
+        for (i64 r = 0; r < H; r++)
+            for (i64 c = 0; c < W; c++)
+                for (i64 k = 0; k < K; k++) {
+                    double sum = 0;
+                    for (i64 i = -1; i < 2; i++)
+                        for (i64 j = -1; j < 2; j++)
+                            for (i64 a = 0; a < 3; a++) {
+                                if (r + i < 0 || r + i >= H || c + j < 0 || c + j >= W) continue;
+                                double value = x[((n * H + r + i) * W + c + j) * 3 + a] - mean[a];
+                                sum += value * w[k * 27 + a * 9 + (i + 1) * 3 + j + 1];
+                            }
+                    double *to = Y + ((n * H + r) * W + c) * 2 * K + k;
+                    to[0] = sum > 0 ? sum : 0, to[K] = sum < 0 ? -sum : 0;
+                }
+    same("whitening", y, Y, N * H * W * 2 * K, 2e-6);
+    void *all[] = {x, mean, w, y, Y};
+    for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++) free(all[i]);
+}
 
 static void convolution(conv_t *conv, conv_gradient_t *conv_gradient, double bound) {
     shape_t s = {between(1, 3), between(1, 14), between(1, 14), 8 * between(1, 9), 16 * between(1, 5), 1};
@@ -222,11 +249,12 @@ int main(int argc, char **argv) {
         convolution(normlab_conv3x3_by4, normlab_conv3x3_by4_gradient, 6e-6);
 #ifdef BFLOAT16
         if (normlab_bfloat16()) {
-            convolution(normlab_conv3x3_by2_bfloat16, normlab_conv3x3_by2_bfloat16_gradient, 1.5e-2);
-            convolution(normlab_conv3x3_by4_bfloat16, normlab_conv3x3_by4_bfloat16_gradient, 4e-2);
+            convolution(normlab_conv3x3_by2_bfloat16, normlab_conv3x3_by2_bfloat16_gradient, 2.5e-2);
+            convolution(normlab_conv3x3_by4_bfloat16, normlab_conv3x3_by4_bfloat16_gradient, 8e-2);
         }
 #endif
         pixels();
+        whitening();
         normalisation();
         pooling();
     }

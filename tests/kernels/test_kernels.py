@@ -322,6 +322,34 @@ def test_answers_of_a_network_that_does_not_learn_are_not_rounded() -> None:
     assert not torch.equal(conv.train()(x), plain[0])
 
 
+@pytest.mark.parametrize(("shape", "kinds"), [((3, 5, 7), 12), ((2, 32, 32), 16), ((1, 2, 1), 1)])
+def test_whitening_matches_float64(shape: tuple[int, int, int], kinds: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    n, height, width = shape
+    x = torch.rand(n, 3, height, width, generator=generator)
+    x = x.contiguous(memory_format=torch.channels_last)
+    half, mean = torch.randn(kinds, 3, 3, 3, generator=generator), torch.rand(3)
+    filters = torch.cat([half, -half])
+    assert kernels.whitens(x, filters)
+    y = kernels.whiten(x, mean, filters)
+    centred = x.double() - mean.double().view(3, 1, 1)
+    expected = conv2d(centred, filters.double(), padding=1).relu()
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert (y - expected).abs().max() <= 2e-6 * expected.max()
+
+
+def test_whitening_passes_on_what_is_not_finite_and_leaves_the_rest_to_pytorch() -> None:
+    x = torch.rand(1, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    half, mean = torch.randn(4, 3, 3, 3), torch.zeros(3)
+    filters = torch.cat([half, -half])
+    x[0, 1, 2, 2] = float("nan")
+    assert kernels.whiten(x, mean, filters)[0, :, 1:4, 1:4].isnan().all()
+    assert not kernels.whitens(x, torch.cat([half, half]))
+    assert not kernels.whitens(x, torch.cat([filters] * 5))
+    assert not kernels.whitens(x.double(), filters)
+    assert not kernels.whitens(x.requires_grad_(), filters)
+
+
 def test_without_the_instructions_nothing_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "has_bfloat16", lambda: False)
     x = torch.randn(3, 32, 8, 8).contiguous(memory_format=torch.channels_last)

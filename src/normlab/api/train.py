@@ -267,7 +267,7 @@ def _describe(threads: int, device: torch.device, ranks: Ranks) -> dict[str, Any
 
 def _facts(task: Task, machine: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for all processes of a training; the data's place need not be."""
-    keys = ("normlab", "torch", "numpy", "compiled_kernels", "cpu_capability")
+    keys = ("normlab", "torch", "numpy", "compiled_kernels", "cpu_capability", "bfloat16")
     values = task.as_dict()
     return {
         **{f"version of {key}": machine[key] for key in keys[:3]},
@@ -418,7 +418,8 @@ def _redraw(run: Run, data: str | Path | Mapping[str, Any] | ImageData | None) -
 def _differences(
     task: Task, then: Mapping[str, Any], images: ImageData, now: Mapping[str, Any]
 ) -> list[str]:
-    then, now = {"processes": 1, **then}, {"processes": 1, **now}
+    # What older runs did not tell: one process, and no products that a processor might lack.
+    then, now = {"processes": 1, "bfloat16": now["bfloat16"], **then}, {"processes": 1, **now}
     found = [
         f"{key} ({then.get(key)} then, {now[key]} now)"
         for key in (
@@ -431,6 +432,7 @@ def _differences(
             "cpu",
             "cpu_capability",
             "compiled_kernels",
+            "bfloat16",
         )
         if then.get(key) != now[key]
     ]

@@ -34,7 +34,7 @@ def resolve_device(device: str, local_rank: int | None = None) -> torch.device:
 
     Args:
         local_rank: of one process of several on this machine, which takes the CUDA device of that
-            number (not measured here: no such device was at hand).
+            number (with more than one such device not run yet).
 
     Raises:
         UserError: an unknown device, or one that is not here.
@@ -70,6 +70,7 @@ def describe_machine(threads: int, device: torch.device) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "compiled_kernels": kernels.available(),
+        "bfloat16": kernels.available() and kernels.has_bfloat16(),
         "cores": cores(),
         "threads": threads,
         "device": str(device),
@@ -82,7 +83,7 @@ def settings(threads: int, device: torch.device) -> Iterator[None]:
     """Run with `threads` threads, denormals flushed to zero and deterministic kernels.
 
     PyTorch's CPU kernels are deterministic at a fixed number of threads as they are; CUDA's have
-    to be asked (not measured here: no such device was at hand).
+    to be asked.
     """
     keep_freed_memory()
     threads_before = torch.get_num_threads()

@@ -47,6 +47,8 @@ __all__ = [
     "relu_dropout_batch_norm",
     "relu_dropout_gradient",
     "relu_dropout_moments",
+    "whiten",
+    "whitens",
 ]
 
 
@@ -409,6 +411,28 @@ def conv_pixels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     (n, _, h, w), c_out = x.shape, len(weight)
     y = torch.empty((n, c_out, h - 2, w - 2), memory_format=torch.channels_last)
     call("conv_pixels", x, weight.contiguous(), bias, n, h, w, c_out, y)
+    return y
+
+
+def whitens(x: Tensor, filters: Tensor) -> bool:
+    """Whether `whiten` takes channels-last `x` (N, 3, H, W) and `filters` (2K, 3, 3, 3)."""
+    shape, kinds = layout(x), len(filters) // 2
+    if shape is None or shape[1:] != (3, 1) or x.ndim != 4 or kinds > 16:
+        return False
+    if x.requires_grad or filters.dtype != torch.float32 or filters.device.type != "cpu":
+        return False
+    return torch.equal(filters[kinds:], -filters[:kinds])
+
+
+def whiten(x: Tensor, mean: Tensor, filters: Tensor) -> Tensor:
+    """ReLU of the convolution of `x` − `mean` (N, 3, H, W), zero-padded by 1: (N, 2K, H, W).
+
+    Args:
+        filters: (2K, 3, 3, 3), K ≤ 16 and their negatives.
+    """
+    n, _, h, w = x.shape
+    y = torch.empty((n, len(filters), h, w), memory_format=torch.channels_last)
+    call("whiten", x, mean, filters.contiguous(), n, h, w, len(filters) // 2, y)
     return y
 
 

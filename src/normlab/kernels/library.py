@@ -52,6 +52,7 @@ _SIGNATURES = {
     "conv3x3_by4_gradient": _CONV_GRADIENT,
     "conv_pixels": [*[_POINTER] * 3, *[_LONG] * 4, _POINTER, _INT],
     "conv_pixels_gradient": [*[_POINTER] * 2, *[_LONG] * 4, *[_POINTER] * 2, _INT],
+    "whiten": [*[_POINTER] * 3, *[_LONG] * 4, _POINTER, _INT],
     "pool": [_POINTER, *[_LONG] * 4, *[_POINTER] * 2, _INT],
     "pool_gradient": [*[_POINTER] * 2, *[_LONG] * 4, _POINTER, _INT],
 }

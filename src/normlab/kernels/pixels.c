@@ -1,4 +1,4 @@
-/* A 3 x 3 convolution of pixels: 3 channels in, a multiple of 32 out, no padding.
+/* 3 x 3 convolutions of pixels: 3 channels in, a multiple of 32 out, no padding; and whitening.
  *
  * Three channels fill no register, so output channels lie in the registers, and each value of a
  * window is multiplied with all of its weights at once. A window is three runs of nine neighbouring
@@ -59,6 +59,71 @@ int normlab_conv_pixels(const float *x, const float *w, const float *bias, i64 N
     }
     free(taps);
     return 0;
+}
+
+#define KINDS 16 /* at most so many whitening filters */
+#define KIND_REGS (KINDS / VEC)
+#define NEIGHBOURS (12 / KIND_REGS) /* windows worked on together */
+
+/* y, 2K values a window, of `count` neighbouring windows of three rows of `line` values. Reads and
+ * writes as if there were NEIGHBOURS at least, and KINDS values from the last one's K-th on. */
+static void whiten_windows(const float *x, i64 line, const float *taps, i64 K, i64 count, float *y) {
+    for (i64 first = 0; first < count; first += NEIGHBOURS) {
+        i64 c = max64(0, min64(first, count - NEIGHBOURS)); /* the last ones may be computed twice */
+        vec sum[NEIGHBOURS][KIND_REGS] = {{{0}}};
+        for (int t = 0; t < TAPS; t++) {
+            const float *values = x + t / RUN * line + t % RUN + 3 * c;
+            UNROLL for (int p = 0; p < NEIGHBOURS; p++) {
+                vec a = splat(values[3 * p]);
+                UNROLL for (int j = 0; j < KIND_REGS; j++)
+                    sum[p][j] += a * load(taps + t * KINDS + j * VEC);
+            }
+        }
+        UNROLL for (int p = 0; p < NEIGHBOURS; p++)
+            for (int sign = 0; sign < 2; sign++)
+                UNROLL for (int j = 0; j < KIND_REGS; j++) {
+                    vec s = sign ? -sum[p][j] : sum[p][j];
+                    store(y + (2 * (c + p) + sign) * K + j * VEC, (vec)((ivec)s & ~(s <= 0)));
+                }
+    }
+}
+
+/* y (N x H x W x 2K) = ReLU of the convolution of x - mean, N x H x W x 3, padded by a pixel of zeros,
+ * with K <= 16 filters w (K x 3 x 3 x 3), and of its negative. Returns 0, or -1 when memory is short. */
+int normlab_whiten(const float *x, const float *mean, const float *w, i64 N, i64 H, i64 W, i64 K,
+                   float *y, int threads) {
+    i64 width = 3 * W, line = width + 6;
+    i64 in = 3 * line + 3 * NEIGHBOURS, out = 2 * K * max64(W, NEIGHBOURS) + KINDS;
+    float taps[TAPS * KINDS] = {0};
+    int failed = 0;
+    for (int t = 0; t < TAPS; t++)
+        for (i64 k = 0; k < K; k++) taps[t * KINDS + k] = w[in_kernel(k, t)];
+#pragma omp parallel num_threads(threads)
+    {
+        float *rows = calloc(in + out + width, sizeof(float)), *done = rows + in, *means = done + out;
+        if (rows)
+            for (i64 i = 0; i < width; i++) means[i] = mean[i % 3];
+        else {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (i64 r = 0; r < N * H; r++) {
+            if (!rows) continue;
+            for (int d = 0; d < 3; d++) {
+                float *to = rows + d * line + 3;
+                if (r % H + d < 1 || r % H + d > H) memset(to, 0, width * sizeof(float));
+                else {
+                    const float *from = x + (r + d - 1) * width;
+                    for (i64 i = 0; i < width; i++) to[i] = from[i] - means[i];
+                }
+            }
+            whiten_windows(rows, line, taps, K, W, done);
+            memcpy(y + r * W * 2 * K, done, W * 2 * K * sizeof(float));
+        }
+        free(rows);
+    }
+    return failed ? -1 : 0;
 }
 
 /* D (27 x O) and sums (O) grow by those of one row of windows, whose gradients are g. */

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, relu
 
+from normlab import kernels
 from normlab.core.streams import stream
 from normlab.errors import UserError
 from normlab.layers import Conv2d, MaxPool2d, NoNorm, conv_pool, norm_relu, normalizer
@@ -48,7 +49,9 @@ class Whitening(nn.Module):
         self.mean.copy_(x.mean((0, 2, 3)))
         patches = patches_of(x - self.mean.view(3, 1, 1)).double()  # (patches, 27)
         centred = patches - patches.mean(0)
-        variances, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))  # ascending
+        # On the processor, whatever the device: an eigenvector's sign is the library's choice.
+        covariance = (centred.T @ centred / len(centred)).cpu()
+        variances, vectors = torch.linalg.eigh(covariance)  # ascending
         leading = vectors.flip(1)[:, : self.components]  # (27, components)
         scale = (variances.flip(0)[: self.components].clamp_min(0) + eps).rsqrt()
         kernel = (leading * scale).T.reshape(-1, 3, PATCH, PATCH)
@@ -56,6 +59,8 @@ class Whitening(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) → (N, 2·components, H, W)."""
+        if kernels.whitens(x, self.kernel):
+            return kernels.whiten(x, self.mean, self.kernel)
         return conv2d(x - self.mean.view(3, 1, 1), self.kernel, padding=PATCH // 2).relu_()
 
 
@@ -184,4 +189,3 @@ deep = partial(FastNet, stages=((16,), (64,), (128,), (128, 128)))  # for 64 × 
 deeper = partial(FastNet, stages=((16,), (32,), (64,), (128,), (128, 128)))  # for 96 and more
 wide = partial(FastNet, components=16, stages=((32, 32), (128, 128), (128, 128)))
 wider = partial(FastNet, components=16, stages=((64, 64), (256, 256), (256, 256)))
-widest = partial(FastNet, components=16, stages=((128, 128), (384, 384), (384, 384)))
