@@ -10,12 +10,12 @@ from normlab.recipes.schedules import ToZero, Triangle
 def fast79() -> Recipe:
     """The notebook's accuracy from one look at each picture, well under a minute on two cores.
 
-    Test accuracy 0.7956 ± 0.0022 (standard deviation over seeds; lowest 0.7915), n = 10, one view
-    of each picture, 0.8074 with the mirrored view as well; 11.6 s (10.2 to 16.6) with two threads;
-    at most 1.1 GiB. All 50,000 images, the first 30 % of the steps at 16 × 16 pixels. AMD EPYC, 2
-    cores of a shared host, AVX-512, compiled kernels, PyTorch 2.13.0, Python 3.11.7. As it was
-    before, in tiles of 2: 0.7973 ± 0.0026, n = 10; without compiled kernels 0.7965 ± 0.0026, n =
-    10; the untuned twin, `--norm none`, in tiles of 2: 0.6138 ± 0.0254, n = 10.
+    Test accuracy 0.7961 ± 0.0054 (standard deviation over seeds; lowest 0.7856), n = 10, one view
+    of each picture, 0.8081 with the mirrored view as well; 9.7 s (8.6 to 10.6) with two threads.
+    All 50,000 images, the first 30 % of the steps at 16 × 16 pixels. AMD EPYC (Zen 4), 2 cores,
+    AVX-512 with bfloat16, compiled kernels, PyTorch 2.13.0, Python 3.11.7. In float32: 0.7956 ±
+    0.0022, n = 10; without compiled kernels 0.7965 ± 0.0026, n = 10; the untuned twin, `--norm
+    none`, in tiles of 2 and float32: 0.6138 ± 0.0254, n = 10.
 
         python -m benchmarks.headline fast79 --seeds 10 --threads 2
     """
@@ -37,11 +37,11 @@ def fast79() -> Recipe:
 def fast84() -> Recipe:
     """The same network with four looks at each picture, the first half of them at half size.
 
-    Test accuracy 0.8484 ± 0.0012 (standard deviation over seeds; lowest 0.8463), n = 10, one view
-    of each picture, 0.8583 with the mirrored view as well; 42.7 s (39.5 to 46.7, n = 6) with two
-    threads; AMD EPYC, 2 cores of a shared host, AVX-512, compiled kernels, PyTorch 2.13.0, Python
-    3.11.7. As it was before, in tiles of 2: 0.8471 ± 0.0025, n = 10; without compiled kernels
-    0.8466 ± 0.0024, n = 5; the untuned twin, `--norm none`, in tiles of 2: 0.8033 ± 0.0101, n = 10.
+    Test accuracy 0.8480 ± 0.0016 (standard deviation over seeds; lowest 0.8456), n = 10, one view
+    of each picture, 0.8575 with the mirrored view as well; 27.4 s (25.4 to 28.5) with two threads;
+    AMD EPYC (Zen 4), 2 cores, AVX-512 with bfloat16, compiled kernels, PyTorch 2.13.0, Python
+    3.11.7. In float32: 0.8484 ± 0.0012, n = 10; without compiled kernels 0.8466 ± 0.0024, n = 5;
+    the untuned twin, `--norm none`, in tiles of 2 and float32: 0.8033 ± 0.0101, n = 10.
 
         python -m benchmarks.headline fast84 --seeds 10 --threads 2
     """
@@ -58,9 +58,9 @@ def fast84() -> Recipe:
 def fast90() -> Recipe:
     """Six convolutions of 32 to 128 channels, eight looks at each picture, moved by up to 2 pixels.
 
-    Test accuracy 0.9058 ± 0.0022 (standard deviation over seeds; lowest 0.9029), n = 5, one view
-    of each picture, 0.9138 with the mirrored view as well; 171.8 s (169.7 to 175.1) with two
-    threads, measured in tiles of 2; Intel Xeon, 2 cores, AVX-512, compiled kernels, PyTorch 2.13.0,
+    Test accuracy 0.9049 ± 0.0025 (standard deviation over seeds; lowest 0.9018), n = 5, one view
+    of each picture, 0.9113 with the mirrored view as well; 147.1 s (140.1 to 154.3) with two
+    threads; AMD EPYC (Zen 4), 2 cores, AVX-512 with bfloat16, compiled kernels, PyTorch 2.13.0,
     Python 3.11.7.
 
         python -m benchmarks.headline fast90 --seeds 5 --threads 2
@@ -83,8 +83,8 @@ def fast94() -> Recipe:
     plain mean over six views of each picture, mirrored and moved (34 s for 10,000; since then
     `evaluate --views shift` weighs the unmoved pair one half, which is not measured yet);
     0.9349 ± 0.0004 by one view, 0.9411 with the mirrored one as well. 1129 s (1032 to 1143) with
-    two threads; at most 1.4 GiB, the views included. Measured in tiles of 2; Intel Xeon, 2 cores,
-    AVX-512, compiled kernels, PyTorch 2.13.0, Python 3.11.7.
+    two threads; at most 1.4 GiB, the views included. Measured in tiles of 2 and float32; Intel
+    Xeon, 2 cores, AVX-512, compiled kernels, PyTorch 2.13.0, Python 3.11.7.
 
         python -m benchmarks.headline fast94 --seeds 3 --threads 2
     """
