@@ -73,6 +73,8 @@ def _session(
     ready.send_bytes(b"1")
     with Faults(folder, n, fault, lasting=lasting) as faults:
         code = run(words)
+        # The second of two may come when the command has ended, and must not end what follows here.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stderr.flush()
     ready.send_bytes(json.dumps(faults.events).encode())
     os._exit(code)
