@@ -13,6 +13,10 @@ import errno
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import click
 
@@ -38,11 +42,48 @@ def main(arguments: list[str] | None = None) -> None:
     code = run(arguments)
     if code == 128 + signal.SIGINT:  # a second one shall not end in a traceback of Python's end
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nor a late first one
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit code."""
+    with _no_signal_is_lost():
+        return _run(arguments)
+
+
+@contextmanager
+def _no_signal_is_lost() -> Iterator[None]:
+    """Send a signal again whose exception fell where Python ignores exceptions.
+
+    Python's handlers raise wherever the program happens to be. In a destructor or the callback of a
+    weak reference the exception is printed with its traceback and forgotten: a lost Ctrl-C.
+    """
+    before = sys.unraisablehook
+
+    def send_again(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if isinstance(error, KeyboardInterrupt):
+            signum = int(signal.SIGINT)
+        elif isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
+            signum = error.code - 128
+        else:
+            before(unraisable)
+            return
+        # A moment later, when the destructor is over.
+        timer = threading.Timer(0.01, os.kill, (os.getpid(), signum))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         words = sys.argv[1:] if arguments is None else arguments
         return int(cli.main(words, prog_name="normlab", standalone_mode=False, obj=words) or 0)

@@ -172,6 +172,46 @@ def test_a_double_ctrl_c_ends_at_once(in_tmp: Path) -> None:
     assert "Traceback" not in errors
 
 
+LOST = """
+import signal, sys, time, weakref
+import click
+import normlab.__main__
+
+class Picture:
+    def __del__(self):
+        if sys.argv[1] == "destructor":
+            signal.raise_signal(getattr(signal, sys.argv[2]))
+
+def leave(signum, _):
+    raise SystemExit(128 + signum)
+
+@click.command()
+def slow():
+    signal.signal(signal.SIGTERM, leave)
+    picture = Picture()
+    gone = weakref.ref(picture, lambda _: signal.raise_signal(getattr(signal, sys.argv[2])))
+    if sys.argv[1] == "destructor":
+        del gone
+    del picture
+    time.sleep(60)
+
+normlab.__main__.cli = slow
+normlab.__main__.main([])
+"""
+
+
+@pytest.mark.parametrize("place", ["destructor", "callback"])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_falls_where_python_ignores_exceptions_is_not_lost(
+    place: str, signum: signal.Signals, code: int
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOST, place, signum.name], capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stderr.strip() == ("normlab: interrupted" if code == 130 else "")
+
+
 def test_a_training_whose_reader_has_gone_is_no_success_and_goes_on(in_tmp: Path) -> None:
     """As in `normlab train | head -1`."""
     with launch(*TINY, "--epochs", "6", cwd=in_tmp) as process:
