@@ -35,7 +35,7 @@ VIEWS = click.option(
     default="single",
     show_default=True,
     help="Versions of each picture to answer from: single, flip (2), shift (6), or unsure: "
-    "6 for the quarter of pictures with the least sure answers.",
+    "6 for the pictures with the least sure answers, about a quarter.",
 )
 ABSTAIN_AT = click.option(
     "--abstain-at",

@@ -22,7 +22,7 @@ from normlab.layers import BatchNorm
 Images = NDArray[np.uint8] | Tensor | Mapping[str, Tensor]
 
 
-UNSURE = 0.25  # the share of images that `unsure` views look at again
+UNSURE = 0.25  # the share of images that `unsure` views see again
 
 
 def normalizers(model: nn.Module) -> dict[str, TorchBatchNorm]:
@@ -104,14 +104,8 @@ def logits_of(
         answers = logits_of(model, images, batch_size, own_statistics=own_statistics, ranks=ranks)
         sure = answers.double().softmax(1).amax(1)
         chosen = sure.argsort(stable=True)[: round(len(sure) * UNSURE)]
-        if len(chosen):
-            seen = images[chosen.numpy()] if isinstance(images, np.ndarray) else images[chosen]
-            answers[chosen] = logits_of(
-                *(model, seen, batch_size),
-                views="shift",
-                own_statistics=own_statistics,
-                ranks=ranks,
-            )
+        again: Any = {"own_statistics": own_statistics, "ranks": ranks}
+        see_again(model, images, answers, chosen, batch_size=batch_size, **again)
         return answers
     parts: dict[int, Tensor] = {}  # by the number of their first image
 
@@ -131,6 +125,24 @@ def logits_of(
     for first, part in parts.items():
         together[first : first + len(part)] = part
     return ranks.sum(together)  # to every row the others add zeros: the bits stay
+
+
+def see_again(
+    model: nn.Module,
+    images: NDArray[np.uint8] | Tensor,
+    answers: Tensor,
+    chosen: Tensor,
+    **options: Any,
+) -> None:
+    """Replace the logits `answers` (N, K) of some images by those of `shift` views.
+
+    Args:
+        chosen: numbers of the images; there may be none.
+        options: of `logits_of`.
+    """
+    if len(chosen):
+        seen = images[chosen.numpy()] if isinstance(images, np.ndarray) else images[chosen]
+        answers[chosen] = logits_of(model, seen, views="shift", **options)
 
 
 def logits(answer: Any) -> Tensor:

@@ -15,6 +15,7 @@ from normlab.errors import UserError
 from normlab.evaluation.doubt import Doubt
 
 if TYPE_CHECKING:
+    from normlab.formats.onnx_model import OnnxModel
     from normlab.runs import Run
 
 BATCH_SIZE = 64
@@ -63,26 +64,38 @@ def run_predictor(run: "Run", weights: str = "kept", views: str = "single") -> P
     """The network of a run, as trained.
 
     Args:
-        views: of each picture, see `logits_of`; `unsure` means the quarter of each batch. The
-            temperature is that of single views, and these tell what is familiar.
+        views: of each picture, see `logits_of`. `unsure` takes those of `shift` where the single
+            view is less sure than for three quarters of the held-out pictures, so that no answer
+            hangs on what else is asked. The temperature is that of single views, and these tell
+            what is familiar.
 
     Raises:
-        UserError: the run has no such weights.
+        UserError: the run has no such weights, or held out nothing that says what is unsure.
     """
     from normlab.evaluation import held_out
     from normlab.evaluation.familiarity import answers_of, familiarity
-    from normlab.evaluation.forward import logits_of
+    from normlab.evaluation.forward import UNSURE, logits_of, see_again
 
     model = run.model(weights)
     doubt, means = held_out.read(run, weights) or (None, None)
     temperature = 1.0 if doubt is None else doubt.temperature
+    least = 0.0  # probability with which a single view is sure
+    if views == "unsure":
+        if doubt is None:
+            raise UserError(
+                f"no held-out pictures say which answers of run {run.path} by its {weights} "
+                "weights are unsure: choose views flip or shift"
+            )
+        least = float(np.quantile(doubt.probability, UNSURE))
 
     def answers(images: NDArray[np.uint8]) -> Answers:
-        if views == "single" or means is not None:
+        features = None
+        if views in ("single", "unsure") or means is not None:
             logits, features = answers_of(model, images)
-        else:
-            features = None
-        if views != "single":
+        if views == "unsure":
+            sure = (logits.double() / temperature).softmax(1).amax(1)
+            see_again(model, images, logits, (sure < least).nonzero()[:, 0])
+        elif views != "single":
             logits = logits_of(model, images, views=views)
         near = None if means is None or features is None else familiarity(features, means)
         probabilities: NDArray[np.floating] = (logits.double() / temperature).softmax(1).numpy()
@@ -114,14 +127,30 @@ def open_predictor(
         return run_predictor(open_run(path), weights, views)
     if weights != "kept":
         raise UserError(f"{path} holds one set of weights: leave out --weights {weights}")
-    if views != "single":
-        raise UserError(f"{path} answers single views: leave out --views, or name its run")
+    require_single(path, views)
     from normlab.formats.onnx_model import open_onnx
 
-    model = open_onnx(path)
-    return Predictor(
-        model.answers, model.class_names, model.image_size, doubt_of(model.metadata, path)
-    )
+    return onnx_predictor(open_onnx(path), path)
+
+
+def onnx_predictor(model: "OnnxModel", where: object) -> Predictor:
+    """An exported file's network, by single views.
+
+    Raises:
+        DataError: what it says of its held-out pictures is not as `normlab export` wrote it.
+    """
+    doubt = doubt_of(model.metadata, where)
+    return Predictor(model.answers, model.class_names, model.image_size, doubt)
+
+
+def require_single(path: str | Path, views: str) -> None:
+    """Refuse other views of an exported file, whose graph makes none.
+
+    Raises:
+        UserError: other views.
+    """
+    if views != "single":
+        raise UserError(f"{path} answers single views: leave out --views, or name its run")
 
 
 def doubt_of(metadata: Mapping[str, Any], where: object) -> Doubt | None:
