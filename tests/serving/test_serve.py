@@ -619,6 +619,17 @@ def refused(*words: str) -> str:
     return done.stderr
 
 
+def test_views_are_refused_in_one_line_where_they_cannot_be(exported: Path, run: Run) -> None:
+    assert f"{exported} answers single views: leave out --views" in refused(
+        str(exported), "--port", "0", "--views", "flip"
+    )
+    message = refused(str(run.path), "--port", "0", "--views", "unsure")  # it held out nothing
+    assert f"which answers of run {run.path}" in message
+    assert "choose views flip or shift" in message
+    message = refused(str(run.path), "--port", "0", "--views", "flip", "--abstain-at", "90")
+    assert "--abstain-at holds for single views: leave out --views" in message
+
+
 def test_mistakes_are_one_line(exported: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

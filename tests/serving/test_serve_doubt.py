@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 import normlab
+from normlab.__main__ import run as command
 from normlab.api.run import Run
 from normlab.data import load
 from normlab.evaluation import held_out
@@ -64,6 +66,38 @@ def test_doubt_stands_beside_the_answer(run: Run, server: Server, pictures: list
         assert other.get("/model").json()["doubt"] is None
 
 
+@pytest.mark.parametrize("views", ["flip", "shift", "unsure"])
+def test_views_answer_as_predict_does(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], views: str
+) -> None:
+    paths = [tmp_path / f"{i:02}.png" for i in range(24)]
+    for path, pixels in zip(paths, load("sample").x_test, strict=False):
+        Image.fromarray(pixels).save(path)
+    words = [str(run.path), str(tmp_path), "--top", "10", "--json"]
+    said = {}
+    for name in (views, "single"):
+        assert command(["predict", *words, "--views", name]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        said[name] = [json.loads(line)["predictions"] for line in lines]
+    with running(str(run.path), "--views", views) as server:
+        told = server.get("/model").json()
+        contents = [path.read_bytes() for path in paths]
+        together = server.post(*contents, query="?top=10").json()["results"]
+        alone = [server.post(c, query="?top=10").json()["results"][0] for c in contents]
+    assert f"Views: {views}." in server.said
+    assert (told["views"], told["checked"]) == (views, "the run itself answers")
+    assert told["sha256"] is told["certificate"] is told["doubt"]["error_after"] is None
+    for expected, *answers in zip(said[views], together, alone, strict=True):
+        for answer in answers:
+            assert _by_class(answer["predictions"]) == pytest.approx(_by_class(expected), abs=1e-6)
+    changed = sum(a != b for a, b in zip(said[views], said["single"], strict=True))
+    assert 0 < changed < 24 if views == "unsure" else changed == 24
+
+
+def _by_class(predictions: list[dict[str, Any]]) -> dict[str, float]:
+    return {p["class"]: p["probability"] for p in predictions}
+
+
 def test_heat_is_of_one_picture_alone(server: Server, pictures: list[Path]) -> None:
     content = pictures[0].read_bytes()
     (answer,) = server.post(content, query="?heat=true").json()["results"]
@@ -101,7 +135,5 @@ def test_the_page_says_it_in_words(browser: Any, server: Server, pictures: list[
 def test_a_rate_that_cannot_be_kept_is_no_server(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from normlab.__main__ import run as command
-
     assert command(["serve", str(run.path), "--port", "0", "--abstain-at", "99"]) == 2
     assert "cannot be shown on 100 pictures held out" in capsys.readouterr().err

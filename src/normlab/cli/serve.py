@@ -4,7 +4,7 @@ import ipaddress
 
 import click
 
-from normlab.cli.options import ABSTAIN_AT
+from normlab.cli.options import ABSTAIN_AT, VIEWS
 from normlab.cli.output import say
 from normlab.core.descriptors import open_standard_streams
 
@@ -26,6 +26,7 @@ from normlab.core.descriptors import open_standard_streams
     multiple=True,
     help="A name under which the server answers, beside localhost and --host. May be repeated.",
 )
+@VIEWS
 @ABSTAIN_AT
 @click.option("--always", is_flag=True, help="Always answer, however unsure it is.")
 def serve(
@@ -33,6 +34,7 @@ def serve(
     host: str,
     port: int,
     allow_hosts: tuple[str, ...],
+    views: str,
     abstain_at: float | None,
     always: bool,
 ) -> None:
@@ -43,6 +45,8 @@ def serve(
     """
     if always and abstain_at is not None:
         raise click.UsageError("--always cannot be combined with --abstain-at")
+    if views != "single" and abstain_at is not None:
+        raise click.UsageError("--abstain-at holds for single views: leave out --views")
     open_standard_streams()
     from normlab.serving.server import serve as run_server
 
@@ -57,6 +61,7 @@ def serve(
         host=host,
         port=port,
         allow_hosts=allow_hosts,
+        views=views,
         abstain_at=None if abstain_at is None else abstain_at / 100,
         always=always,
         say=say,

@@ -89,7 +89,8 @@ class ModelDoubt(BaseModel):
     least_familiarity: float | None
     temperature: float
     error_before: float | None = Field(
-        description="Calibration error on the held-out pictures without the temperature."
+        description="Calibration error on the held-out pictures without the temperature. None if "
+        "answers are from several views, of which it was not measured."
     )
     error_after: float | None = Field(
         description="The same with the temperature, which was fitted on these pictures."
@@ -106,7 +107,12 @@ class ModelDescription(BaseModel):
     formats: list[str] = Field(description="Kinds of pictures that are read.")
     recipe: str | None
     data: str | None
-    sha256: str = Field(description="Of the ONNX file.")
+    views: str = Field(
+        description="What each picture is answered from: `single`, the picture; `flip`, its mirror "
+        "image, too; `shift`, both also moved by a pixel; `unsure`, as `shift` where the picture "
+        "alone gives no sure answer."
+    )
+    sha256: str | None = Field(description="Of the ONNX file. None if the run itself answers.")
     checked: str = Field(description="How it was compared with the run it came from.")
     certificate: dict[str, Any] | None
     doubt: ModelDoubt | None = Field(description="None if it answers whatever it is shown.")

@@ -112,7 +112,7 @@ class Service:
         rule: Rule | None,
     ) -> None:
         self.model = model
-        self.class_names = [printable(name) for name in model.onnx.class_names]
+        self.class_names = [printable(name) for name in model.predictor.class_names]
         self.settings = settings
         self.decoders = decoders
         self.rule = rule
@@ -202,7 +202,7 @@ def create_app(
     app = FastAPI(
         title="normlab",
         version=version("normlab"),
-        summary=f"Says which of {len(model.onnx.class_names)} classes a picture shows.",
+        summary=f"Says which of {len(model.predictor.class_names)} classes a picture shows.",
         lifespan=service.running,
         redirect_slashes=False,  # to what the client calls this server
         # Its pages of documentation load scripts from another host.
@@ -222,7 +222,7 @@ def create_app(
 
 def _samples(model: ServedModel) -> list[tuple[str, Pixels]]:
     """Pictures of CIFAR-10, if it is CIFAR-10's classes that the model knows."""
-    return one_of_each_class() if set(model.onnx.class_names) == set(CLASS_NAMES) else []
+    return one_of_each_class() if set(model.predictor.class_names) == set(CLASS_NAMES) else []
 
 
 def _add_api(app: FastAPI, service: Service, samples: list[tuple[str, Pixels]]) -> None:
@@ -280,17 +280,17 @@ def _only_digits(value: object) -> object:
 
 def _describe(service: Service, samples: list[tuple[str, Pixels]]) -> ModelDescription:
     model, settings = service.model, service.settings
-    task = model.onnx.metadata.get("recipe")
-    task = task if isinstance(task, dict) else {}
+    task = model.task if isinstance(model.task, dict) else {}
     recipe = task.get("recipe")
     name = recipe.get("name") if isinstance(recipe, dict) else None
     return ModelDescription(
         name=printable(model.name),
         class_names=service.class_names,
-        image_size=model.onnx.image_size,
+        image_size=model.predictor.image_size,
         formats=list(formats()),
         recipe=printable(name) if isinstance(name, str) else None,
         data=_data_name(task.get("data")),
+        views=model.views,
         sha256=model.sha256,
         checked=printable(model.checked),
         certificate=_plain(model.certificate),
@@ -309,16 +309,17 @@ def _describe(service: Service, samples: list[tuple[str, Pixels]]) -> ModelDescr
 
 
 def _doubt(service: Service) -> ModelDoubt | None:
-    doubt, rule = service.model.doubt, service.rule
+    doubt, rule = service.model.predictor.doubt, service.rule
     if doubt is None or rule is None:
         return None
+    single = service.model.views == "single"  # what the calibration is of
     return ModelDoubt(
         held_out=doubt.total,
         least_probability=rule.least_probability,
         least_familiarity=rule.least_familiarity if doubt.tells_unlike else None,
         temperature=doubt.temperature,
-        error_before=None if doubt.before is None else doubt.before["error"],
-        error_after=None if doubt.after is None else doubt.after["error"],
+        error_before=doubt.before["error"] if single and doubt.before else None,
+        error_after=doubt.after["error"] if single and doubt.after else None,
         told=rule.told(),
     )
 

@@ -1,4 +1,7 @@
-"""The model that is served: an exported file as it is, or a run exported in memory."""
+"""The model that is served: an exported file as it is, or a run exported in memory.
+
+From several views a run answers itself, exactly as `normlab predict` has it answer.
+"""
 
 import hashlib
 import os
@@ -16,8 +19,12 @@ from normlab.data.cifar10.layouts import CLASS_NAMES
 from normlab.data.images import Labels, Pixels
 from normlab.data.pictures.reading import to_square
 from normlab.errors import DataError, UserError, install
-from normlab.evaluation.doubt import Doubt
-from normlab.evaluation.prediction import doubt_of
+from normlab.evaluation.prediction import (
+    Predictor,
+    onnx_predictor,
+    require_single,
+    run_predictor,
+)
 from normlab.formats.onnx_model import OnnxModel, open_onnx
 
 if TYPE_CHECKING:  # with PyTorch, which an ONNX file does not need
@@ -32,38 +39,47 @@ class ServedModel:
 
     Attributes:
         name: of the file or the run's folder.
-        sha256: of the ONNX file's content.
-        certificate: of the comparison with its run on all test images; None if there was none.
+        task: the run's `recipe.json`, as far as a file has it.
         checked: one sentence on how the model was compared with its run.
-        doubt: what its held-out pictures taught; None if nothing did.
+        sha256: of the ONNX file's content; None where the run itself answers.
+        certificate: of the comparison with its run on all test images; None if there was none.
+        views: of each picture, see `normlab.evaluation.prediction.run_predictor`.
     """
 
     name: str
-    onnx: OnnxModel
-    sha256: str
-    certificate: dict[str, Any] | None
+    predictor: Predictor
+    task: Any
     checked: str
-    doubt: Doubt | None = None
+    sha256: str | None = None
+    certificate: dict[str, Any] | None = None
+    views: str = "single"
 
     def answers(self, images: Pixels) -> list[tuple[NDArray[np.floating], float | None]]:
         """Probabilities (K,) and familiarity, if it is known, of each of N images."""
-        rows, near = self.onnx.answers(images)
+        rows, near = self.predictor.answers(images)
         known: list[float | None] = [None] * len(rows) if near is None else near.tolist()
         return list(zip(rows, known, strict=True))
 
 
-def open_served(path: str | Path | None) -> ServedModel:
+def open_served(path: str | Path | None, views: str = "single") -> ServedModel:
     """Open the model at `path`: a run's folder, an exported ONNX file; by default the latest run.
 
+    Args:
+        views: of each picture, by a run; see `normlab.evaluation.prediction.run_predictor`.
+
     Raises:
-        UserError: there is none, it is of another kind, or a package is missing.
+        UserError: there is none, it is of another kind, has no such views, or a package is missing.
         CertificateError: a run's export does not answer as the run does.
     """
     if path is not None and Path(path).suffix.lower() == ".onnx":
+        require_single(path, views)
         return _from_file(Path(path))
     from normlab.runs import open_run
 
     run = open_run(path)
+    if views != "single":
+        predictor, checked = run_predictor(run, views=views), "the run itself answers"
+        return ServedModel(_name(run), predictor, run.task.as_dict(), checked, views=views)
     if find_spec("onnx") is None:
         raise UserError(f"serving a run needs the package onnx: {install('serve')}")
     return _from_run(run)
@@ -79,8 +95,9 @@ def _from_file(path: Path) -> ServedModel:
         checked = "compared with its run on all its test images when it was exported"
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    doubt = doubt_of(onnx.metadata, path)
-    return ServedModel(path.name, onnx, sha256, certificate, checked, doubt)
+    task = onnx.metadata.get("recipe")
+    predictor = onnx_predictor(onnx, path)
+    return ServedModel(path.name, predictor, task, checked, sha256, certificate)
 
 
 def _from_run(run: "Run") -> ServedModel:
@@ -104,9 +121,12 @@ def _from_run(run: "Run") -> ServedModel:
         content, found, _ = certified(run, model, images.x_test, check, learnt)
         onnx, certificate = open_onnx(content), found.as_dict()
         checked = f"compared with its run on all {found.test_images:,} test images: {found}"
-    name = os.path.basename(os.path.abspath(run.path))
-    sha256, doubt = hashlib.sha256(content).hexdigest(), doubt_of(onnx.metadata, run.path)
-    return ServedModel(name, onnx, sha256, certificate, checked, doubt)
+    sha256, predictor = hashlib.sha256(content).hexdigest(), onnx_predictor(onnx, run.path)
+    return ServedModel(_name(run), predictor, run.task.as_dict(), checked, sha256, certificate)
+
+
+def _name(run: "Run") -> str:
+    return os.path.basename(os.path.abspath(run.path))
 
 
 def _test_images_at_hand(run: "Run") -> Any:
@@ -124,7 +144,6 @@ def _test_images_at_hand(run: "Run") -> Any:
 
 
 def _compared_on_samples(run: "Run", onnx: OnnxModel) -> str:
-    from normlab.evaluation.prediction import run_predictor
     from normlab.interchange.certificate import TOLERANCE, CertificateError
 
     size = onnx.image_size

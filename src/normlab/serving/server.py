@@ -37,6 +37,7 @@ def serve(
     port: int = 8000,
     allow_hosts: Iterable[str] = (),
     settings: ServerSettings | None = None,
+    views: str = "single",
     abstain_at: float | None = None,
     always: bool = False,
     say: Callable[[str], object] = print,
@@ -51,6 +52,7 @@ def serve(
         port: 0 takes a free one.
         allow_hosts: names under which the server answers, beside `host` and those of this machine
             itself: what a browser's address line has there, without the port.
+        views: of each picture, by a run; see `normlab.evaluation.prediction.run_predictor`.
         abstain_at: the share of answers that shall be right; the others are "not sure". None for
             the rule of `Doubt.rule`.
         always: answer, however unsure it is.
@@ -87,13 +89,16 @@ def serve(
         say(f"Serving at {_address(listener)} (Ctrl-C ends it)")
 
     with closing(_listen(host, port)) as listener:
-        model = open_served(path)
+        model = open_served(path, views)
+        doubt = model.predictor.doubt
         say(printable(f"Model {model.name}: {model.checked}."))
-        if model.doubt is None and abstain_at is not None:
+        if views != "single":
+            say(f"Views: {views}.")
+        if doubt is None and abstain_at is not None:
             raise UserError(f"this model knows no doubt: {NOTHING_HELD_OUT}")
-        rule = None if model.doubt is None or always else model.doubt.rule(abstain_at)
+        rule = None if doubt is None or always else doubt.rule(abstain_at)
         say(f"Sure: {'always' if rule is None else rule.told()}.")
-        with Decoders(model.onnx.image_size, settings) as decoders:
+        with Decoders(model.predictor.image_size, settings) as decoders:
             hosts = (*LOCAL_HOSTS, *names)
             config = uvicorn.Config(
                 create_app(model, decoders, settings, hosts=hosts, ready=ready, rule=rule),

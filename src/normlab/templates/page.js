@@ -9,6 +9,12 @@ const WORDS = {
   undecided: "No class stands out:",
 };
 
+const VIEWS = {
+  flip: "two: the picture and its mirror image",
+  shift: "six: the picture and its mirror image, and both moved by a pixel",
+  unsure: "one; six where it gives no sure answer: the mirror image, too, and both moved by a pixel",
+};
+
 const byId = (id) => document.getElementById(id);
 const megabytes = (bytes) => `${+(bytes / 1e6).toFixed(1)} MB`;
 const percent = (p) => (p > 0 && p < 0.0005 ? "< 0.1 %" : `${(100 * p).toFixed(1)} %`);
@@ -35,6 +41,7 @@ async function describe() {
   const rows = {
     Classes: model.class_names.join(", "),
     "It sees": `${model.image_size} × ${model.image_size} pixels: the largest centred square`,
+    Views: VIEWS[model.views],
     Recipe: model.recipe,
     Data: model.data,
     Checked: model.checked,
