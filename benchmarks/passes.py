@@ -62,6 +62,9 @@ def cost(name: str, arguments: tuple[Any, ...]) -> tuple[str, int, int]:
     if name.startswith("pool"):
         n, h, w, c = arguments[1:5] if name == "pool" else arguments[2:6]
         return f"{name.replace('_', ' ')}, {c}, {h}×{w}", 0, n * h * w * c * (FLOAT + 1) * 5 // 4
+    if name == "read":
+        n, h, w = arguments[4:7]
+        return f"read pixels, {h}×{w}", n * h * w * 3, n * h * w * 3 * (1 + FLOAT)
     tensor = arguments[0]
     passes = {"forward": 2 + 2 * (arguments[1] is not None), "normalize": 2, "relu_dropout": 2}
     words = {"forward": "normalisation", "gradient": "normalisation's gradient"}
@@ -122,7 +125,7 @@ def passes_of(name: str, threads: int) -> dict[str, Any]:
         model.train()
 
         def step(number: int) -> None:
-            with record_function("batch: read, vary"):
+            with record_function("batch"):
                 x, labels = batches(number)
             train_step(model, optimizer, x, labels, stream(0, "dropout", number))
 

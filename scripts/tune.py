@@ -67,7 +67,6 @@ def tune(
             seed=seed,
         ).to(device)
         use_tiles(model, Tiles(recipe.model.winograd, recipe.model.products == "bfloat16"))
-        model.to(memory_format=torch.channels_last)
         if hasattr(model, "fit_to"):
             model.fit_to(train.images)
         state = State(model=model, optimizer=make_optimizer(recipe.optimizer, model))

@@ -26,7 +26,8 @@ from benchmarks.peers.stock_layers import stock
 from normlab import kernels, recipes
 from normlab.core.streams import stream
 from normlab.data import ImageData, load
-from normlab.data.batches import split_validation, to_input
+from normlab.data.augment import to_input
+from normlab.data.batches import split_validation
 from normlab.evaluation.scores import score
 from normlab.kernels.memory import keep_freed_memory
 from normlab.recipes import Recipe

@@ -21,7 +21,8 @@ from normlab.__main__ import run as command
 from normlab.core.environment import settings
 from normlab.core.streams import stream
 from normlab.core.tensors import digest
-from normlab.data.batches import split_validation, to_input
+from normlab.data.augment import to_input
+from normlab.data.batches import split_validation
 from normlab.errors import DataError, Interrupted, NormlabError, UserError
 from normlab.evaluation.forward import untouched
 from normlab.inspection import activations

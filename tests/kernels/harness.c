@@ -19,6 +19,7 @@ CONV(4_bfloat16)
 int normlab_conv_pixels(const float *, const float *, const float *, i64, i64, i64, i64, float *, int);
 int normlab_conv_pixels_gradient(const float *, const float *, i64, i64, i64, i64, float *, float *,
                                  int);
+int normlab_read(const uint8_t *, const i64 *, const uint8_t *, const i64 *, i64, i64, i64, float *, int);
 int normlab_whiten(const float *, const float *, const float *, i64, i64, i64, i64, float *, int);
 
 static int compared;
@@ -107,6 +108,33 @@ static void whitening(void) {
     same("whitening", y, Y, N * H * W * 2 * K, 2e-6);
     void *all[] = {x, mean, w, y, Y};
     for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++) free(all[i]);
+}
+
+static void reading(void) {
+    i64 N = between(1, 4), B = between(0, 6), H = between(1, 9), W = between(1, 30);
+    i64 reach = between(0, (H < W ? H : W) - 1), chosen[6], by[8];
+    uint8_t *x = room(N * H * W * 3), mirrored[4];
+    float *y = drawn(B * H * W * 3);
+    double *Y = zeros(B * H * W * 3);
+    for (i64 i = 0; i < N * H * W * 3; i++) x[i] = (uint8_t)between(0, 255);
+    for (i64 b = 0; b < B; b++) chosen[b] = between(0, N - 1);
+    for (i64 n = 0; n < N; n++) {
+        mirrored[n] = (uint8_t)between(0, 1);
+        by[2 * n] = between(-reach, reach), by[2 * n + 1] = between(-reach, reach);
+    }
+    normlab_read(x, chosen, mirrored, by, B, H, W, y, (int)between(1, 2));
+    for (i64 b = 0; b < B; b++)
+        for (i64 r = 0; r < H; r++)
+            for (i64 c = 0; c < W; c++) {
+                i64 n = chosen[b], row = llabs(r - by[2 * n]), column = llabs(c - by[2 * n + 1]);
+                if (row >= H) row = 2 * (H - 1) - row;
+                if (column >= W) column = 2 * (W - 1) - column;
+                if (mirrored[n]) column = W - 1 - column;
+                for (int k = 0; k < 3; k++)
+                    Y[((b * H + r) * W + c) * 3 + k] = x[((n * H + row) * W + column) * 3 + k] / 255.0;
+            }
+    same("read pixels", y, Y, B * H * W * 3, 1e-7);
+    free(x), free(y), free(Y);
 }
 
 static void convolution(conv_t *conv, conv_gradient_t *conv_gradient, double bound) {
@@ -255,6 +283,7 @@ int main(int argc, char **argv) {
 #endif
         pixels();
         whitening();
+        reading();
         normalisation();
         pooling();
     }

@@ -16,6 +16,7 @@ from torch.nn.functional import conv2d, max_pool2d
 import normlab
 from normlab import kernels
 from normlab.core.streams import stream
+from normlab.data.augment import Augmentation, to_input
 from normlab.kernels import Tiles
 from normlab.layers import (
     BatchNorm,
@@ -336,6 +337,35 @@ def test_whitening_matches_float64(shape: tuple[int, int, int], kinds: int) -> N
     expected = conv2d(centred, filters.double(), padding=1).relu()
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert (y - expected).abs().max() <= 2e-6 * expected.max()
+
+
+@pytest.mark.parametrize(("flip", "reach"), [(False, 0), (True, 0), (False, 2), (True, 4)])
+def test_pixels_are_read_as_pytorch_has_them(flip: bool, reach: int) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (7, 5, 9, 3), np.uint8)
+    images.setflags(write=False)  # as the cache's are
+    chosen = rng.integers(0, 7, 12)
+    vary = Augmentation(
+        rng.random(7) < 0.5 if flip else None,
+        rng.integers(-reach, reach + 1, (7, 2)) if reach else None,
+        reach,
+    )
+    assert kernels.reads(images, "cpu", reach)
+    found = vary(images, chosen)
+    with kernels.disabled():
+        expected = vary(images, chosen)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found, expected)
+    assert torch.equal(kernels.read(images, np.arange(7)), to_input(images))
+
+
+def test_pixels_of_other_kinds_are_left_to_pytorch() -> None:
+    images = np.zeros((2, 4, 6, 3), np.uint8)
+    assert not kernels.reads(images, "cpu", 4)  # no reflection reaches so far
+    assert not kernels.reads(images[:, ::2], "cpu")
+    assert not kernels.reads(images.astype(np.float32), "cpu")
+    assert not kernels.reads(images[..., :1], "cpu")
+    assert not kernels.reads(images, "meta")
 
 
 def test_whitening_passes_on_what_is_not_finite_and_leaves_the_rest_to_pytorch() -> None:

@@ -23,7 +23,7 @@ from torch import nn
 
 import normlab
 from normlab.core.tensors import read_tensors
-from normlab.data.batches import to_input
+from normlab.data.augment import to_input
 from normlab.errors import DataError, UserError
 from normlab.evaluation.forward import logits_of
 from normlab.interchange import export_run

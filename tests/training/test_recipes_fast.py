@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import normlab
-from normlab import recipes
+from normlab import kernels, recipes
 from normlab.core.streams import stream
 from normlab.data.augment import Augmentation, halve, mirror, shift, views_of
 from normlab.errors import Interrupted
 from normlab.evaluation.forward import logits_of
 from normlab.models import FastNet
-from normlab.models.fast import Whitening, patches_of
+from normlab.models.fast import Whitening, covariance, patches_of
 from normlab.recipes import fast79, notebook
 from normlab.reports.plots import plot_curve
 from normlab.training.optimisers import Muon, make_optimizer, orthogonalize, set_rate
@@ -224,6 +224,24 @@ def test_the_iterations_are_those_of_newton_and_schulz(iterations: int) -> None:
     torch.testing.assert_close(orthogonalize(matrix, iterations), x, rtol=1e-6, atol=1e-6)
     found = orthogonalize(matrix.float(), iterations)
     assert (found - x).norm() < 1e-4 * x.norm()
+
+
+@pytest.mark.parametrize("shape", [(128, 300), (300, 128)])
+def test_products_of_bfloat16_change_a_step_by_a_hundredth(shape: tuple[int, int]) -> None:
+    matrix = pixels(*shape) - 0.5
+    exact, rounded = orthogonalize(matrix), orthogonalize(matrix, bfloat16=True)
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).norm() < 0.02 * exact.norm()
+    assert torch.equal(rounded, exact) is not kernels.has_bfloat16()
+    few = pixels(64, 300) - 0.5
+    assert torch.equal(orthogonalize(few, bfloat16=True), orthogonalize(few))
+
+
+def test_the_covariance_of_patches_is_that_of_numpy() -> None:
+    x = pixels(70, 3, 9, 8)
+    x -= x.mean((0, 2, 3), keepdim=True)
+    expected = np.cov(patches_of(x).double().numpy(), rowvar=False, bias=True)
+    np.testing.assert_allclose(covariance(x).numpy(), expected, atol=1e-8)
 
 
 def test_muon_turns_kernels_of_unit_filters() -> None:

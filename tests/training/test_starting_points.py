@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 import normlab
 from normlab.cli import cli
 from normlab.core.tensors import read_tensors, write_tensors
-from normlab.data.batches import split_validation, to_input
+from normlab.data.augment import to_input
+from normlab.data.batches import split_validation
 from normlab.errors import Interrupted
 from normlab.runs import Run
 from normlab.training.preparation import make_plan, new_state

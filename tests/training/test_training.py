@@ -17,7 +17,8 @@ import torch
 import normlab
 import normlab.training.checkpoint
 from normlab.core.streams import stream
-from normlab.data.batches import batch_bounds, split_validation, to_input
+from normlab.data.augment import to_input
+from normlab.data.batches import batch_bounds, split_validation
 from normlab.errors import Interrupted
 from normlab.models import NotebookNet
 from normlab.recipes import Recipe

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, pad
 
-from normlab import recipes
+from normlab import kernels, recipes
 from normlab.core.streams import stream
 from normlab.errors import UserError
 
@@ -59,21 +59,40 @@ class Augmentation:
             colours = 1 - c + 2 * c * stream(seed, "colour", epoch).random((n, 3), np.float32)
         return cls(mirrored, shifts, settings.shift, crops, colours)
 
-    def __call__(self, x: Tensor, chosen: NDArray[np.int64]) -> Tensor:
-        """Apply it to `x` (B, C, H, W), the images with the indices `chosen` (B,)."""
+    def __call__(
+        self,
+        images: NDArray[np.uint8],
+        chosen: NDArray[np.int64],
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """Pixels (B, 3, H, W) in [0, 1] of the `chosen` (B,) of `images` (N, H, W, 3), changed."""
 
         def of(values: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(values[chosen]).to(x.device)
+            return torch.from_numpy(values[chosen]).to(device)
 
-        if self.mirrored is not None:
-            x = mirror(x, of(self.mirrored))
-        if self.shifts is not None:
-            x = shift(x, of(self.shifts), self.reach)
+        if kernels.reads(images, device, self.reach):
+            x = kernels.read(images, chosen, self.mirrored, self.shifts)
+        else:
+            x = to_input(images[chosen], device)
+            if self.mirrored is not None:
+                x = mirror(x, of(self.mirrored))
+            if self.shifts is not None:
+                x = shift(x, of(self.shifts), self.reach)
         if self.crops is not None:
             x = crop(x, of(self.crops))
         if self.colours is not None:
             x = recolour(x, of(self.colours))
         return x
+
+
+def to_input(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> Tensor:
+    """Scale pixels (N, H, W, 3) as the notebook does: float32 in [0, 1], as (N, 3, H, W).
+
+    The one place where pixels become numbers for a network, in training (`Augmentation`, and
+    `kernels.read` with the same values) and everywhere else. The result is laid out channels-last.
+    """
+    x = torch.from_numpy(np.array(images)).to(device)  # a copy: the cache's pages are read-only
+    return x.float().div_(255).permute(0, 3, 1, 2)
 
 
 def crop(x: Tensor, parts: Tensor) -> Tensor:

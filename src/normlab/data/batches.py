@@ -147,16 +147,6 @@ def batch_bounds(n: int, batch_size: int, *, join_single: bool) -> list[tuple[in
     return bounds
 
 
-def to_input(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> Tensor:
-    """Scale pixels (N, H, W, 3) as the notebook does: float32 in [0, 1], as (N, 3, H, W).
-
-    The one place where pixels become numbers for a network, in training and everywhere else. The
-    result is laid out channels-last.
-    """
-    x = torch.from_numpy(np.array(images)).to(device)  # a copy: the cache's pages are read-only
-    return x.float().div_(255).permute(0, 3, 1, 2)
-
-
 def balanced_order(labels: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
     """Indices (N,) of N images, class k's N_k of them √N_k/Σ√N times, class by class.
 
@@ -206,7 +196,7 @@ class Batches:
             self._begin(epoch)
         together = self.order[slice(*self.bounds[batch])]
         chosen = together[slice(*self.ranks.share(len(together)))]
-        x = self.augment(to_input(self.train.images[chosen], self.device), chosen)
+        x = self.augment(self.train.images, chosen, self.device)
         if step < self.half_steps:
             x = halve(x)
         labels = torch.from_numpy(self.train.labels[chosen]).to(self.device)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from normlab.core.bars import transient_bar
 from normlab.core.streams import stream
 from normlab.core.tensors import digest
-from normlab.data.batches import to_input
+from normlab.data.augment import to_input
 from normlab.data.cache import cache_folder, write_cache, writing
 from normlab.evaluation.forward import evaluation_batch, untouched
 from normlab.models.timm_net import TimmNet

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from normlab.core.ranks import ALONE, Ranks
-from normlab.data.augment import VIEWS, views_of
-from normlab.data.batches import EVALUATION_BATCH, batch_bounds, to_input
+from normlab.data.augment import VIEWS, to_input, views_of
+from normlab.data.batches import EVALUATION_BATCH, batch_bounds
 from normlab.errors import NormlabError, UserError
 from normlab.layers import BatchNorm
 

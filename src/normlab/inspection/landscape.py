@@ -27,7 +27,8 @@ from torch.nn.functional import cross_entropy
 from normlab.core.environment import settings
 from normlab.core.streams import stream
 from normlab.data import ImageData
-from normlab.data.batches import Split, to_input
+from normlab.data.augment import to_input
+from normlab.data.batches import Split
 from normlab.errors import UserError
 from normlab.evaluation.forward import untouched
 from normlab.inspection.watching import random_streams, refuse_unwatchable

@@ -21,7 +21,7 @@ from torch import Tensor
 from normlab.core.files import write_atomic
 from normlab.core.places import check_regular
 from normlab.core.streams import stream
-from normlab.data.batches import to_input
+from normlab.data.augment import to_input
 from normlab.data.npz import read_arrays
 from normlab.errors import DataError, UserError
 from normlab.inspection import activations

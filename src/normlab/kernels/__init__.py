@@ -10,7 +10,7 @@ A function here takes tensors for which `layout` is not None; callers ask that f
 formula in PyTorch beside it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ __all__ = [
     "normalize",
     "part_gradient",
     "part_sums",
+    "read",
+    "reads",
     "relu_dropout",
     "relu_dropout_batch_norm",
     "relu_dropout_gradient",
@@ -433,6 +435,35 @@ def whiten(x: Tensor, mean: Tensor, filters: Tensor) -> Tensor:
     n, _, h, w = x.shape
     y = torch.empty((n, len(filters), h, w), memory_format=torch.channels_last)
     call("whiten", x, mean, filters.contiguous(), n, h, w, len(filters) // 2, y)
+    return y
+
+
+def reads(images: NDArray[np.uint8], device: torch.device | str, reach: int = 0) -> bool:
+    """Whether `read` takes `images` (N, H, W, 3) and shifts of up to `reach`, for `device`."""
+    if torch.device(device).type != "cpu" or not available():
+        return False
+    whole = images.dtype == np.uint8 and images.ndim == 4 and images.flags.c_contiguous
+    return whole and images.shape[3] == 3 and reach < min(images.shape[1:3])
+
+
+def read(
+    images: NDArray[np.uint8],
+    chosen: NDArray[np.int64],
+    mirrored: NDArray[np.bool_] | None = None,
+    shifts: NDArray[np.int64] | None = None,
+) -> Tensor:
+    """The `chosen` (B,) of `images` (N, H, W, 3), divided by 255: (B, 3, H, W), channels-last.
+
+    Args:
+        mirrored: (N,), which images are mirrored.
+        shifts: (N, 2) pixels, less than H and W, by which they are then moved down and right; what
+            comes in at the edge is the image reflected there.
+    """
+    _, h, w, _ = images.shape
+    y = torch.empty((len(chosen), 3, h, w), memory_format=torch.channels_last)
+    arrays: list[NDArray[Any] | None] = [images, np.ascontiguousarray(chosen), mirrored, shifts]
+    addresses = [None if a is None else a.ctypes.data for a in arrays]
+    call("read", *addresses, len(chosen), h, w, y)
     return y
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-INTERFACE = 6  # as in kernels.c: raised there and here whenever a signature changes
+INTERFACE = 7  # as in kernels.c: raised there and here whenever a signature changes
 
 
 class _Off(threading.local):
@@ -53,6 +53,7 @@ _SIGNATURES = {
     "conv_pixels": [*[_POINTER] * 3, *[_LONG] * 4, _POINTER, _INT],
     "conv_pixels_gradient": [*[_POINTER] * 2, *[_LONG] * 4, *[_POINTER] * 2, _INT],
     "whiten": [*[_POINTER] * 3, *[_LONG] * 4, _POINTER, _INT],
+    "read": [*[_POINTER] * 4, *[_LONG] * 3, _POINTER, _INT],
     "pool": [_POINTER, *[_LONG] * 4, *[_POINTER] * 2, _INT],
     "pool_gradient": [*[_POINTER] * 2, *[_LONG] * 4, _POINTER, _INT],
 }

@@ -5,6 +5,8 @@
  * values, one of each image row that it touches. No gradient with respect to pixels.
  *
  * x is N x H x W x 3, y and its gradient N x H-2 x W-2 x O; W is at least 8.
+ *
+ * And pixels as a network wants them: chosen, moved, mirrored, between 0 and 1.
  */
 #include "vectors.h"
 
@@ -171,5 +173,29 @@ int normlab_conv_pixels_gradient(const float *x, const float *g, i64 N, i64 H, i
         for (i64 o = 0; o < O; o++) dw[in_kernel(o, t)] = parts[t * O + o];
     memcpy(db, parts + TAPS * O, O * sizeof(float));
     free(parts);
+    return 0;
+}
+
+/* Where the pixel `i` of `n` is, if the picture goes on behind its edges as in a mirror. */
+static inline i64 reflected(i64 i, i64 n) { return i < 0 ? -i : i < n ? i : 2 * n - 2 - i; }
+
+/* y (B x H x W x 3) = pixels / 255 of the images `chosen` (B) of x (N x H x W x 3), mirrored where
+ * `mirrored` (N) is 1, then moved down and right `by` (N x 2) pixels, reflected at the edges; less than
+ * H and W. Both may be NULL. */
+int normlab_read(const uint8_t *x, const i64 *chosen, const uint8_t *mirrored, const i64 *by, i64 B,
+                 i64 H, i64 W, float *y, int threads) {
+    float scaled[256];
+    for (int v = 0; v < 256; v++) scaled[v] = v / 255.0f;
+    PARALLEL_FOR
+    for (i64 r = 0; r < B * H; r++) {
+        i64 n = chosen[r / H], down = by ? by[2 * n] : 0, right = by ? by[2 * n + 1] : 0;
+        const uint8_t *from = x + (n * H + reflected(r % H - down, H)) * W * 3;
+        float *to = y + r * W * 3;
+        for (i64 c = 0; c < W; c++) {
+            i64 column = reflected(c - right, W);
+            const uint8_t *pixel = from + 3 * (mirrored && mirrored[n] ? W - 1 - column : column);
+            for (int k = 0; k < 3; k++) to[3 * c + k] = scaled[pixel[k]];
+        }
+    }
     return 0;
 }

@@ -28,6 +28,12 @@ typedef int64_t i64;
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 36")
 
+#ifdef _OPENMP
+#include <omp.h>
+static inline int thread(void) { return omp_get_thread_num(); }
+#else
+static inline int thread(void) { return 0; }
+#endif
 #define PARALLEL_FOR _Pragma("omp parallel for schedule(static) num_threads(threads)")
 
 static inline vec load(const float *p) { return *(const vec *)p; }

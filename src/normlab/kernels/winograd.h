@@ -38,6 +38,8 @@
 #define PAIR (2 * VEC) /* columns of a register block of the matrix products */
 #define ROWS 6         /* its rows; divides TILES, as do those of a block of one vector */
 #define ROWS_ALONE 14
+#define GROUP 8 /* tiles that a thread transforms at a time for a product over them */
+#define SMALL (1 << 17) /* values of D, POINTS x I x O, of which there may be sixteen: 8 MiB */
 #define OVER (VEC == 16 ? 8 : 4) /* rows of a block of the products over tiles */
 
 #ifdef BFLOAT16
@@ -422,14 +424,13 @@ INLINE void product_over_tiles_of(const cell *V, const cell *u0, const cell *u1,
     }
 }
 
-static void product_over_tiles(const cell *V, const cell *U, int rows, i64 room, i64 I, i64 O,
+/* The same for the PAIR of columns from `o`. */
+static void product_over_tiles(const cell *V, const cell *U, int rows, i64 room, i64 I, i64 O, i64 o,
                                float *D) {
-    for (i64 o = 0; o < O; o += PAIR) {
-        const cell *u0 = U + at(0, o, room), *u1 = U + at(0, o + VEC, room);
-        float *d0 = D + at(0, o, I), *d1 = D + at(0, o + VEC, I);
-        if (o + VEC < O) product_over_tiles_of(V, u0, u1, rows, room, I, d0, d1, 1);
-        else product_over_tiles_of(V, u0, u0, rows, room, I, d0, d0, 0);
-    }
+    const cell *u0 = U + at(0, o, room), *u1 = U + at(0, o + VEC, room);
+    float *d0 = D + at(0, o, I), *d1 = D + at(0, o + VEC, I);
+    if (o + VEC < O) product_over_tiles_of(V, u0, u1, rows, room, I, d0, d1, 1);
+    else product_over_tiles_of(V, u0, u0, rows, room, I, d0, d0, 0);
 }
 
 /* y (N x H x W x O) = convolution of x (N x H x W x I) with w (O x I x 3 x 3), plus bias (may be
@@ -490,51 +491,87 @@ static i64 room_for(i64 channels) {
     return (max64(TILES, min64(rows, 128)) | 1) * DEPTH;
 }
 
+/* What a gradient of a kernel is computed from, and room for the transforms of `room` tiles. */
+typedef struct {
+    const float *x, *g;
+    const uint8_t *which;
+    grid_t grid;
+    i64 I, O, room;
+    float *zeros;
+} gradient_of_kernel_t;
+
+/* V and U of `count` tiles from `first`; `sums` (O) grows by their gradients. */
+static void transform_both(const gradient_of_kernel_t *k, i64 first, int count, cell *V, cell *U,
+                           float *sums) {
+    transform_input(k->x, &k->grid, k->I, first, count, k->room, 1, k->zeros, V);
+    transform_gradient(k->g, k->which, &k->grid, k->O, first, count, k->room, k->zeros, U, sums);
+}
+
+/* D += V' U of `count` tiles: at one point, for one PAIR of output channels, as `which` of them says. */
+static void product_at(const gradient_of_kernel_t *k, i64 which, int count, const cell *V,
+                       const cell *U, float *D) {
+    i64 across = (k->O + PAIR - 1) / PAIR, p = which / across, o = which % across * PAIR;
+    product_over_tiles(V + p * k->room * padded(k->I), U + p * k->room * k->O, count, k->room, k->I,
+                       k->O, o, D + p * k->I * k->O);
+}
+
 /* Gradients of the kernel, dw (O x I x 3 x 3), and of the bias, db (O), from x and g = dL/dy, of the
  * maxima with `which` (may be NULL).
- * Partial sums, as many as the shape wants whatever the threads are, so that these change no bit. */
+ *
+ * A small D is there once for each of several parts of the tiles, which threads take as they come. A
+ * large one is there once: all threads transform a block of tiles, then each multiplies at its points.
+ * Either way the threads change no sum's order, so no bit. */
 int CONV3X3_GRADIENT(const float *x, const float *g, const uint8_t *which, i64 N, i64 H,
                              i64 W, i64 I, i64 O, float *dw, float *db, int threads) {
-    grid_t s = grid(N, H, W, which != NULL);
-    i64 tiles = tiles_of(&s), room = room_for(padded(I) + O);
-    i64 size = POINTS * I * O + O; /* of a part: D, POINTS x I x O, and the sums of g */
-    i64 most = min64(16, max64(4, (1 << 21) / size)); /* 8 MiB of them, or four */
-    int count_of_parts = (int)min64(most, 1 + tiles / (4 * room / DEPTH));
-    float *parts = calloc(count_of_parts * size, sizeof(float));
-    if (!parts) return -1;
-    int failed = 0;
+    gradient_of_kernel_t k = {x, g, which, grid(N, H, W, which != NULL), I, O, 0, NULL};
+    i64 tiles = tiles_of(&k.grid), room = room_for(padded(I) + O), values = POINTS * I * O;
+    i64 products = POINTS * ((O + PAIR - 1) / PAIR);
+    int alone = values <= SMALL;
+    i64 parts = alone ? min64(16, 1 + tiles / (4 * room / DEPTH)) : 1;
+    i64 groups = alone ? 1 : (room + GROUP - 1) / GROUP, size = values + groups * O;
+    i64 space = POINTS * room * (padded(I) + O), blocks = alone ? min64(threads, parts) : 1;
+    cell *transforms = aligned_alloc(64, (blocks * space * sizeof(cell) + 63) / 64 * 64);
+    float *sums = calloc(parts * size + padded(I) + O, sizeof(float));
+    if (!transforms || !sums) {
+        free(transforms);
+        free(sums);
+        return -1;
+    }
+    k.room = room, k.zeros = sums + parts * size;
 #pragma omp parallel num_threads(threads)
     {
-        i64 space = POINTS * room * (padded(I) + O) * sizeof(cell);
-        cell *V = aligned_alloc(64, space + (padded(I) + O) * sizeof(float));
-        cell *U = V + POINTS * room * padded(I);
-        float *zeros = (float *)((char *)V + space);
-        if (V) memset(zeros, 0, (padded(I) + O) * sizeof(float));
-        else {
-#pragma omp atomic write
-            failed = 1;
-        }
 #pragma omp for schedule(static)
-        for (int part = 0; part < count_of_parts; part++) {
-            float *D = parts + part * size;
-            i64 begin = tiles * part / count_of_parts, end = tiles * (part + 1) / count_of_parts;
-            for (i64 t = begin; V && t < end; t += room) {
+        for (i64 part = 0; part < (alone ? parts : 0); part++) {
+            cell *V = transforms + thread() * space, *U = V + POINTS * room * padded(I);
+            float *D = sums + part * size;
+            i64 end = tiles * (part + 1) / parts;
+            for (i64 t = tiles * part / parts; t < end; t += room) {
                 int count = (int)min64(room, end - t);
-                transform_input(x, &s, I, t, count, room, 1, zeros, V);
-                transform_gradient(g, which, &s, O, t, count, room, zeros, U, D + POINTS * I * O);
-                for (int p = 0; p < POINTS; p++)
-                    product_over_tiles(V + p * room * padded(I), U + p * room * O, count, room, I, O,
-                                       D + p * I * O);
+                transform_both(&k, t, count, V, U, D + values);
+                for (i64 j = 0; j < products; j++) product_at(&k, j, count, V, U, D);
             }
         }
-        free(V);
+        for (i64 t = 0; t < (alone ? 0 : tiles); t += room) {
+            cell *V = transforms, *U = V + POINTS * room * padded(I);
+            int count = (int)min64(room, tiles - t);
+#pragma omp for schedule(static)
+            for (i64 j = 0; j < (count + GROUP - 1) / GROUP; j++) {
+                i64 row = j * GROUP;
+                transform_both(&k, t + row, (int)min64(GROUP, count - row), V + row * STRIP,
+                               U + row * STRIP, sums + values + j * O);
+            }
+#pragma omp for schedule(static)
+            for (i64 j = 0; j < products; j++) product_at(&k, j, count, V, U, sums);
+        }
 #pragma omp for schedule(static)
         for (i64 j = 0; j < size; j++)
-            for (int part = 1; part < count_of_parts; part++) parts[j] += parts[part * size + j];
+            for (i64 part = 1; part < parts; part++) sums[j] += sums[part * size + j];
 #pragma omp for schedule(static)
-        for (i64 first = 0; first < O; first += STRIP) transform_back(parts, O, I, first, dw);
+        for (i64 first = 0; first < O; first += STRIP) transform_back(sums, O, I, first, dw);
     }
-    memcpy(db, parts + POINTS * I * O, O * sizeof(float));
-    free(parts);
-    return failed ? -1 : 0;
+    memset(db, 0, O * sizeof(float));
+    for (i64 j = 0; j < groups * O; j++) db[j % O] += sums[values + j];
+    free(transforms);
+    free(sums);
+    return 0;
 }

@@ -47,11 +47,8 @@ class Whitening(nn.Module):
     def fit(self, x: Tensor, eps: float = 3e-5) -> None:
         """Compute mean and filters from pixels `x` (N, 3, H, W) in [0, 1]."""
         self.mean.copy_(x.mean((0, 2, 3)))
-        patches = patches_of(x - self.mean.view(3, 1, 1)).double()  # (patches, 27)
-        centred = patches - patches.mean(0)
         # On the processor, whatever the device: an eigenvector's sign is the library's choice.
-        covariance = (centred.T @ centred / len(centred)).cpu()
-        variances, vectors = torch.linalg.eigh(covariance)  # ascending
+        variances, vectors = torch.linalg.eigh(covariance(x - self.mean.view(3, 1, 1)).cpu())
         leading = vectors.flip(1)[:, : self.components]  # (27, components)
         scale = (variances.flip(0)[: self.components].clamp_min(0) + eps).rsqrt()
         kernel = (leading * scale).T.reshape(-1, 3, PATCH, PATCH)
@@ -62,6 +59,23 @@ class Whitening(nn.Module):
         if kernels.whitens(x, self.kernel):
             return kernels.whiten(x, self.mean, self.kernel)
         return conv2d(x - self.mean.view(3, 1, 1), self.kernel, padding=PATCH // 2).relu_()
+
+
+def covariance(x: Tensor) -> Tensor:
+    """Covariance (27, 27), float64, of the patches of `x` (N, 3, H, W), whose means are about 0.
+
+    Products of a few images at a time are summed in float32, which is exact enough and fast.
+    """
+    values = 3 * PATCH * PATCH
+    total, products = x.new_zeros(values).double(), x.new_zeros(values, values).double()
+    count = 0
+    for first in range(0, len(x), 50):
+        patches = patches_of(x[first : first + 50])
+        total += patches.sum(0)
+        products += patches.T @ patches
+        count += len(patches)
+    mean = total / count
+    return products / count - torch.outer(mean, mean)
 
 
 def patches_of(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def fast79() -> Recipe:
         norm=Norm(momentum=0.6),  # 225 to 250 steps: 0.99 would still remember its first values
         epochs=1,
         batch_size=200,  # 250 loses 0.3 points; the rates below belong to it
-        optimizer=Muon(learning_rate=0.15, sgd_rate=0.37),
+        optimizer=Muon(learning_rate=0.15, newton_schulz_products="bfloat16"),
         schedule=Triangle(start=0.2, peak=0.23, end=0.07),  # of a single epoch: not down to 0
         label_smoothing=0.1,
         augmentation=Augmentation(flip=True),
@@ -70,7 +70,7 @@ def fast90() -> Recipe:
         name="fast90",
         model=Model(name="fast-wide", logit_scale=1 / 3, winograd=4, products="bfloat16"),
         epochs=8,
-        optimizer=Muon(learning_rate=0.1, sgd_rate=0.37),  # longer trainings want a lower rate
+        optimizer=replace(fast79().optimizer, learning_rate=0.1),  # longer: a lower rate
         augmentation=Augmentation(flip=True, shift=2),  # with eight looks, not with four
         half_size=0.4,
     )
@@ -92,6 +92,6 @@ def fast94() -> Recipe:
         fast90(),
         name="fast94",
         model=Model(name="fast-wider", logit_scale=1 / 3, winograd=4, products="bfloat16"),
-        epochs=16,
-        optimizer=Muon(learning_rate=0.06, sgd_rate=0.37),
+        epochs=15,
+        optimizer=replace(fast79().optimizer, learning_rate=0.06),
     )

@@ -53,6 +53,11 @@ class Muon:
         allowed=in_range(1, 20),
         remedy="choose 1 to 20",
     )
+    newton_schulz_products: str = setting(
+        "float32",
+        "What they multiply from 128 rows on; bfloat16 where the processor has it.",
+        names=("float32", "bfloat16"),
+    )
     sgd_rate: float = setting(0.37, "With muon: the learning rate of dense weights.", **_RATE)
     sgd_momentum: float = setting(
         0.85, "With muon: Nesterov momentum of all but kernels.", **_DECAY

@@ -122,7 +122,7 @@ def measure(task: Task, device: torch.device) -> Pace:
         model = task.build()
     if isinstance(model, FastNet):
         model.fit_to(noise)
-    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(device)
     optimizer = make_optimizer(recipe.optimizer, model)
     set_rate(optimizer, 0.0)  # noise at a high rate would end in NaN
 

@@ -82,7 +82,6 @@ def new_state(
         model.fit_to(train.images)
     if task.start is not None:
         starting_points.freeze(model, task.start)
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return State(model=model, optimizer=make_optimizer(task.recipe.optimizer, model))
 
 
