@@ -45,10 +45,10 @@ def start(options: Options, network: str) -> tuple[nn.Module, dict[str, Any]]:
     keep_freed_memory()
     model = build_prepared(options, network)
     if options.extra["layers"] == "stock":
-        model = stock(model)
+        model = stock(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with allowed_kernels(options):
         about["compiled_kernels"] = kernels.available()
-    return model.to(memory_format=torch.channels_last), about  # type: ignore[call-overload]
+    return model, about
 
 
 def allowed_kernels(options: Options) -> AbstractContextManager[None]:

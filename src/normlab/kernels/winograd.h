@@ -507,10 +507,10 @@ static void transform_both(const gradient_of_kernel_t *k, i64 first, int count, 
     transform_gradient(k->g, k->which, &k->grid, k->O, first, count, k->room, k->zeros, U, sums);
 }
 
-/* D += V' U of `count` tiles: at one point, for one PAIR of output channels, as `which` of them says. */
-static void product_at(const gradient_of_kernel_t *k, i64 which, int count, const cell *V,
+/* D += V' U of `count` tiles, at one point and for one PAIR of output channels: the product `number`. */
+static void product_at(const gradient_of_kernel_t *k, i64 number, int count, const cell *V,
                        const cell *U, float *D) {
-    i64 across = (k->O + PAIR - 1) / PAIR, p = which / across, o = which % across * PAIR;
+    i64 across = (k->O + PAIR - 1) / PAIR, p = number / across, o = number % across * PAIR;
     product_over_tiles(V + p * k->room * padded(k->I), U + p * k->room * k->O, count, k->room, k->I,
                        k->O, o, D + p * k->I * k->O);
 }
