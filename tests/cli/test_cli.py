@@ -187,6 +187,7 @@ def leave(signum, _):
 
 @click.command()
 def slow():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     signal.signal(signal.SIGTERM, leave)
     picture = Picture()
     gone = weakref.ref(picture, lambda _: signal.raise_signal(getattr(signal, sys.argv[2])))

@@ -96,7 +96,7 @@ def fit_notebook(folder: Path, *observers: Any, norm: str = "batch") -> State:
     train, validation = split_validation(images.x_train, images.y_train, 0.1)
     recipe = recipes.get("notebook").override(norm=norm, epochs=3, batch_size=16)
     plan = Plan(recipe=recipe, folder=folder, seed=0, threads=1, train=train, validation=validation)
-    model = NotebookNet(norm=norm, seed=0).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = NotebookNet(norm=norm, seed=0)
     state = State(model, make_optimizer(plan.recipe.optimizer, model))
     with settings(1, torch.device("cpu")):
         fit(plan, state, torch.device("cpu"), observers)
