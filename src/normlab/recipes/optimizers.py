@@ -55,7 +55,7 @@ class Muon:
     )
     newton_schulz_products: str = setting(
         "float32",
-        "What they multiply from 128 rows on; bfloat16 where the processor has it.",
+        "What Muon multiplies, from 128 rows on; bfloat16 where the processor has it.",
         names=("float32", "bfloat16"),
     )
     sgd_rate: float = setting(0.37, "With muon: the learning rate of dense weights.", **_RATE)
