@@ -104,8 +104,12 @@ def logits_of(
         answers = logits_of(model, images, batch_size, own_statistics=own_statistics, ranks=ranks)
         sure = answers.double().softmax(1).amax(1)
         chosen = sure.argsort(stable=True)[: round(len(sure) * UNSURE)]
-        again: Any = {"own_statistics": own_statistics, "ranks": ranks}
-        see_again(model, images, answers, chosen, batch_size=batch_size, **again)
+        see_again(
+            *(model, images, answers, chosen),
+            batch_size=batch_size,
+            own_statistics=own_statistics,
+            ranks=ranks,
+        )
         return answers
     parts: dict[int, Tensor] = {}  # by the number of their first image
 

@@ -1,6 +1,6 @@
 """Optional compiled passes over memory; without them everything runs on PyTorch alone.
 
-`kernels.c` holds the passes, `winograd*.c` and `pixels.c` the convolutions;
+`kernels.c` holds the passes, `winograd*.c` and `pixels.c` the convolutions and what reads pixels;
 `setup.py` compiles them when the package is installed, once for each instruction set. The variant
 is the one PyTorch chose for itself (`ATEN_CPU_CAPABILITY` changes both). The threads are PyTorch's
 own: the library has no OpenMP runtime and binds to the one that PyTorch has loaded, so there is one
