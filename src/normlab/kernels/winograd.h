@@ -96,6 +96,10 @@ static inline i64 at(i64 r, i64 c, i64 rows) { return (c / STRIP * rows + r) * S
  * are there, and `put_half` writes one. */
 static inline i64 deep(i64 r, i64 c, i64 rows) { return DEPTH * at(r / DEPTH, c, rows / DEPTH); }
 
+/* How far apart the points of transformed kernels lie: not a power of two, else all points of a kernel
+ * meet in one set of the cache. */
+static inline i64 apart(i64 I, i64 O) { return I * O + 32; }
+
 /* Column `c` of C, a multiple of 8, and those behind it; zeros behind the last. */
 static inline vec load_within(const float *p, i64 c, i64 C) {
     return c + VEC <= C ? load(p + c) : load8(p + c);
@@ -335,7 +339,7 @@ static void transform_kernel(const float *w, i64 O, i64 I, int turned, i64 first
                 vec r[SPAN];
                 kernel_side(at_rows[i], r);
                 UNROLL for (int j = 0; j < SPAN; j++)
-                    put_half(out + (SPAN * i + j) * I * O + DEPTH * c, r[j], row % DEPTH);
+                    put_half(out + (SPAN * i + j) * apart(I, O) + DEPTH * c, r[j], row % DEPTH);
             }
         }
     }
@@ -350,7 +354,7 @@ static void transform_back(const float *D, i64 O, i64 I, i64 first, float *dw) {
             vec rows[3][SPAN];
             UNROLL for (int j = 0; j < SPAN; j++) {
                 vec column[SPAN], r[3];
-                UNROLL for (int p = 0; p < SPAN; p++) column[p] = load(d + (SPAN * p + j) * I * O);
+                UNROLL for (int p = 0; p < SPAN; p++) column[p] = load(d + (SPAN * p + j) * apart(I, O));
                 back_side(column, r);
                 UNROLL for (int p = 0; p < 3; p++) rows[p][j] = r[p];
             }
@@ -443,7 +447,7 @@ int CONV3X3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64
     grid_t s = grid(N, H, W, which && !turned);
     i64 tiles = tiles_of(&s), blocks = (tiles + TILES - 1) / TILES;
     i64 from = turned ? O : I, to = turned ? I : O;
-    cell *U = malloc(POINTS * I * O * sizeof(cell));
+    cell *U = aligned_alloc(64, POINTS * apart(I, O) * sizeof(cell));
     if (!U) return -1;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
@@ -473,7 +477,7 @@ int CONV3X3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64
                 output_pixels(y, &s, to, b * TILES + t, outside, pixels[t]);
             for (int p = 0; p < POINTS; p++)
                 for (i64 o = 0; o < to; o += PAIR)
-                    product(V + p * TILES * padded(from), U + p * from * to, count, from, to, o,
+                    product(V + p * TILES * padded(from), U + p * apart(I, O), count, from, to, o,
                             M + p * TILES * padded(to) + at(0, o, TILES));
             transform_output(M, &s, to, b * TILES, count, bias, pixels, y, pooled ? which : NULL);
         }
@@ -512,7 +516,7 @@ static void product_at(const gradient_of_kernel_t *k, i64 number, int count, con
                        const cell *U, float *D) {
     i64 across = (k->O + PAIR - 1) / PAIR, p = number / across, o = number % across * PAIR;
     product_over_tiles(V + p * k->room * padded(k->I), U + p * k->room * k->O, count, k->room, k->I,
-                       k->O, o, D + p * k->I * k->O);
+                       k->O, o, D + p * apart(k->I, k->O));
 }
 
 /* Gradients of the kernel, dw (O x I x 3 x 3), and of the bias, db (O), from x and g = dL/dy, of the
@@ -524,14 +528,15 @@ static void product_at(const gradient_of_kernel_t *k, i64 number, int count, con
 int CONV3X3_GRADIENT(const float *x, const float *g, const uint8_t *which, i64 N, i64 H,
                              i64 W, i64 I, i64 O, float *dw, float *db, int threads) {
     gradient_of_kernel_t k = {x, g, which, grid(N, H, W, which != NULL), I, O, 0, NULL};
-    i64 tiles = tiles_of(&k.grid), room = room_for(padded(I) + O), values = POINTS * I * O;
+    i64 tiles = tiles_of(&k.grid), room = room_for(padded(I) + O), values = POINTS * apart(I, O);
     i64 products = POINTS * ((O + PAIR - 1) / PAIR);
     int alone = values <= SMALL;
     i64 parts = alone ? min64(16, 1 + tiles / (4 * room / DEPTH)) : 1;
     i64 groups = alone ? 1 : (room + GROUP - 1) / GROUP, size = values + groups * O;
     i64 space = POINTS * room * (padded(I) + O), blocks = alone ? min64(threads, parts) : 1;
     cell *transforms = aligned_alloc(64, (blocks * space * sizeof(cell) + 63) / 64 * 64);
-    float *sums = calloc(parts * size + padded(I) + O, sizeof(float));
+    i64 numbers = parts * size + padded(I) + O;
+    float *sums = aligned_alloc(64, numbers * sizeof(float));
     if (!transforms || !sums) {
         free(transforms);
         free(sums);
@@ -540,6 +545,8 @@ int CONV3X3_GRADIENT(const float *x, const float *g, const uint8_t *which, i64 N
     k.room = room, k.zeros = sums + parts * size;
 #pragma omp parallel num_threads(threads)
     {
+#pragma omp for schedule(static)
+        for (i64 j = 0; j < numbers; j++) sums[j] = 0;
 #pragma omp for schedule(static)
         for (i64 part = 0; part < (alone ? parts : 0); part++) {
             cell *V = transforms + thread() * space, *U = V + POINTS * room * padded(I);
