@@ -96,8 +96,8 @@ static inline i64 at(i64 r, i64 c, i64 rows) { return (c / STRIP * rows + r) * S
  * are there, and `put_half` writes one. */
 static inline i64 deep(i64 r, i64 c, i64 rows) { return DEPTH * at(r / DEPTH, c, rows / DEPTH); }
 
-/* How far apart the points of transformed kernels lie: not a power of two, else all points of a kernel
- * meet in one set of the cache. */
+/* How far apart the points of transformed kernels lie. Where that is a power of two, all points of a
+ * kernel meet in one set of the cache. */
 static inline i64 apart(i64 I, i64 O) { return I * O + 32; }
 
 /* Column `c` of C, a multiple of 8, and those behind it; zeros behind the last. */
