@@ -37,12 +37,16 @@ def spread(values: list[float]) -> Spread:
 
 
 def processor(machine: dict[str, Any]) -> str:
-    """Its name without the signs and words that all names have.
+    """Its name without the signs and words that all names have, and its generation if known.
 
     >>> processor({"cpu": "Intel(R) Xeon(R) Processor"})
     'Intel Xeon'
+    >>> processor({"cpu": "AMD EPYC", "cpu_model": "family 26, model 2"})
+    'AMD EPYC (family 26, model 2)'
     """
-    return " ".join(machine["cpu"].replace("(R)", "").replace("Processor", "").split())
+    name = " ".join(machine["cpu"].replace("(R)", "").replace("Processor", "").split())
+    model = machine.get("cpu_model")  # older results lack it
+    return f"{name} ({model})" if model else name
 
 
 def names(result: Result, group: str) -> list[str]:

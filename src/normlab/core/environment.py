@@ -11,7 +11,7 @@ import torch
 
 from normlab import kernels
 from normlab.core.cores import cores
-from normlab.core.machine import cpu_name
+from normlab.core.machine import cpu_model, cpu_name
 from normlab.errors import UserError
 from normlab.kernels.memory import keep_freed_memory
 
@@ -68,6 +68,7 @@ def describe_machine(threads: int, device: torch.device) -> dict[str, Any]:
         "numpy": version("numpy"),
         "platform": platform.platform(),
         "cpu": cpu_name(),
+        "cpu_model": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "compiled_kernels": kernels.available(),
         "bfloat16": kernels.available() and kernels.has_bfloat16(),
