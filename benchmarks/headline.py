@@ -24,6 +24,7 @@ from normlab.core.files import write_json
 from normlab.core.records import read_json
 from normlab.data.augment import VIEWS
 from normlab.errors import UserError
+from normlab.recipes import Recipe
 from normlab.runs import Run
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "headline"
@@ -82,7 +83,7 @@ def main() -> None:
                 run = normlab.train(recipe, out=scratch, seed=seed, threads=arguments.threads)
                 write_json(target, record(run, others.share()))
         kept = read_json(target)
-        if kept["recipe"] != recipe.as_dict():
+        if Recipe.from_dict(kept["recipe"]) != recipe:
             parser.error(f"{target} is of another recipe than today's: move its folder away")
         print(f"seed {seed}: {kept['test_accuracy']:.4f} in {kept['train_seconds']:.1f} s")
     kept = [read_json(path) for path in sorted(folder.glob("seed-*.json"))]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.summary import processor, table
+from normlab.recipes import RECIPES
 
 Run = dict[str, Any]
 
@@ -28,9 +29,16 @@ def timed(runs: list[Run], key: str = "train_seconds") -> list[float]:
 
 
 def recipe_table(results: Path) -> str:
-    """A row for each recipe, with every seed that was run."""
+    """A row for each recipe as it is now, on each processor, and one for each variant."""
+    runs = kept(results)
+    now = {name: r for name, r in runs.items() if name.removesuffix("-zen4") in RECIPES}
+    other = {name: r for name, r in runs.items() if name not in now}
+    return f"{_table(now)}\n\nVariants, and the recipes as they were:\n\n{_table(other)}"
+
+
+def _table(found: dict[str, list[Run]]) -> str:
     rows = []
-    for name, runs in kept(results).items():
+    for name, runs in found.items():
         scores = [run["test_accuracy"] for run in runs]
         mirrored = statistics.mean(run["test_accuracy_flip"] for run in runs)
         six = f"{statistics.mean(run['test_accuracy_shift'] for run in runs):.4f}"

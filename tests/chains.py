@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from normlab.interchange.steps import (
+    Add,
     Affine,
     Array,
     Chain,
@@ -12,6 +13,7 @@ from normlab.interchange.steps import (
     Dense,
     Flatten,
     GlobalMax,
+    Keep,
     MaxPool,
     Norm,
     Relu,
@@ -21,9 +23,15 @@ from normlab.interchange.steps import (
 
 def computed(chain: Chain, x: Array) -> Array:
     """What the steps of `chain` make of `x` (N, C, H, W), each by its definition."""
-    h = torch.from_numpy(x)
+    h = kept = torch.from_numpy(x)
     for step in chain.steps:
-        h = _computed(step, h)
+        match step:
+            case Keep():
+                kept = h
+            case Add():
+                h = h + kept
+            case _:
+                h = _computed(step, h)
     return h.numpy()
 
 

@@ -123,6 +123,24 @@ def test_either_way_around_relu(bounded: bool, size: int) -> None:
     np.testing.assert_allclose(answers, expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("position", ["before", "after"])
+def test_blocks_that_add_their_input(position: str) -> None:
+    model = FastNet(stages=((8, 8, 8, 8), (12, 12, 12)), norm_position=position, seed=2)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    model.fit_to(pixels)
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.running_var.uniform_(0.2, 2, generator=torch.Generator().manual_seed(0))
+    graph = onnx_graph.build(fold(chain_of(model, 32)), 10)
+    assert sum(node.op_type == "Add" for node in graph.graph.node) >= 3
+    session = InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    (answers,) = session.run(None, {"images": pixels})
+    expected = logits_of(model, pixels).double().softmax(1)
+    np.testing.assert_allclose(answers, expected, rtol=0, atol=2e-6)
+    with pytest.raises(UserError, match="add their input cannot be written as Keras"):
+        layers_of(model, 32)
+
+
 @pytest.mark.parametrize("size", [8, 9])
 @pytest.mark.parametrize("pooled", [True, False])
 def test_what_a_normalisation_adds_at_the_border(pooled: bool, size: int) -> None:

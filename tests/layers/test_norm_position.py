@@ -52,6 +52,19 @@ def fast_after(model: FastNet, x: Tensor) -> Tensor:
     return model.output(h.amax((2, 3))) / 3
 
 
+def skipping_as_defined(model: FastNet, x: Tensor) -> Tensor:
+    """The third block of a stage adds its input right before the ReLU."""
+    h = model.whitening(x)
+    for i, block in enumerate(model.blocks):
+        z = block.pool(block.conv(h))
+        if block.norm_last:
+            h = bn(model, f"blocks.{i}.norm", (z + h if i == 5 else z).relu())
+        else:
+            z = bn(model, f"blocks.{i}.norm", z)
+            h = (z + h if i == 5 else z).relu()
+    return model.output(h.amax((2, 3))) / 3
+
+
 def sigmoid_after(model: SigmoidNet, x: Tensor) -> Tensor:
     h = (x[:, :, 2:30, 2:30] * model.luma).sum(1).flatten(1)
     for i in (1, 2, 3):
@@ -75,6 +88,13 @@ def test_the_other_place(network: type[nn.Module], position: str, definition: ob
     other = "after" if position == "before" else "before"
     assert torch.equal(usual(x), settled(network(image_size=32, norm_position=other))(x))
     assert not torch.allclose(usual(x), model(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("position", ["before", "after"])
+def test_a_third_block_adds_its_input(position: str) -> None:
+    model = settled(FastNet(stages=((8,), (12, 12), (16, 16, 16)), norm_position=position))
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model(x), skipping_as_defined(model, x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("network", "position"), [(NotebookNet, "before"), (FastNet, "after")])

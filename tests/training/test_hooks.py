@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import interpolate
 
 import normlab
-from normlab.data.augment import crop, recolour
+from normlab.data.augment import Augmentation, cover, crop, recolour
 from normlab.data.batches import Split, balanced_order, split_images
 from normlab.evaluation.recalibration import renew_stale
 from normlab.evaluation.scores import clearly_better, score
@@ -240,6 +240,32 @@ def test_colours_change_as_their_factors_say() -> None:
     torch.testing.assert_close(seen[1], x[1] * 1.2)
     assert seen[2].std() < 0.6 * x[2].std()
     torch.testing.assert_close(seen[3], x[3].mean(0, keepdim=True).expand(3, 8, 8))
+
+
+def test_a_square_is_covered_with_the_mean_colour_also_where_it_lies_half_outside() -> None:
+    x = torch.rand(3, 3, 16, 12, generator=torch.Generator().manual_seed(0))
+    seen = cover(x, torch.tensor([[0.5, 0.5], [0.0, 0.999], [0.99, 0.0]]), 5)
+    squares = slice(6, 11), slice(4, 9)
+    corners = (slice(0, 3), slice(9, 12)), (slice(13, 16), slice(0, 3))
+    for before, after, (rows, columns) in zip(x, seen, (squares, *corners), strict=True):
+        expected = before.clone()
+        expected[:, rows, columns] = before.mean((1, 2))[:, None, None]
+        torch.testing.assert_close(after, expected)
+
+
+def test_the_covered_square_is_drawn_anew_in_every_epoch() -> None:
+    settings = get("fast95").augmentation
+    first, second = (Augmentation.draw(3, epoch, 200, settings) for epoch in (0, 1))
+    images = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
+    x = first(images, np.arange(100, 150))
+    plain = replace(first, covers=None)(images, np.arange(100, 150))
+    changed = (x != plain).any(1).sum((1, 2))
+    assert changed.max() == 64
+    assert changed.min() >= 16  # a quarter at least: the middle is a pixel of the image
+    assert torch.equal(x, first(images, np.arange(200))[100:150])
+    assert first.covers is not None
+    assert second.covers is not None
+    assert not np.array_equal(first.covers, second.covers)
 
 
 def test_sampling_shows_rare_classes_more_often_and_no_image_much_more_than_another() -> None:

@@ -28,7 +28,7 @@ from together import together
 
 STEPS = 20
 RECIPES: dict[str, dict[str, Any]] = {
-    "notebook": {"flip": True, "shift": 2, "colour": 0.1, "crop": 0.9},
+    "notebook": {"flip": True, "shift": 2, "colour": 0.1, "crop": 0.9, "cutout": 3},
     "fast79": {"label_smoothing": 0.2, "half_size": 0.0},
     "fast79 by pieces": {"norm_images": 4},
 }

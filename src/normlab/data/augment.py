@@ -31,6 +31,8 @@ class Augmentation:
         reach: the largest shift, in pixels.
         crops: (N, 3) share of height and width, and the place of the part in [0, 1]²; or None.
         colours: (N, 3) factors of brightness, contrast and saturation; or None.
+        covers: (N, 2) where the middle of the covered square is, down and right in [0, 1); or None.
+        side: of that square, in pixels.
     """
 
     mirrored: NDArray[np.bool_] | None = None
@@ -38,6 +40,8 @@ class Augmentation:
     reach: int = 0
     crops: NDArray[np.float32] | None = None
     colours: NDArray[np.float32] | None = None
+    covers: NDArray[np.float32] | None = None
+    side: int = 0
 
     @classmethod
     def draw(cls, seed: int, epoch: int, n: int, settings: recipes.Augmentation) -> "Augmentation":
@@ -47,7 +51,7 @@ class Augmentation:
         drawn for the first epoch and turned round in each one after, so that two epochs show every
         image both ways.
         """
-        mirrored = shifts = crops = colours = None
+        mirrored = shifts = crops = colours = covers = None
         if settings.flip:
             mirrored = (stream(seed, "flip").random(n) < 0.5) ^ (epoch % 2 == 1)
         if reach := settings.shift:
@@ -57,7 +61,9 @@ class Augmentation:
             crops[:, 0] = settings.crop + (1 - settings.crop) * crops[:, 0]
         if c := settings.colour:
             colours = 1 - c + 2 * c * stream(seed, "colour", epoch).random((n, 3), np.float32)
-        return cls(mirrored, shifts, settings.shift, crops, colours)
+        if settings.cutout:
+            covers = stream(seed, "cutout", epoch).random((n, 2), np.float32)
+        return cls(mirrored, shifts, settings.shift, crops, colours, covers, settings.cutout)
 
     def __call__(
         self,
@@ -82,6 +88,8 @@ class Augmentation:
             x = crop(x, of(self.crops))
         if self.colours is not None:
             x = recolour(x, of(self.colours))
+        if self.covers is not None:
+            x = cover(x, of(self.covers), self.side)
         return x
 
 
@@ -122,6 +130,25 @@ def recolour(x: Tensor, factors: Tensor) -> Tensor:
     x = mean + (x - mean) * contrast
     grey = x.mean(1, keepdim=True)
     return (grey + (x - grey) * saturation).clamp(0, 1)
+
+
+def cover(x: Tensor, places: Tensor, side: int) -> Tensor:
+    """Cover a square of each image of `x` (N, C, H, W) with the image's mean colour.
+
+    Cutout (DeVries and Taylor 2017, arXiv 1708.04552, section 3.2): the middle is any pixel, so
+    that a part of the square may lie outside of the image.
+
+    Args:
+        places: (N, 2), where the middle is, down and right, in [0, 1).
+        side: of the square, in pixels.
+    """
+    inside = []
+    for length, place in zip(x.shape[2:], places.unbind(1), strict=True):
+        first = (place * length).long() - side // 2
+        pixels = torch.arange(length, device=x.device) - first[:, None]  # (N, length)
+        inside.append((pixels >= 0) & (pixels < side))
+    square = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+    return torch.where(square, x.mean((2, 3), keepdim=True), x)
 
 
 def mirror(x: Tensor, which: Tensor) -> Tensor:

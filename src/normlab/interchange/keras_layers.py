@@ -77,6 +77,11 @@ def _fast(model: FastNet) -> list[KerasLayer]:
     ]
     for i, block in enumerate(model.blocks, 1):
         assert isinstance(block, Block)
+        if block.skips:
+            raise UserError(
+                "a network whose blocks add their input cannot be written as Keras, whose layers "
+                "stand in a row here: use --format onnx"
+            )
         layers.append(_conv(f"conv{i}", block.conv.weight, block.conv.bias))
         if isinstance(block.pool, nn.MaxPool2d):
             layers.append(KerasLayer("MaxPooling2D", {"pool_size": 2, "name": f"pool{i}"}))

@@ -20,6 +20,7 @@ from normlab.interchange.certificate import Certificate, Check, Reading
 from normlab.interchange.folding import fold, map_size
 from normlab.interchange.reading_graph import with_reading
 from normlab.interchange.steps import (
+    Add,
     Affine,
     Array,
     Chain,
@@ -28,6 +29,7 @@ from normlab.interchange.steps import (
     Dense,
     Flatten,
     GlobalMax,
+    Keep,
     MaxPool,
     Norm,
     Relu,
@@ -47,6 +49,7 @@ class _Nodes:
 
     def __init__(self, start: str) -> None:
         self.last = start
+        self.kept = start
         self.nodes: list[onnx.NodeProto] = []
         self.arrays: list[onnx.TensorProto] = []
         self.flat = False  # whether channels are the last dimension
@@ -159,6 +162,10 @@ def _add(nodes: _Nodes, step: Step, name: str) -> None:
         case Flatten():
             nodes.add("Flatten", name)
             nodes.flat = True
+        case Keep():
+            nodes.kept = nodes.last
+        case Add():
+            nodes.add("Add", name, takes=[nodes.last, nodes.kept])
 
 
 def _add_conv(nodes: _Nodes, conv: Conv, size: int, image_size: int) -> None:

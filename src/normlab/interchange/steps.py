@@ -106,7 +106,17 @@ class Flatten:
     """(N, C, H, W) → (N, C·H·W)."""
 
 
-Step = Norm | Affine | Conv | Dense | Relu | Clip | MaxPool | GlobalMax | Flatten
+@dataclass(frozen=True)
+class Keep:
+    """Nothing is changed; what is here is added again at the next `Add`."""
+
+
+@dataclass(frozen=True)
+class Add:
+    """The sum with what was at the last `Keep`."""
+
+
+Step = Norm | Affine | Conv | Dense | Relu | Clip | MaxPool | GlobalMax | Flatten | Keep | Add
 
 
 @dataclass(frozen=True)
@@ -176,10 +186,12 @@ def _fast(model: FastNet) -> list[Step]:
     for i, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         norm = _norm(f"blocks.{i}.norm", block.norm)
-        steps.append(_conv(f"blocks.{i}.conv", block.conv))
+        keep: list[Step] = [Keep()] if block.skips else []
+        add: list[Step] = [Add()] if block.skips else []
+        steps += [*keep, _conv(f"blocks.{i}.conv", block.conv)]
         if isinstance(block.pool, nn.MaxPool2d):
             steps.append(MaxPool())
-        steps += [Relu(), *norm] if block.norm_last else [*norm, Relu()]
+        steps += [*add, Relu(), *norm] if block.norm_last else [*norm, *add, Relu()]
     output = _array(model.output.weight) * model.logit_scale
     return [*steps, GlobalMax(), Dense("output", output, np.zeros(len(output)))]
 

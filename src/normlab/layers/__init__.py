@@ -8,6 +8,7 @@ from normlab.layers.dropout import Dropout
 from normlab.layers.fused import (
     MaxPool2d,
     conv_pool,
+    norm_add_relu,
     norm_conv,
     norm_relu,
     relu_dropout,
@@ -56,6 +57,7 @@ __all__ = [
     "convert_batchnorm",
     "convert_sync_batchnorm",
     "moments",
+    "norm_add_relu",
     "norm_conv",
     "norm_relu",
     "normalize",

@@ -120,6 +120,14 @@ def norm_relu(x: Tensor, norm: nn.Module) -> Tensor:
     return kernels.normalize(x, *running, norm.weight, norm.bias, norm.eps, relu=True)
 
 
+def norm_add_relu(x: Tensor, norm: nn.Module, skipped: Tensor) -> Tensor:
+    """relu(norm(x) + skipped) for `x` and `skipped` of one shape."""
+    y: Tensor = norm(x)
+    if type(norm) is not BatchNorm or _hooked(norm):
+        return relu(y + skipped)
+    return y.add_(skipped).relu_()  # what batch normalisation returns, nobody else has
+
+
 class _BatchNormRelu(torch.autograd.Function):
     """What ReLU cut is computed anew from x, which takes less time than reading it."""
 

@@ -18,7 +18,15 @@ from torch.nn.functional import conv2d, relu
 from normlab import kernels
 from normlab.core.streams import stream
 from normlab.errors import UserError
-from normlab.layers import Conv2d, MaxPool2d, NoNorm, conv_pool, norm_relu, normalizer
+from normlab.layers import (
+    Conv2d,
+    MaxPool2d,
+    NoNorm,
+    conv_pool,
+    norm_add_relu,
+    norm_relu,
+    normalizer,
+)
 
 PATCH = 3  # pixels, high and wide
 STATISTICS_IMAGES = 1_000  # of 32 × 32; of larger ones fewer, for as many patches
@@ -87,8 +95,9 @@ def patches_of(x: Tensor) -> Tensor:
 class Block(nn.Module):
     """3 × 3 convolution, pooling if asked for, normaliser, ReLU; or ReLU, then normaliser.
 
-    The first filters start as the identity of the block's input, the others Glorot-uniform. With a
-    normaliser the convolution has no bias: the normaliser's β is one.
+    With `skips` the input is added right before the ReLU (He et al. 2016, arXiv 1512.03385,
+    equation 1). The first filters start as the identity of the block's input, the others
+    Glorot-uniform. With a normaliser the convolution has no bias: the normaliser's β is one.
     """
 
     def __init__(
@@ -97,6 +106,7 @@ class Block(nn.Module):
         c_out: int,
         *,
         pooled: bool,
+        skips: bool,
         norm: nn.Module,
         norm_position: str | None,
         rng: np.random.Generator,
@@ -108,10 +118,13 @@ class Block(nn.Module):
         self.pool = MaxPool2d(2) if pooled else nn.Identity()
         self.norm = norm
         self.norm_last = norm_position == "after"
+        self.skips = skips
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) → (N, C_out, H, W), or half of H and W when pooled."""
         h = conv_pool(x, self.conv, self.pool)
+        if self.skips:
+            return self.norm(relu(h + x)) if self.norm_last else norm_add_relu(h, self.norm, x)
         y: Tensor = self.norm(relu(h)) if self.norm_last else norm_relu(h, self.norm)
         return y
 
@@ -120,7 +133,8 @@ class FastNet(nn.Module):
     """Whitened patches, stages of blocks, the maximum over all positions, a linear layer.
 
     A stage's first block pools, so each stage works on maps of half the height and width of those
-    before; whatever follows in a stage leaves the size as it is.
+    before; whatever follows in a stage leaves the size as it is. From its third block on, each adds
+    its input (as in airbench96, Jordan 2024).
 
     Every layer's initial values come from a stream named after the layer, so networks with
     different `norm` start with the same kernels. Any image size from 2ˢ⁺¹ pixels on will do, with S
@@ -136,7 +150,8 @@ class FastNet(nn.Module):
         logit_scale: factor of the last answers.
         seed: of the initial values.
         components: of the whitening.
-        stages: channels of the blocks of each stage.
+        stages: channels of the blocks of each stage; where there are three or more, the same from
+            the second on.
     """
 
     def __init__(
@@ -169,6 +184,7 @@ class FastNet(nn.Module):
                 block = Block(
                     *(c_in, c_out),
                     pooled=place == 0,
+                    skips=place >= 2,
                     norm=normalizer(norm, c_out, momentum=norm_momentum, epsilon=norm_epsilon),
                     norm_position=norm_position,
                     rng=rng,
@@ -203,3 +219,4 @@ deep = partial(FastNet, stages=((16,), (64,), (128,), (128, 128)))  # for 64 × 
 deeper = partial(FastNet, stages=((16,), (32,), (64,), (128,), (128, 128)))  # for 96 and more
 wide = partial(FastNet, components=16, stages=((32, 32), (128, 128), (128, 128)))
 wider = partial(FastNet, components=16, stages=((64, 64), (256, 256), (256, 256)))
+widest = partial(FastNet, components=16, stages=((128,) * 3, (384,) * 3, (384,) * 3))

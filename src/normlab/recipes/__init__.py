@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from normlab.errors import UserError, nearest
-from normlab.recipes.fast import fast79, fast84, fast90, fast94
+from normlab.recipes.fast import fast79, fast84, fast90, fast94, fast95
 from normlab.recipes.notebook import notebook, notebook_plain
 from normlab.recipes.paper import paper_sigmoid
 from normlab.recipes.pictures import pictures
@@ -19,6 +19,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "fast84": fast84,
     "fast90": fast90,
     "fast94": fast94,
+    "fast95": fast95,
     "notebook": notebook,
     "notebook-plain": notebook_plain,
     "paper-sigmoid": paper_sigmoid,

@@ -25,6 +25,7 @@ MODELS: Registry[Any] = Registry(
         "fast-deeper": "normlab.models.fast:deeper",
         "fast-wide": "normlab.models.fast:wide",
         "fast-wider": "normlab.models.fast:wider",
+        "fast-widest": "normlab.models.fast:widest",
         "sigmoid": "normlab.models.sigmoid:SigmoidNet",
         "timm": "normlab.models.timm_net:TimmNet",
     },

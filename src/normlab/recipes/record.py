@@ -118,6 +118,12 @@ class Augmentation:
         allowed=in_range(0, 0.9),
         remedy="choose a share in [0, 0.9]",
     )
+    cutout: int = setting(
+        0,
+        "Cover a square of so many pixels, somewhere in each image, with the image's mean colour.",
+        allowed=in_range(0, 10**4),
+        remedy="choose 0 pixels or more",
+    )
 
     def told(self) -> str:
         """What is done, in words.
@@ -130,19 +136,20 @@ class Augmentation:
             f"moved by up to {self.shift} pixels" if self.shift else "",
             f"in parts of {self.crop:.0%} of height and width or more" if self.crop < 1 else "",
             f"colours ± {self.colour:.0%}" if self.colour else "",
+            f"a square of {self.cutout} pixels covered" if self.cutout else "",
         ]
         return ", ".join(filter(None, done)).replace("%", " %")
 
 
 # Augmentations by name; each says what it is for and does.
 AUGMENTS: dict[str, dict[str, Any]] = {
-    "none": {"flip": False, "shift": 0, "crop": 1.0, "colour": 0.0},
+    "none": {"flip": False, "shift": 0, "crop": 1.0, "colour": 0.0, "cutout": 0},
     # What means something else in a mirror: digits, letters, hand signs.
-    "symbols": {"flip": False, "shift": 0, "crop": 0.8, "colour": 0.2},
+    "symbols": {"flip": False, "shift": 0, "crop": 0.8, "colour": 0.2, "cutout": 0},
     # What a camera varies: mirror images, parts of 60 % and more, light and colour.
-    "photos": {"flip": True, "shift": 0, "crop": 0.6, "colour": 0.2},
+    "photos": {"flip": True, "shift": 0, "crop": 0.6, "colour": 0.2, "cutout": 0},
     # Very few pictures, or long trainings: smaller parts, more colour.
-    "strong": {"flip": True, "shift": 0, "crop": 0.4, "colour": 0.4},
+    "strong": {"flip": True, "shift": 0, "crop": 0.4, "colour": 0.4, "cutout": 0},
 }
 
 
@@ -174,7 +181,7 @@ PARTS: dict[str, Mapping[str, type[Any]]] = {
 ORDINARY: dict[str, Any] = {"logit_scale": 1.0, "norm_momentum": 0.99}
 USUAL: dict[str, dict[str, Any]] = {
     name: {"logit_scale": 1 / 3, "norm_momentum": 0.6}
-    for name in ("fast", "fast-deep", "fast-deeper", "fast-wide", "fast-wider")
+    for name in ("fast", "fast-deep", "fast-deeper", "fast-wide", "fast-wider", "fast-widest")
 }
 USUAL["timm"] = {"logit_scale": 1.0, "norm_momentum": 0.9}
 
