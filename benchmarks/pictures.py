@@ -132,10 +132,12 @@ def draw_accuracy_time(result: Result, results: Path) -> Figure:
         recipe: [(run["train_seconds"], run["test_accuracy"]) for run in whole]
         for recipe, whole in runs.items()
     }
+    foreign: set[str] = set()
     for recipe, whole in runs.items():
         below = _has_better_neighbour(points[recipe], list(points.values()))
         elsewhere = {processor(run["environment"]) for run in whole} - {here}
-        plot_recipe(ax, recipe, points[recipe], elsewhere, below=below)
+        foreign |= elsewhere
+        plot_recipe(ax, recipe + "*" * bool(elsewhere), points[recipe], below=below)
     folder = results / "notebook" / "notebook"
     lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
     ours = {row["epoch"]: row["val_accuracy"] for row in map(json.loads, lines)}
@@ -161,7 +163,8 @@ def draw_accuracy_time(result: Result, results: Path) -> Figure:
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title(
         "Dots: test accuracy at the end of a training, one view a picture. "
-        "Lines: validation accuracy after each epoch.",
+        "Lines: validation accuracy after each epoch."
+        + (f"\n* on {', '.join(sorted(foreign))}" if foreign else ""),
         fontsize=10,
         loc="left",
     )
@@ -180,14 +183,11 @@ def _has_better_neighbour(points: list[Point], recipes: list[list[Point]]) -> bo
     return any(s > score and time / 2 < t < time * 2 for t, s in others)
 
 
-def plot_recipe(
-    ax: Axes, recipe: str, points: list[Point], elsewhere: set[str], *, below: bool
-) -> Axes:
-    """A dot for each seed, and what they come to; and on which processors, if not the picture's."""
+def plot_recipe(ax: Axes, name: str, points: list[Point], *, below: bool) -> Axes:
+    """A dot for each seed, and what they come to."""
     times, scores = zip(*points, strict=True)
     time, mean = _middle(points)
     ax.plot(times, scores, "o", ms=5, color=OURS, alpha=0.55, mew=0, ls="")
-    name = f"{recipe}, on {', '.join(sorted(elsewhere))}" if elsewhere else recipe
     text = f"{name}\n{mean:.1%} in {time:,.0f} s, n = {len(points)}"
     ax.annotate(
         text,
