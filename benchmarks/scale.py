@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.other_load import OtherLoad, is_quiet
+from normlab.core.machine import describe_host
 
 LIMIT = 300.0  # seconds for one measurement, or it is given up
 CASES: tuple[tuple[Any, ...], ...] = (  # processes, threads each, messages left out
@@ -211,18 +211,7 @@ def measure_messages(rank: int, size: int, threads: int, options: dict[str, Any]
     return found
 
 
-def measure_draws(rank: int, size: int, threads: int, options: dict[str, Any]) -> float:
-    """Processor seconds that a rank takes to pass over one image's draws of another rank."""
-    import numpy as np
-
-    words = (30 * 30 * 32 + 3136 + 512) // 4
-    rng = np.random.Generator(np.random.SFC64(0))
-    started = time.process_time()
-    rng.bit_generator.random_raw(words * 1000, output=False)
-    return (time.process_time() - started) / 1000
-
-
-WORK = {"steps": measure_steps, "messages": measure_messages, "draws": measure_draws}
+WORK = {"steps": measure_steps, "messages": measure_messages}
 
 
 # ---- the model ----
@@ -240,9 +229,9 @@ BACKWARD = 0.6  # the share of a step in which gradients can be on their way
 
 
 def step_seconds(
-    machines: int, compute: float, images: int, latency: float, bandwidth: float, draws: float
+    machines: int, compute: float, latency: float, bandwidth: float
 ) -> dict[str, float]:
-    """Seconds of a step of `machines`, each with `images` of the batch and `compute` s of work.
+    """Seconds of a step of so many `machines`, each with `compute` s of work.
 
     Rings: a gathering takes P − 1 turns, a sum 2(P − 1) turns of a P-th of the bytes each; a turn
     costs the latency, and its bytes over the bandwidth. Messages of statistics are waited for;
@@ -256,21 +245,19 @@ def step_seconds(
             statistics_ += 2 * turns * (latency + 8 * 2 * channels / machines / bandwidth)
     gradients = 2 * turns * (BUCKETS * latency + GRADIENT_BYTES / machines / bandwidth)
     shown = max(0.0, gradients - BACKWARD * compute)
-    others = draws * images * turns
     return {
-        "step": compute + others + statistics_ + shown,
+        "step": compute + statistics_ + shown,
         "statistics": statistics_,
         "gradients": gradients,
         "gradients_waited_for": shown,
-        "draws": others,
     }
 
 
-def model(compute: float, images: int, draws: float) -> dict[str, Any]:
+def model(compute: float) -> dict[str, Any]:
     """By network and machines: a step, and the throughput over that many times one machine's."""
     return {
         name: {
-            str(p): (s := step_seconds(p, compute, images, latency, bandwidth, draws))
+            str(p): (s := step_seconds(p, compute, latency, bandwidth))
             | {"efficiency": compute / s["step"]}
             for p in MACHINES
         }
@@ -326,30 +313,27 @@ def main() -> None:
         for (p, t, *without), of_case in zip(CASES, zip(*turns, strict=True), strict=True)
     }
     messages = together(2, 1, "messages", settings)[0]
-    draws = together(1, 1, "draws", settings)[0]
     delayed = summary(together(2, 1, "steps", {**settings, "delay": DELAY}))
     half = {**settings, "batch": options.batch // 2}
     alone = summary(together(1, 1, "steps", half))
     share = others.share()
     small = messages[SIZES[0]]["sum"] / 2
     large = SIZES[-1] / messages[SIZES[-1]]["sum"]
-    near = step_seconds(2, alone["step"], options.batch // 2, small, large, draws)
+    near = step_seconds(2, alone["step"], small, large)
     later = DELAY * (2 * len(CHANNELS) - 1)
     predicted = {"loopback": near, "delayed": {**near, "step": near["step"] + later}}
     result = {
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+        "environment": describe_host(),
         "others_share": share,
         "quiet": is_quiet(share),
         "settings": settings,
         "cases": cases,
         "half_batch_one_thread": alone,
         "messages": messages,
-        "draws_seconds_an_image": draws,
         "delayed": delayed,
         "predicted_two_ranks": predicted,
         "model_compute_seconds": alone["cpu"],
-        "model": model(alone["cpu"], options.batch, draws),
+        "model": model(alone["cpu"]),
     }
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     for line in table(result):
@@ -374,13 +358,10 @@ def table(result: dict[str, Any]) -> list[str]:
             f"{c['bytes']['gradients']:,.0f} |"
         )
     nets = result["model"]
-    head = [*(f"{n}, notebook" for n in nets), *(f"{n}, no dropout" for n in nets)]
-    lines += ["", "| machines | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"]
+    lines += ["", "| machines | " + " | ".join(nets) + " |", "|---" * (1 + len(nets)) + "|"]
     for p in MACHINES:
-        of_all = [m[str(p)]["efficiency"] for m in nets.values()]
-        compute = result["model_compute_seconds"]
-        without = [compute / (m[str(p)]["step"] - m[str(p)]["draws"]) for m in nets.values()]
-        lines.append(f"| {p} | " + " | ".join(f"{v:.0%}" for v in (*of_all, *without)) + " |")
+        left = [m[str(p)]["efficiency"] for m in nets.values()]
+        lines.append(f"| {p} | " + " | ".join(f"{v:.0%}" for v in left) + " |")
     for name, case in result["predicted_two_ranks"].items():
         lines.append(f"predicted for two ranks, {name}: {case['step']:.3f} s")
     measured = {"loopback": result["cases"]["2 × 1"], "delayed": result["delayed"]}

@@ -205,17 +205,18 @@ static void normalisation(void) {
     float *z = drawn(size), *x = drawn(size), *g = drawn(size), *weight = drawn(C), *bias = drawn(C);
     float *mean = drawn(C), *var = drawn(C), *y = drawn(size), *dx = drawn(size), *dw = drawn(C);
     float *db = drawn(C), eps = 1e-3f, scale = 1.25f;
-    uint16_t *draws = room(size * sizeof(uint16_t));
+    drops_t drops = {(uint64_t)rand() << 33 ^ (uint64_t)rand(), between(0, 9), 13107, scale};
     double *X = zeros(size), *Y = zeros(size), *MEAN = zeros(C), *VAR = zeros(C), *DX = zeros(size);
     double *DW = zeros(C), *DB = zeros(C), count = (double)(N * S);
-    for (i64 i = 0; i < size; i++) draws[i] = (uint16_t)(rand() & 0xffff);
-    for (i64 i = 0; i < size; i++)
-        X[i] = !behind ? x[i] : draws[i] >= 13107 && z[i] > 0 ? (double)(z[i] * scale) : 0.0;
+    for (i64 i = 0; i < size; i++) {
+        _Alignas(8) uint16_t words[8];
+        int kept = *draw(drops.key, drops.first + i, 1, words) >= drops.threshold;
+        X[i] = !behind ? x[i] : kept && z[i] > 0 ? (double)(z[i] * scale) : 0.0;
+    }
     for (i64 i = 0; i < size; i++) MEAN[i / S % C] += X[i] / count;
     for (i64 i = 0; i < size; i++) VAR[i / S % C] += (X[i] - MEAN[i / S % C]) * (X[i] - MEAN[i / S % C]) / count;
-    forward_t f = {.x = x, .z = behind ? z : NULL, .draws = behind ? draws : NULL, .threshold = 13107,
-                   .scale = scale, .weight = weight, .bias = bias, .eps = eps, .N = N, .C = C, .S = S,
-                   .relu = relu, .mean = mean, .var = var, .y = y, .threads = (int)between(1, 2)};
+    forward_t f = {.x = x, .z = behind ? z : NULL, .drops = drops, .weight = weight, .bias = bias,
+                   .eps = eps, .N = N, .C = C, .S = S, .relu = relu, .mean = mean, .var = var, .y = y, .threads = (int)between(1, 2)};
     normlab_forward(&f);
     backward_t b = {.x = x, .g = g, .mean = mean, .var = var, .weight = weight, .bias = bias, .eps = eps,
                     .relu = relu, .keep_scale = behind ? scale : 0.0f, .N = N, .C = C, .S = S, .dx = dx,
@@ -242,7 +243,7 @@ static void normalisation(void) {
     same("gradient of gamma", dw, DW, C, 1e-5);
     same("gradient of beta", db, DB, C, 1e-5);
     same("gradient of what is normalised", dx, DX, size, 1e-5);
-    void *all[] = {z, x, g, weight, bias, mean, var, y, dx, dw, db, draws, X, Y, MEAN, VAR, DX, DW, DB};
+    void *all[] = {z, x, g, weight, bias, mean, var, y, dx, dw, db, X, Y, MEAN, VAR, DX, DW, DB};
     for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++) free(all[i]);
 }
 

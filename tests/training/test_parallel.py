@@ -17,7 +17,7 @@ from normlab.core.streams import stream
 from normlab.data import ImageData
 from normlab.evaluation.population import population_moments
 from normlab.evaluation.scores import score
-from normlab.layers.dropout import PartGenerator, draws
+from normlab.layers.dropout import Dropout, PartGenerator, draws
 from normlab.recipes import RECIPES as ALL
 from normlab.runs import Task
 from normlab.training.optimisers import set_rate
@@ -206,13 +206,13 @@ def test_parts_of_the_draws_are_those_of_the_whole_batch(
     images: int, each: int, ranks: int, layers: int
 ) -> None:
     """Also where a part does not begin at a 64-bit word, and for the layers after the first."""
-    rng = stream(0, "dropout", 7)
-    whole = [draws(images * each, rng) for _ in range(layers)]
+    rng, dropout = stream(0, "dropout", 7), Dropout(0.3)
+    whole = [draws(dropout.drops(images * each, rng), images * each) for _ in range(layers)]
     for rank in range(ranks):
         first, last = Ranks(rank, ranks).share(images)
-        part = PartGenerator(stream(0, "dropout", 7), first, last, images)
+        part, values = PartGenerator(stream(0, "dropout", 7), first, last), (last - first) * each
         for layer in whole:
-            found = draws((last - first) * each, part)
+            found = draws(dropout.drops(values, part), values)
             np.testing.assert_array_equal(found, layer[first * each : last * each])
 
 

@@ -18,4 +18,4 @@ def stream(seed: int, *purpose: str | int) -> np.random.Generator:
     """
     key = "/".join(map(str, (seed, *purpose))).encode()
     words = np.frombuffer(hashlib.sha256(key).digest(), np.uint32)
-    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(words.tolist())))
+    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(words)))

@@ -18,9 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normlab.kernels.library import available, call, disabled, has_bfloat16
+from normlab.kernels.products import multiplies, product
 
 __all__ = [
+    "NONE_DROPPED",
     "OF_TWO",
+    "Drops",
     "Running",
     "Tiles",
     "available",
@@ -40,9 +43,11 @@ __all__ = [
     "max_pool",
     "max_pool_gradient",
     "moments",
+    "multiplies",
     "normalize",
     "part_gradient",
     "part_sums",
+    "product",
     "read",
     "reads",
     "relu_dropout",
@@ -101,6 +106,22 @@ class Running(NamedTuple):
 NO_RUNNING = (None, None, 0.0, 1.0, None)
 
 
+class Drops(NamedTuple):
+    """What dropout does to the values of a batch, or of a part of one, in memory order.
+
+    Value i is dropped where its draw is below `threshold`, the others are multiplied by `scale`.
+    Its draw is number `first` + i of those that belong to `key`; see `layers.dropout.draws`.
+    """
+
+    key: int = 0  # of 64 bits
+    first: int = 0
+    threshold: int = 0  # none is below: nothing is drawn, and nothing done
+    scale: float = 1.0
+
+
+NONE_DROPPED = Drops()
+
+
 def batch_norm(
     x: Tensor,
     shape: tuple[int, int, int],
@@ -118,47 +139,40 @@ def batch_norm(
         relu: return max(y, 0) in place of y; `x` is of matrix layout.
     """
     y, mean, var = torch.empty_like(x), x.new_empty(shape[1]), x.new_empty(shape[1])
-    nothing = (None, None, 0, 1.0)  # no z, no draws: x is read as it is
+    source = (x, None, *NONE_DROPPED)  # without z: x is read as it is
     call(
         "forward",
-        *(x, *nothing, weight, bias, eps, *shape, +relu, *(running or NO_RUNNING), mean, var, y),
+        *(*source, weight, bias, eps, *shape, +relu, *(running or NO_RUNNING), mean, var, y),
     )
     return y, mean, var
 
 
 def relu_dropout_batch_norm(
     z: Tensor,
-    draws: NDArray[np.uint16] | None,
-    threshold: int,
-    scale: float,
+    drops: Drops,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     running: Running | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h = max(z, 0)·(scale where draw ≥ threshold, else 0), then `batch_norm` of h.
-
-    Args:
-        z: of matrix layout.
-        draws: one for each value in memory order; None for no dropout.
+    """h as `relu_dropout` makes it of `z`, then `batch_norm` of h.
 
     Returns:
         y, h, and the mean and variance (C,) of h.
     """
     h, y = torch.empty_like(z), torch.empty_like(z)
     mean, var = z.new_empty(z.shape[1]), z.new_empty(z.shape[1])
-    dropout = (z, None if draws is None else draws.ctypes.data, threshold, scale)
     call(
         "forward",
-        *(h, *dropout, weight, bias, eps, *_shape(z), 0, *(running or NO_RUNNING), mean, var, y),
+        *(h, z, *drops, weight, bias, eps, *_shape(z), 0, *(running or NO_RUNNING), mean, var, y),
     )
     return y, h, mean, var
 
 
-def relu_dropout(z: Tensor, draws: NDArray[np.uint16], threshold: int, scale: float) -> Tensor:
-    """max(z, 0)·(scale where draw ≥ threshold, else 0), for `z` of matrix layout."""
+def relu_dropout(z: Tensor, drops: Drops) -> Tensor:
+    """max(z, 0), multiplied by `drops.scale` or 0, for `z` of matrix layout."""
     h = torch.empty_like(z)
-    call("relu_dropout", z, draws.ctypes.data, threshold, scale, z.numel(), h)
+    call("relu_dropout", z, *drops, z.numel(), h)
     return h
 
 
@@ -218,17 +232,14 @@ def gradient(
 def moments(x: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations of each channel of `x`, (C,) float64."""
     mean, m2 = _doubles(shape[1]), _doubles(shape[1])
-    call("moments", x, None, None, 0, 1.0, *shape, mean, m2)
+    call("moments", x, None, *NONE_DROPPED, *shape, mean, m2)
     return mean, m2
 
 
-def relu_dropout_moments(
-    z: Tensor, draws: NDArray[np.uint16] | None, threshold: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """h as `relu_dropout_batch_norm` makes it, and the `moments` of it."""
+def relu_dropout_moments(z: Tensor, drops: Drops) -> tuple[Tensor, Tensor, Tensor]:
+    """h as `relu_dropout` makes it, and the `moments` of it."""
     h, mean, m2 = torch.empty_like(z), _doubles(z.shape[1]), _doubles(z.shape[1])
-    words = None if draws is None else draws.ctypes.data
-    call("moments", h, z, words, threshold, scale, *_shape(z), mean, m2)
+    call("moments", h, z, *drops, *_shape(z), mean, m2)
     return h, mean, m2
 
 

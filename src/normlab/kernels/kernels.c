@@ -21,24 +21,51 @@
 #define WIDE 1024         /* of a longer row they take a part at a time, for all rows, */
 #define NEAR (1 << 18)    /* where there are at most so many values, 1 MiB, and memory is no limit */
 #define PIECE (1 << 12)   /* values of one work item of a pass without channels */
+#define DRAWN (1 << 9)    /* values whose draws are made at a time */
 #define SMALL (1 << 15)   /* values: up to here a second thread costs more time than it saves */
 #define LARGE (1 << 22)   /* values, 16 MiB: outputs from here on are streamed past the caches */
 
 #define SIMD _Pragma("omp simd") /* GCC need not ask whether the vectors overlap */
 #define EACH_REG _Pragma("GCC unroll 8") for (int k = 0; k < REGS; k++)
 
-/* ReLU, then dropout with 16-bit draws: h = max(z, 0) * (draw >= threshold ? scale : 0).
+/* What dropout does: value i of a batch, whose values begin at `first`, is dropped where its draw,
+ * 16 bits of word (first + i) / 4 of the words that belong to `key`, is below `threshold`; the others
+ * are multiplied by `scale`. With a threshold of 0 nothing is done. */
+typedef struct {
+    uint64_t key;
+    i64 first;
+    int32_t threshold;
+    float scale;
+} drops_t;
+
+/* `count` draws from draw `first` of `key` on: SplitMix64 (Steele, Lea and Flood 2014, figure 14),
+ * whose words are functions of their place, so that any thread, or process, can make its own. */
+static const uint16_t *draw(uint64_t key, i64 first, i64 count, uint16_t *draws) {
+    typedef uint64_t __attribute__((may_alias)) word_t;
+    word_t *words = (word_t *)draws;
+    uint64_t base = key + (uint64_t)(first / 4 + 1) * 0x9e3779b97f4a7c15u;
+    i64 size = (first % 4 + count + 3) / 4;
+    SIMD
+    for (i64 i = 0; i < size; i++) {
+        uint64_t z = base + (uint64_t)i * 0x9e3779b97f4a7c15u;
+        z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+        z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+        words[i] = z ^ z >> 31;
+    }
+    return draws + first % 4;
+}
+
+/* ReLU, then dropout with those draws, or without: h = max(z, 0) * (draw >= threshold ? scale : 0).
  * Arithmetic, not selection, so that NaN and infinity stay visible. */
-static void relu_dropout(const float *z, const uint16_t *draws, int32_t threshold, float scale,
-                         float *h, i64 size) {
+static void relu_drop(const float *z, const uint16_t *draws, int32_t threshold, float scale,
+                      float *h, i64 size) {
     i64 i = 0;
     for (; i + VEC <= size; i += VEC) {
         vec v = load(z + i);
         v = (vec)((ivec)v & ~(v <= 0.0f));
         if (draws) {
-            ivec draw = __builtin_convertvector(*(const hvec *)(draws + i), ivec);
-            vec factor = (vec)((ivec)splat(scale) & (draw >= threshold));
-            v *= factor;
+            ivec drawn = __builtin_convertvector(*(const hvec *)(draws + i), ivec);
+            v *= (vec)((ivec)splat(scale) & (drawn >= threshold));
         }
         store(h + i, v);
     }
@@ -46,6 +73,18 @@ static void relu_dropout(const float *z, const uint16_t *draws, int32_t threshol
         float v = z[i] <= 0.0f ? 0.0f : z[i];
         h[i] = draws ? v * (draws[i] >= threshold ? scale : 0.0f) : v;
     }
+}
+
+/* The same of values `at` to `at` + size of a batch, whose draws are made here. */
+static void relu_dropout(const float *z, const drops_t *drops, i64 at, float *h, i64 size) {
+    uint16_t words[DRAWN + 4] __attribute__((aligned(64)));
+    if (!drops->threshold) relu_drop(z, NULL, 0, 1.0f, h, size);
+    else
+        for (i64 i = 0; i < size; i += DRAWN) {
+            i64 count = min64(DRAWN, size - i);
+            const uint16_t *draws = draw(drops->key, drops->first + at + i, count, words);
+            relu_drop(z + i, draws, drops->threshold, drops->scale, h + i, count);
+        }
 }
 
 /* g where ReLU of y let pass, else 0: where its gradient goes. */
@@ -122,9 +161,7 @@ static const float *packed(const float *x, i64 stride, int rows, int width, floa
 typedef struct {
     float *x;
     const float *z, *g, *mean, *slope, *shift;
-    const uint16_t *draws;
-    int32_t threshold;
-    float scale;
+    drops_t drops;
 } source_t;
 
 /* Reduce rows [row, end) of columns [left, right) of a matrix `columns` wide into out0 and out1. */
@@ -139,8 +176,8 @@ static void reduce_item(const source_t *s, i64 columns, i64 row, i64 end, i64 le
             int whole = left == 0 && right == columns;
             for (int i = 0; i < (whole ? 1 : rows); i++) {
                 i64 at = (r + i) * columns + left;
-                relu_dropout(s->z + at, s->draws ? s->draws + at : NULL, s->threshold, s->scale,
-                             s->x + at, whole ? rows * columns : right - left);
+                i64 size = whole ? rows * columns : right - left;
+                relu_dropout(s->z + at, &s->drops, at, s->x + at, size);
             }
         }
         for (i64 c = left; c < right; c += LANES) {
@@ -413,7 +450,7 @@ int normlab_normalize(const float *x, const float *mean, const float *var, const
 }
 
 /* Which signatures these are: a library of another number, from an older build, is not used. */
-int normlab_interface(void) { return 7; }
+int normlab_interface(void) { return 8; }
 
 /* Whether convolutions with products of bfloat16 are here and run on this processor. */
 int normlab_bfloat16(void) {
@@ -428,14 +465,11 @@ int normlab_bfloat16(void) {
  *     mean, var = moments of x, var biased
  *     y = weight*(x - mean)/sqrt(var + eps) + bias, or with `relu` (S = 1) ReLU of it
  *     running = keep*running + (1 - keep)*batch, the batch's variance times correction
- * With z (S = 1), x = relu_dropout(z) is written first. draws, weight, bias and running_* may be
- * NULL. */
+ * With z (S = 1), x = relu_dropout(z) is written first. weight, bias and running_* may be NULL. */
 typedef struct {
     float *x;
     const float *z;
-    const uint16_t *draws;
-    int32_t threshold;
-    float scale;
+    drops_t drops;
     const float *weight, *bias;
     float eps;
     i64 N, C, S;
@@ -451,8 +485,7 @@ int normlab_forward(const forward_t *f) {
     float *mean = f->mean, *var = f->var, *running_mean = f->running_mean;
     float *running_var = f->running_var;
     i64 N = f->N, C = f->C, S = f->S;
-    source_t s = {.x = f->x, .z = f->z, .draws = f->draws, .threshold = f->threshold,
-                  .scale = f->scale};
+    source_t s = {.x = f->x, .z = f->z, .drops = f->drops};
     double *m = malloc(2 * C * sizeof(double)), keep = f->keep, correction = f->correction;
     if (!m) return -1;
     int failed = reduce(&s, N, C, S, m, m + C, N * C * S <= SMALL ? 1 : f->threads);
@@ -471,11 +504,12 @@ int normlab_forward(const forward_t *f) {
 }
 
 /* h = relu_dropout(z), with nothing behind it. */
-int normlab_relu_dropout(const float *z, const uint16_t *draws, int32_t threshold, float scale,
+int normlab_relu_dropout(const float *z, uint64_t key, i64 first, int32_t threshold, float scale,
                          i64 size, float *h, int threads) {
+    drops_t drops = {key, first, threshold, scale};
     PARALLEL_FOR
     for (i64 at = 0; at < size; at += PIECE)
-        relu_dropout(z + at, draws + at, threshold, scale, h + at, min64(PIECE, size - at));
+        relu_dropout(z + at, &drops, at, h + at, min64(PIECE, size - at));
     return 0;
 }
 
@@ -565,9 +599,9 @@ int normlab_gradient(const backward_t *f) {
 
 /* mean and m2 (C, double): the mean and the sum of squared deviations of x. With z (S = 1),
  * x = relu_dropout(z) is written first. */
-int normlab_moments(float *x, const float *z, const uint16_t *draws, int32_t threshold, float scale,
-                    i64 N, i64 C, i64 S, double *mean, double *m2, int threads) {
-    source_t s = {.x = x, .z = z, .draws = draws, .threshold = threshold, .scale = scale};
+int normlab_moments(float *x, const float *z, uint64_t key, i64 first, int32_t threshold,
+                    float scale, i64 N, i64 C, i64 S, double *mean, double *m2, int threads) {
+    source_t s = {.x = x, .z = z, .drops = {key, first, threshold, scale}};
     return reduce(&s, N, C, S, mean, m2, N * C * S <= SMALL ? 1 : threads);
 }
 

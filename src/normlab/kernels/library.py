@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-INTERFACE = 7  # as in kernels.c: raised there and here whenever a signature changes
+INTERFACE = 8  # as in kernels.c: raised there and here whenever a signature changes
 
 
 class _Off(threading.local):
@@ -29,18 +29,19 @@ _POINTER, _INT, _LONG, _FLOAT, _DOUBLE = (
     ctypes.c_float,
     ctypes.c_double,
 )
+_DROPS = [ctypes.c_uint64, _LONG, ctypes.c_int32, _FLOAT]
 _SHAPE = [_LONG, _LONG, _LONG]
 _CONV = [*[_POINTER] * 3, *[_LONG] * 5, _INT, *[_POINTER] * 2, _INT]
 _CONV_GRADIENT = [*[_POINTER] * 3, *[_LONG] * 5, *[_POINTER] * 2, _INT]
 _STRUCTS = {  # the arguments of those that get them as one struct, as `struct` writes it
-    "forward": "PPPif PPf qqqi PPddP PPP i",
+    "forward": "PP Qqif PPf qqqi PPddP PPP i",
     "gradient": "PPPPPPf if qqq PPP i",
 }
 _SIGNATURES = {
-    "relu_dropout": [*[_POINTER] * 2, ctypes.c_int32, _FLOAT, _LONG, _POINTER, _INT],
+    "relu_dropout": [_POINTER, *_DROPS, _LONG, _POINTER, _INT],
     "relu_dropout_gradient": [*[_POINTER] * 2, _FLOAT, _LONG, _POINTER, _INT],
     "normalize": [*[_POINTER] * 5, _FLOAT, *_SHAPE, _INT, _POINTER, _INT],
-    "moments": [*[_POINTER] * 3, ctypes.c_int32, _FLOAT, *_SHAPE, *[_POINTER] * 2, _INT],
+    "moments": [*[_POINTER] * 2, *_DROPS, *_SHAPE, *[_POINTER] * 2, _INT],
     "part_sums": [*[_POINTER] * 6, _FLOAT, _INT, *_SHAPE, *[_POINTER] * 3, _INT],
     "part_gradient": [
         *[*[_POINTER] * 6, _FLOAT, _INT, _FLOAT, *_SHAPE],
@@ -100,6 +101,15 @@ def _library() -> ctypes.CDLL | None:
             continue
         return library
     return None
+
+
+def enabled() -> bool:
+    """Whether this thread is outside of `disabled`, and no compiler or tracer looks on."""
+    return not (
+        _off.depth
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
+        or torch.compiler.is_compiling()
+    )
 
 
 def available() -> bool:

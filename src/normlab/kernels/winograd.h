@@ -105,45 +105,69 @@ static inline vec load_within(const float *p, i64 c, i64 C) {
     return c + VEC <= C ? load(p + c) : load8(p + c);
 }
 
-/* The image of tile `t`, and the first row and column of the tile. */
-static inline i64 place_of(const grid_t *s, i64 t, i64 *top, i64 *left) {
+/* The image that a tile is in, and the tile's first row and column. */
+typedef struct {
+    i64 n, top, left;
+} place_t;
+
+static place_t place_of(const grid_t *s, i64 t) {
     i64 rest = t % (s->down * s->across);
-    *top = rest / s->across * SIDE, *left = rest % s->across * SIDE;
-    return t / (s->down * s->across);
+    return (place_t){t / (s->down * s->across), rest / s->across * SIDE, rest % s->across * SIDE};
 }
 
-/* Addresses of the pixels from which tile `t` is computed; `zeros` outside of the image. */
-static void input_pixels(const float *x, const grid_t *s, i64 C, i64 t, const float *zeros,
+/* That of the next tile; divisions would take as long as a transform. */
+static inline void advance(const grid_t *s, place_t *at) {
+    if ((at->left += SIDE) < s->across * SIDE) return;
+    at->left = 0;
+    if ((at->top += SIDE) < s->down * SIDE) return;
+    at->top = 0;
+    at->n++;
+}
+
+/* Whether none of the tile's `span` rows and columns from `before` its first is outside. */
+static inline int whole(i64 H, i64 W, i64 top, i64 left, i64 before, i64 span) {
+    return top >= before && left >= before && top + span - before <= H && left + span - before <= W;
+}
+
+/* Addresses of the pixels from which a tile is computed; `zeros` outside of the image. */
+INLINE void input_pixels(const float *x, const grid_t *s, i64 C, place_t at, const float *zeros,
                          const float *pixels[POINTS]) {
-    i64 top, left, n = place_of(s, t, &top, &left);
+    const float *corner = x + ((at.n * s->H + at.top - 1) * s->W + at.left - 1) * C;
+    i64 down = s->W * C;
+    if (whole(s->H, s->W, at.top, at.left, 1, SPAN)) {
+        UNROLL for (int i = 0; i < SPAN; i++)
+            UNROLL for (int j = 0; j < SPAN; j++) pixels[SPAN * i + j] = corner + i * down + j * C;
+        return;
+    }
     for (int i = 0; i < SPAN; i++)
         for (int j = 0; j < SPAN; j++) {
-            i64 r = top + i - 1, c = left + j - 1;
+            i64 r = at.top + i - 1, c = at.left + j - 1;
             int inside = r >= 0 && r < s->H && c >= 0 && c < s->W;
-            pixels[SPAN * i + j] = inside ? x + ((n * s->H + r) * s->W + c) * C : zeros;
+            pixels[SPAN * i + j] = inside ? corner + i * down + j * C : zeros;
         }
 }
 
-/* Addresses of the pixels of tile `t` of the output; `outside` where the image ends. */
-static void output_pixels(float *y, const grid_t *s, i64 C, i64 t, float *outside,
+/* Addresses of the pixels of a tile of the output; `outside` where the image ends. */
+static void output_pixels(float *y, const grid_t *s, i64 C, place_t at, float *outside,
                           float *pixels[PIXELS]) {
-    i64 top, left, n = place_of(s, t, &top, &left);
-    for (int i = 0; i < SIDE; i++)
-        for (int j = 0; j < SIDE; j++) {
-            i64 r = top + i, c = left + j;
-            int inside = r < s->H && c < s->W;
-            pixels[SIDE * i + j] = inside ? y + ((n * s->H + r) * s->W + c) * C : outside;
+    float *corner = y + ((at.n * s->H + at.top) * s->W + at.left) * C;
+    UNROLL for (int i = 0; i < SIDE; i++)
+        UNROLL for (int j = 0; j < SIDE; j++) {
+            int inside = at.top + i < s->H && at.left + j < s->W;
+            pixels[SIDE * i + j] = inside ? corner + (i * s->W + j) * C : outside;
         }
 }
 
-/* Which windows of the maxima tile `t` has, `nearby` more on each side: -1 outside of the image. */
-static void windows_of(const grid_t *s, i64 t, int nearby, i64 *windows) {
-    i64 top, left, n = place_of(s, t, &top, &left), down = s->H / 2, across = s->W / 2;
-    for (int i = -nearby; i < ACROSS + nearby; i++)
-        for (int j = -nearby; j < ACROSS + nearby; j++) {
-            i64 r = top / 2 + i, c = left / 2 + j;
-            int inside = r >= 0 && r < down && c >= 0 && c < across;
-            *windows++ = inside ? (n * down + r) * across + c : -1;
+/* Which windows of the maxima a tile has, `nearby` more on each side: -1 outside of the image. */
+INLINE void windows_of(const grid_t *s, place_t at, int nearby, i64 *windows) {
+    i64 down = s->H / 2, across = s->W / 2, top = at.top / 2, left = at.left / 2;
+    i64 first = (at.n * down + top - nearby) * across + left - nearby;
+    int span = ACROSS + 2 * nearby, all = whole(down, across, top, left, nearby, span);
+    UNROLL for (int i = 0; i < span; i++)
+        UNROLL for (int j = 0; j < span; j++) {
+            i64 r = top + i - nearby, c = left + j - nearby;
+            int inside = all || (r >= 0 && r < down && c >= 0 && c < across);
+            *windows++ = inside ? first + i * across + j : -1;
         }
 }
 
@@ -165,10 +189,11 @@ INLINE void store_input(vec rows[SPAN][SPAN], int t, i64 c, i64 C, i64 room, int
 /* V = B' x B of `count` tiles from `first`, in strips of `room` rows. */
 INLINE void transform_input(const float *x, const grid_t *s, i64 C, i64 first, int count, i64 room,
                             int over_tiles, const float *zeros, cell *V) {
+    place_t place = place_of(s, first);
     for (int t = 0; t < count; t += DEPTH) {
         const float *p[DEPTH][POINTS];
         int together = (int)min64(DEPTH, count - t);
-        for (int k = 0; k < together; k++) input_pixels(x, s, C, first + t + k, zeros, p[k]);
+        for (int k = 0; k < together; k++, advance(s, &place)) input_pixels(x, s, C, place, zeros, p[k]);
         for (i64 c = 0; c < C; c += VEC)
             for (int k = 0; k < together; k++) {
                 vec rows[SPAN][SPAN];
@@ -187,11 +212,12 @@ INLINE void transform_input(const float *x, const grid_t *s, i64 C, i64 first, i
 /* The same of the image whose windows hold the values g where `which` says, and zeros. */
 static void transform_windows(const float *g, const uint8_t *which, const grid_t *s, i64 C,
                               i64 first, int count, i64 room, const float *zeros, cell *V) {
-    for (int t = 0; t < count; t++) {
+    place_t place = place_of(s, first);
+    for (int t = 0; t < count; t++, advance(s, &place)) {
         i64 windows[NEAR * NEAR];
         const float *values[NEAR * NEAR];
         const uint8_t *places[NEAR * NEAR];
-        windows_of(s, first + t, 1, windows);
+        windows_of(s, place, 1, windows);
         for (int k = 0; k < NEAR * NEAR; k++) {
             values[k] = windows[k] < 0 ? zeros : g + windows[k] * C;
             places[k] = windows[k] < 0 ? (const uint8_t *)zeros : which + windows[k] * C;
@@ -231,9 +257,10 @@ INLINE void load_output(const float *in, i64 step, vec bias, vec y[PIXELS]) {
 static void transform_output(const float *M, const grid_t *s, i64 C, i64 first, int count,
                              const float *bias, float *const pixels[][PIXELS], float *y,
                              uint8_t *which) {
-    for (int t = 0; t < count; t++) {
+    place_t place = place_of(s, first);
+    for (int t = 0; t < count; t++, advance(s, &place)) {
         i64 windows[ACROSS * ACROSS];
-        if (which) windows_of(s, first + t, 0, windows);
+        windows_of(s, place, 0, windows);
         for (i64 c = 0; c < C; c += VEC) {
             vec out[PIXELS], add = bias ? load(bias + c) : (vec){0};
             load_output(M + at(t, c, TILES), TILES * padded(C), add, out);
@@ -242,10 +269,10 @@ static void transform_output(const float *M, const grid_t *s, i64 C, i64 first, 
                     if (windows[k] < 0) continue;
                     const vec *corner = out + k / ACROSS * 2 * SIDE + k % ACROSS * 2;
                     vec four[4] = {corner[0], corner[1], corner[SIDE], corner[SIDE + 1]};
-                    ivec place;
+                    ivec corners;
                     i64 to = windows[k] * C + c;
-                    store(y + to, maximum(four, &place));
-                    store_places(which + to, place);
+                    store(y + to, maximum(four, &corners));
+                    store_places(which + to, corners);
                 }
             } else
                 UNROLL for (int k = 0; k < PIXELS; k++) store(pixels[t][k] + c, out[k]);
@@ -261,14 +288,14 @@ typedef struct {
     const uint8_t *places[ACROSS * ACROSS];
 } gradient_t;
 
-static void gradient_of(const float *g, const uint8_t *which, const grid_t *s, i64 C, i64 t,
+static void gradient_of(const float *g, const uint8_t *which, const grid_t *s, i64 C, place_t at,
                         float *zeros, gradient_t *tile) {
     i64 windows[ACROSS * ACROSS];
     if (!which) {
-        output_pixels((float *)g, s, C, t, zeros, tile->pixels);
+        output_pixels((float *)g, s, C, at, zeros, tile->pixels);
         return;
     }
-    windows_of(s, t, 0, windows);
+    windows_of(s, at, 0, windows);
     for (int k = 0; k < ACROSS * ACROSS; k++) {
         tile->values[k] = windows[k] < 0 ? zeros : g + windows[k] * C;
         tile->places[k] = windows[k] < 0 ? (const uint8_t *)zeros : which + windows[k] * C;
@@ -280,10 +307,12 @@ static void gradient_of(const float *g, const uint8_t *which, const grid_t *s, i
 static void transform_gradient(const float *g, const uint8_t *which, const grid_t *s, i64 C,
                                i64 first, int count, i64 room, float *zeros, cell *U,
                                float *sums) {
+    place_t place = place_of(s, first);
     for (int t = 0; t < count; t += DEPTH) {
         gradient_t at_tiles[DEPTH];
         int together = (int)min64(DEPTH, count - t);
-        for (int k = 0; k < together; k++) gradient_of(g, which, s, C, first + t + k, zeros, at_tiles + k);
+        for (int k = 0; k < together; k++, advance(s, &place))
+            gradient_of(g, which, s, C, place, zeros, at_tiles + k);
         for (i64 c = 0; c < C; c += VEC) {
             cell *out = U + deep(t, c, room);
             for (int k = 0; k < together; k++) {
@@ -294,8 +323,8 @@ static void transform_gradient(const float *g, const uint8_t *which, const grid_
                     UNROLL for (int i = 0; i < SIDE; i++) {
                         int w = i / 2 * ACROSS + j / 2, corner = i % 2 * 2 + j % 2;
                         if (which) {
-                            ivec place = load_places(from->places[w] + c);
-                            d[i] = (vec)((ivec)load(from->values[w] + c) & (place == corner));
+                            ivec corners = load_places(from->places[w] + c);
+                            d[i] = (vec)((ivec)load(from->values[w] + c) & (corners == corner));
                         } else d[i] = load(from->pixels[SIDE * i + j] + c);
                         if (i) total += d[i];
                         else total = d[i];
@@ -473,8 +502,9 @@ int CONV3X3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64
                 transform_windows(x, which, &s, from, b * TILES, count, TILES, zeros, V);
             else transform_input(x, &s, from, b * TILES, count, TILES, 0, zeros, V);
             int pooled = which && !turned;
-            for (int t = 0; t < count && !pooled; t++)
-                output_pixels(y, &s, to, b * TILES + t, outside, pixels[t]);
+            place_t place = place_of(&s, b * TILES);
+            for (int t = 0; t < count && !pooled; t++, advance(&s, &place))
+                output_pixels(y, &s, to, place, outside, pixels[t]);
             for (int p = 0; p < POINTS; p++)
                 for (i64 o = 0; o < to; o += PAIR)
                     product(V + p * TILES * padded(from), U + p * apart(I, O), count, from, to, o,

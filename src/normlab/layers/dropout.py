@@ -1,10 +1,9 @@
-"""Dropout whose masks are cut from 64-bit random words, four 16-bit draws each.
+"""Dropout whose draws, of 16 bits each, are functions of a key and of a value's place.
 
 A value is dropped when its draw is below ⌊rate·2¹⁶⌉, so the realised rate is exact to 2⁻¹⁶, and the
-survivors are scaled by 1/(1 − realised rate): the expectation is kept exactly.
+survivors are scaled by 1/(1 − realised rate): the expectation is kept exactly. No draw depends on
+the one before, so any thread, and any process with a part of the batch, makes its own.
 """
-
-import math
 
 import numpy as np
 import torch
@@ -12,47 +11,60 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from normlab.errors import UserError
+from normlab.kernels import NONE_DROPPED, Drops
 
 STEPS = 1 << 16
+_NEXT, _FIRST, _SECOND = (
+    np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+_WORDS = 1 << 13  # made at a time, in cache
 
 
 class PartGenerator(np.random.Generator):
-    """The draws that images `first` to `last` (not included) of a batch of `images` get of `rng`.
+    """`rng` for a process that has the images `first` to `last` (not included) of a batch.
 
     So each image of a batch that lies in parts with several processes has the draws that it would
-    have if the batch were whole. Every part makes the draws of all: SFC64 cannot jump.
+    have if the batch were whole.
     """
 
-    def __init__(self, rng: np.random.Generator, first: int, last: int, images: int) -> None:
+    def __init__(self, rng: np.random.Generator, first: int, last: int) -> None:
         super().__init__(rng.bit_generator)
-        self.first, self.last, self.images = first, last, images
+        self.first, self.last = first, last
 
-    def draws(self, size: int) -> NDArray[np.uint16]:
-        """As the function `draws`, for `size` values of this part."""
-        if not size:  # no image here: nothing more will be drawn
-            return np.empty(0, np.uint16)
-        each = size // (self.last - self.first)
-        begin, end, total = (n * each for n in (self.first, self.last, self.images))
-        before, after = begin // 4, -(-end // 4)
-        self.bit_generator.random_raw(before, output=False)
-        words = self.integers(0, 1 << 64, size=after - before, dtype=np.uint64, endpoint=False)
-        self.bit_generator.random_raw(-(-total // 4) - after, output=False)
-        return words.view(np.uint16)[begin - 4 * before :][:size]
+    def before(self, values: int) -> int:
+        """How many values of the batch come before this part, which has so many `values`."""
+        return self.first * values // max(self.last - self.first, 1)
 
 
-def draws(size: int, rng: np.random.Generator) -> NDArray[np.uint16]:
-    """Cut `size` 16-bit draws from the generator's next 64-bit words."""
-    if isinstance(rng, PartGenerator):
-        return rng.draws(size)
-    words = rng.integers(0, 1 << 64, size=-(-size // 4), dtype=np.uint64, endpoint=False)
-    return words.view(np.uint16)[:size]
+def draws(drops: Drops, values: int) -> NDArray[np.uint16]:
+    """The draws (values,) that `drops` compares with its threshold.
+
+    Four are cut from each 64-bit word of SplitMix64 that starts with the key (Steele, Lea and Flood
+    2014, OOPSLA, figure 14), whose words can be had in any order.
+    """
+    begin, skipped = divmod(drops.first, 4)
+    words = np.empty((skipped + values + 3) // 4, np.uint64)
+    with np.errstate(over="ignore"):
+        for start in range(0, len(words), _WORDS):
+            z = words[start : start + _WORDS]
+            place = begin + 1 + start
+            z[:] = np.arange(place, place + len(z), dtype=np.uint64)
+            z *= _NEXT
+            z += np.uint64(drops.key)
+            z ^= z >> np.uint64(30)
+            z *= _FIRST
+            z ^= z >> np.uint64(27)
+            z *= _SECOND
+            z ^= z >> np.uint64(31)
+    return words.view(np.uint16)[skipped:][:values]
 
 
 class Dropout(nn.Module):
     """Set a share `rate` of the values to 0 while training (Srivastava et al. 2014, JMLR 15).
 
-    The draws come from the generator that `forward` is given, never from a global one, and follow
-    the memory order N, H, W, C, so that they do not depend on how the tensor happens to lie.
+    The key of the draws comes from the generator that `forward` is given, never from a global one,
+    and the draws follow the memory order N, H, W, C, so that they do not depend on how the tensor
+    happens to lie.
 
     Raises:
         UserError: a rate outside [0, 1), or training without a generator.
@@ -72,25 +84,27 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor, rng: np.random.Generator | None = None) -> Tensor:
         """Drop values of `x` (N, C) or (N, C, H, W); the same shape and layout out."""
-        source = self.source(rng)
-        if source is None:
+        drops = self.drops(x.numel(), rng)
+        if drops is NONE_DROPPED:
             return x
-        keep = self.draw(tuple(x.shape), source).to(x.device)
-        return x * (keep * self.scale).to(x.dtype)
+        n, c, *space = x.shape
+        keep = draws(drops, x.numel()) >= drops.threshold
+        mask = torch.from_numpy(keep.reshape(n, *space, c)).movedim(-1, 1).to(x.device)
+        return x * (mask * drops.scale).to(x.dtype)
 
-    def source(self, rng: np.random.Generator | None) -> np.random.Generator | None:
-        """Return the generator to draw from, or None where nothing is dropped."""
-        if not self.training or self.threshold == 0:
-            return None
+    def active(self) -> bool:
+        """Whether values would be dropped now."""
+        return self.training and self.threshold > 0
+
+    def drops(self, values: int, rng: np.random.Generator | None) -> Drops:
+        """What to do to a batch, or a part of one, of so many `values`; a new key each time."""
+        if not self.active():
+            return NONE_DROPPED
         if rng is None:
             raise UserError("dropout in training needs a generator: pass `rng`, or call .eval()")
-        return rng
-
-    def draw(self, shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
-        """Draw a mask of `shape` (N, C) or (N, C, H, W): True where the value is kept."""
-        n, c, *space = shape
-        keep = draws(math.prod(shape), rng) >= self.threshold
-        return torch.from_numpy(keep.reshape(n, *space, c)).movedim(-1, 1)
+        key = int(rng.integers(1 << 64, dtype=np.uint64))
+        before = rng.before(values) if isinstance(rng, PartGenerator) else 0
+        return Drops(key, before, self.threshold, self.scale)
 
     def extra_repr(self) -> str:
         return f"{self.rate}"

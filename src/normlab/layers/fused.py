@@ -15,7 +15,7 @@ from torch.nn.functional import conv2d, relu
 
 from normlab import kernels
 from normlab.layers.batchnorm import HALF, BatchNorm, needed, part_gradient
-from normlab.layers.dropout import Dropout, draws
+from normlab.layers.dropout import Dropout
 from normlab.layers.weights import Conv2d
 
 
@@ -26,10 +26,8 @@ def relu_dropout_norm(
     if not _batch_normalizes(norm) or _hooked(dropout) or _matrix(z, norm) is None:
         return norm(relu_dropout(z, dropout, rng))  # type: ignore[no-any-return]
     norm.check(z)
-    source = None if dropout is None else dropout.source(rng)
-    y: Tensor = _ReluDropoutBatchNorm.apply(  # type: ignore[no-untyped-call]
-        z, norm.weight, norm.bias, norm, dropout, source
-    )
+    drops = kernels.NONE_DROPPED if dropout is None else dropout.drops(z.numel(), rng)
+    y: Tensor = _ReluDropoutBatchNorm.apply(z, norm.weight, norm.bias, norm, drops)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -43,24 +41,20 @@ class _ReluDropoutBatchNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         norm: BatchNorm,
-        dropout: Dropout | None,
-        source: np.random.Generator | None,
+        drops: kernels.Drops,
     ) -> Tensor:
-        words, threshold, scale = None, 0, 1.0
-        if dropout is not None and source is not None:
-            words, threshold, scale = draws(z.numel(), source), dropout.threshold, dropout.scale
         group, count = norm.partners(), z.numel() // z.shape[1]
         if group is None:
             running = norm.running(count)
             y, h, mean, var = kernels.relu_dropout_batch_norm(
-                z, words, threshold, scale, weight, bias, norm.eps, running
+                z, drops, weight, bias, norm.eps, running
             )
         else:
-            h, mean, m2 = kernels.relu_dropout_moments(z, words, threshold, scale)
+            h, mean, m2 = kernels.relu_dropout_moments(z, drops)
             mean, var, count = norm.join(group, h, mean, m2)
             y = kernels.normalize(h, mean, var, weight, bias, norm.eps)
         ctx.save_for_backward(h, weight, mean, var)
-        ctx.shape, ctx.eps, ctx.scale = kernels.layout(h), norm.eps, scale
+        ctx.shape, ctx.eps, ctx.scale = kernels.layout(h), norm.eps, drops.scale
         ctx.group, ctx.count = group, count
         return y
 
@@ -73,35 +67,34 @@ class _ReluDropoutBatchNorm(torch.autograd.Function):
             grads = kernels.gradient(*batch, keep_scale=ctx.scale)
         else:
             grads = part_gradient(ctx.group, *batch, ctx.count, keep_scale=ctx.scale)
-        return needed(ctx, *grads, None, None, None)
+        return needed(ctx, *grads, None, None)
 
 
 def relu_dropout(
     z: Tensor, dropout: Dropout | None, rng: np.random.Generator | None = None
 ) -> Tensor:
     """dropout(relu(z), rng) for `z` (N, C) or channels-last (N, C, H, W)."""
-    source = None if dropout is None or _hooked(dropout) else dropout.source(rng)
     shape = kernels.layout(z)
-    if dropout is None or source is None or shape is None or shape[2] > 1:
+    if dropout is None or _hooked(dropout) or not dropout.active() or shape is None or shape[2] > 1:
         h = relu(z)
         return h if dropout is None else dropout(h, rng)
-    y: Tensor = _ReluDropout.apply(z, dropout, source)  # type: ignore[no-untyped-call]
+    y: Tensor = _ReluDropout.apply(z, dropout.drops(z.numel(), rng))  # type: ignore[no-untyped-call]
     return y
 
 
 class _ReluDropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, dropout: Dropout, source: np.random.Generator) -> Tensor:
-        words, ctx.scale = draws(z.numel(), source), dropout.scale
-        h = kernels.relu_dropout(z, words, dropout.threshold, dropout.scale)
+    def forward(ctx: Any, z: Tensor, drops: kernels.Drops) -> Tensor:
+        h = kernels.relu_dropout(z, drops)
         ctx.save_for_backward(h)
+        ctx.scale = drops.scale
         return h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (h,) = ctx.saved_tensors
-        return kernels.relu_dropout_gradient(h, g, ctx.scale), None, None
+        return kernels.relu_dropout_gradient(h, g, ctx.scale), None
 
 
 def norm_relu(x: Tensor, norm: nn.Module) -> Tensor:
@@ -176,20 +169,16 @@ def norm_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d) -> Tensor:
     """
     if conv.bias is None or not _convolves_input(conv, x):
         return conv(norm(x))  # type: ignore[no-any-return]
-    weight, bias = conv.weight, conv.bias  # (O, C, h, w), (O,)
+    gamma = beta = None
     if _batch_normalizes(norm) and norm.is_float32() == (x.dtype is torch.float32):
         norm.check(x)
-        x = norm.standardize(x)
-        if norm.bias is not None:
-            bias = bias + torch.einsum("oihw,i->o", weight, norm.bias)
-        if norm.weight is not None:
-            weight = weight * norm.weight.view(1, -1, 1, 1)
+        x, gamma, beta = norm.standardize(x), norm.weight, norm.bias
     else:
         x = norm(x)
         if x.requires_grad:  # by way of γ and β
             return conv(x)  # type: ignore[no-any-return]
     y: Tensor = _ConvOfInput.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, conv.stride, conv.dilation
+        x, conv.weight, conv.bias, gamma, beta, conv.stride, conv.dilation
     )
     return y
 
@@ -208,7 +197,7 @@ def _convolves_input(conv: nn.Conv2d, x: Tensor) -> bool:
 
 
 class _ConvOfInput(torch.autograd.Function):
-    """A convolution whose input needs no gradient.
+    """conv(γ·x + β) of an `x` that needs no gradient; γ and β may be None.
 
     PyTorch's own gradient of the bias costs as much as that of the kernel; a plain sum does not.
     """
@@ -219,11 +208,17 @@ class _ConvOfInput(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
         stride: tuple[int, int],
         dilation: tuple[int, int],
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, gamma, beta)
         ctx.stride, ctx.dilation = stride, dilation
+        if beta is not None:
+            bias = bias + weight.sum((2, 3)) @ beta
+        if gamma is not None:
+            weight = weight * gamma[:, None, None]
         plain = (*stride, *dilation) == (1, 1, 1, 1)
         ctx.compiled = plain and kernels.convolves_pixels(x, weight)
         if ctx.compiled:
@@ -233,14 +228,24 @@ class _ConvOfInput(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, gamma, beta = ctx.saved_tensors
+        gamma_grad = beta_grad = None
         if ctx.compiled:
-            return None, *kernels.conv_pixels_gradients(x, g), None, None
-        _, weight_grad, _ = torch.ops.aten.convolution_backward(
-            *(g, x, weight, None, ctx.stride, (0, 0), ctx.dilation, False, (0, 0), 1),
-            output_mask=(False, True, False),
-        )
-        return None, weight_grad, g.sum((0, 2, 3)), None, None
+            weight_grad, bias_grad = kernels.conv_pixels_gradients(x, g)
+        else:
+            _, weight_grad, _ = torch.ops.aten.convolution_backward(
+                *(g, x, weight, None, ctx.stride, (0, 0), ctx.dilation, False, (0, 0), 1),
+                output_mask=(False, True, False),
+            )
+            bias_grad = g.sum((0, 2, 3))
+        if gamma is not None:
+            gamma_grad = (weight_grad * weight).sum((0, 2, 3))
+            weight_grad *= gamma[:, None, None]
+        if beta is not None:
+            beta_grad = bias_grad @ weight.sum((2, 3))
+            weight_grad += torch.outer(bias_grad, beta)[:, :, None, None]
+        grads = None, weight_grad, bias_grad, gamma_grad, beta_grad
+        return needed(ctx, *grads, None, None)
 
 
 def conv_pool(x: Tensor, conv: nn.Module, pool: nn.Module) -> Tensor:

@@ -103,6 +103,27 @@ class Dense(nn.Linear):
         glorot_uniform_(self.weight, rng)
         nn.init.zeros_(self.bias)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, I) → (N, O)."""
+        if not kernels.multiplies(x, self.weight):
+            return super().forward(x)
+        y: Tensor = _Dense.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Dense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return kernels.product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        x_grad = kernels.product(g, weight.T) if ctx.needs_input_grad[0] else None
+        return needed(ctx, x_grad, kernels.product(g.T, x.T), g.sum(0))
+
 
 class Flatten(nn.Module):
     """(N, C, H, W) → (N, H·W·C): the order in which Keras lays pixels and channels out."""

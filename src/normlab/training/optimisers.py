@@ -85,7 +85,8 @@ class Adam(Optimizer):
                 if not state:
                     state["step"] = torch.zeros((), device=p.device)
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                state["step"] += 1
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
             beta1, beta2 = group["betas"]
             torch._fused_adam_(
                 params,
@@ -93,12 +94,12 @@ class Adam(Optimizer):
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
-                [state["step"] for state in states],
+                steps,
                 lr=group["lr"],
                 beta1=beta1,
                 beta2=beta2,
                 weight_decay=0.0,
-                eps=group["keras_eps"] / math.sqrt(1 - beta2 ** int(states[0]["step"])),
+                eps=group["keras_eps"] / math.sqrt(1 - beta2 ** int(steps[0])),
                 amsgrad=False,
                 maximize=False,
             )

@@ -133,7 +133,7 @@ class ParallelStep:
         """
         whole = self.batches.whole
         optimizer.zero_grad()
-        logits = model(x, PartGenerator(rng, *self.ranks.share(len(whole)), len(whole)))
+        logits = model(x, PartGenerator(rng, *self.ranks.share(len(whole))))
         divisor = len(whole) if class_weights is None else class_weights[whole].sum()
         loss = (
             cross_entropy(
