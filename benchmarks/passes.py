@@ -4,8 +4,8 @@
 
 Arithmetic counts what a pass computes (Winograd's products, not those of the direct sum), memory
 the least that it must read and write. Each is divided by what this machine reaches in the same
-minute: a product of 2,048 × 2,048 matrices, and a copy of 256 MB. The larger share is the bound.
-Written to docs/results/passes.json; docs/benchmarks.md has the tables.
+minute: a product of 2,048 × 2,048 matrices by oneDNN, and a copy of 256 MB. The larger share is
+the bound. Written to docs/results/passes.json; docs/benchmarks.md has the tables.
 """
 
 import argparse
@@ -59,6 +59,9 @@ def cost(name: str, arguments: tuple[Any, ...]) -> tuple[str, int, int]:
         products = n * (h - 2) * (w - 2) * o
         words = "of pixels: " + ("convolution" if name == "conv_pixels" else "kernel's gradient")
         return f"{words}, 3→{o}, {h}×{w}", 2 * 27 * products, FLOAT * (n * h * w * 3 + products)
+    if name == "product":
+        (n, i), (o, _) = (a.shape for a in arguments[:2])
+        return f"dense product, {n}×{i} by {i}×{o}", 2 * n * i * o, FLOAT * (n * i + i * o + n * o)
     if name.startswith("pool"):
         n, h, w, c = arguments[1:5] if name == "pool" else arguments[2:6]
         return f"{name.replace('_', ' ')}, {c}, {h}×{w}", 0, n * h * w * c * (FLOAT + 1) * 5 // 4
@@ -86,7 +89,7 @@ def peaks() -> tuple[float, float]:
             times.append(time.perf_counter() - started)
         return min(times)
 
-    return 2 * 2048**3 / fastest(lambda: a @ b), 2 * FLOAT * (1 << 26) / fastest(
+    return 2 * 2048**3 / fastest(lambda: kernels.product(a, b)), 2 * FLOAT * (1 << 26) / fastest(
         lambda: target.copy_(source)
     )
 
@@ -95,15 +98,21 @@ def passes_of(name: str, threads: int) -> dict[str, Any]:
     """Every pass of a step of the recipe `name` with its share of the time."""
     recipe, data = recipes.get(name), load()
     ours: dict[str, Counter[str]] = {}
-    plain = kernels.call
+    plain, multiply = kernels.call, kernels.product
 
-    def watched(kernel: str, *arguments: Any) -> None:
-        words, operations, bytes_ = cost(kernel, arguments)
+    def timed(words: str, operations: int, bytes_: int, work: Callable[[], Any]) -> Any:
         started = time.perf_counter()
-        plain(kernel, *arguments)
+        result = work()
         took = time.perf_counter() - started
         counts = {"seconds": took, "calls": 1, "operations": operations, "bytes": bytes_}
         ours.setdefault(words, Counter()).update(counts)
+        return result
+
+    def watched(kernel: str, *arguments: Any) -> None:
+        timed(*cost(kernel, arguments), lambda: plain(kernel, *arguments))
+
+    def watched_product(*arguments: Any) -> torch.Tensor:
+        return timed(*cost("product", arguments), lambda: multiply(*arguments))
 
     def named(kernel: str, *arguments: Any) -> None:
         with record_function(cost(kernel, arguments)[0]):
@@ -133,19 +142,19 @@ def passes_of(name: str, threads: int) -> dict[str, Any]:
         for number in islice(numbers, WARM_UP):
             step(number)
         try:
-            kernels.call = watched
+            kernels.call, kernels.product = watched, watched_product
             started = time.perf_counter()
             for number in islice(numbers, STEPS):
                 step(number)
             seconds = (time.perf_counter() - started) / STEPS
             # What the profiler keeps splits the memory that steps give back, so that large tensors
             # lie in new pages each time: our passes were timed without it.
-            kernels.call = named
+            kernels.call, kernels.product = named, multiply
             with profile(activities=[ProfilerActivity.CPU], with_flops=True) as seen:
                 for number in numbers:
                     step(number)
         finally:
-            kernels.call = plain
+            kernels.call, kernels.product = plain, multiply
     totals = [{"pass": words, **counts} for words, counts in ours.items()]
     totals += [
         {
@@ -156,7 +165,7 @@ def passes_of(name: str, threads: int) -> dict[str, Any]:
             "bytes": 0,
         }
         for event in seen.key_averages()
-        if event.key not in ours
+        if event.key not in {*ours, "mkldnn::_linear_pointwise"}
     ]
     rows: list[dict[str, Any]] = [
         {"pass": total.pop("pass"), **{key: value / STEPS for key, value in total.items()}}

@@ -199,9 +199,9 @@ def losses(net: NotebookNet, steps: int) -> list[float]:
 def test_the_network_trains_the_same_without_kernels(norm: str) -> None:
     compiled = losses(NotebookNet(norm=norm).train(), 4)
     with kernels.disabled():
-        plain = losses(NotebookNet(norm=norm).train(), 4)
-    np.testing.assert_allclose(compiled, plain, rtol=2e-4)
-    assert plain[-1] < plain[0]
+        plain = losses(NotebookNet(norm=norm).train(), 12)
+    np.testing.assert_allclose(compiled, plain[:4], rtol=2e-4)
+    assert np.mean(plain[-4:]) < plain[0]
 
 
 @pytest.mark.parametrize("state", ["eval", "frozen"])

@@ -14,6 +14,7 @@ from normlab.cli.predict import predict
 from normlab.cli.recipes import list_recipes, summary
 from normlab.cli.serve import serve
 from normlab.cli.train import train
+from normlab.core.cores import spare_others
 from normlab.core.launcher import world
 from normlab.errors import UserError
 
@@ -63,6 +64,7 @@ def cli(context: click.Context) -> None:
 
     Start with `normlab train`: it gets CIFAR-10, trains the default recipe and scores it.
     """
+    spare_others()
     rank, size = world()
     if size > 1 and context.invoked_subcommand != "train":
         if rank:

@@ -113,7 +113,7 @@ class Drops(NamedTuple):
     Its draw is number `first` + i of those that belong to `key`; see `layers.dropout.draws`.
     """
 
-    key: int = 0  # of 64 bits
+    key: int = 0  # below 2⁶³, as PyTorch's profiler notes what it is given as int64
     first: int = 0
     threshold: int = 0  # none is below: nothing is drawn, and nothing done
     scale: float = 1.0

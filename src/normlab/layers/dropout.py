@@ -102,7 +102,7 @@ class Dropout(nn.Module):
             return NONE_DROPPED
         if rng is None:
             raise UserError("dropout in training needs a generator: pass `rng`, or call .eval()")
-        key = int(rng.integers(1 << 64, dtype=np.uint64))
+        key = int(rng.integers(1 << 63))
         before = rng.before(values) if isinstance(rng, PartGenerator) else 0
         return Drops(key, before, self.threshold, self.scale)
 
