@@ -58,6 +58,32 @@ def test_relu_dropout_norm_is_the_composition(shape: tuple[int, ...], rate: floa
     assert torch.equal(results[0][1] == 0, results[1][1] == 0)  # the same values were cut
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("shape", [(6, 32, 9, 9), (5, 3, 4, 4), (33, 130), (1, 7), (2, 1)])
+def test_answers_are_those_of_the_layers_one_by_one(shape: tuple[int, ...], frozen: bool) -> None:
+    """Without a gradient, running statistics and ReLU go into one pass; NaN stays NaN."""
+    z, norm, dropout = images(*shape), random_norm(shape[1]), Dropout(0.5).eval()
+    nn.init.normal_(norm.running_mean, generator=torch.Generator().manual_seed(3))
+    nn.init.uniform_(norm.running_var, 0.5, 2, generator=torch.Generator().manual_seed(4))
+    z[0, 0] = float("nan")
+    norm.frozen = frozen
+    norm.train(frozen)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    with torch.no_grad():
+        found = relu_dropout_norm(z, dropout, norm)
+        expected = norm(relu(z))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert torch.equal(found.isnan(), z.isnan())
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+
+
+def test_a_network_answers_alike_with_a_gradient_and_without() -> None:
+    net, x = NotebookNet().eval(), images(40, 3, 32, 32)
+    with torch.no_grad():
+        alone = net(x)
+    torch.testing.assert_close(net(x), alone, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(6, 32, 9, 9), (5, 3, 4, 4), (33, 130), (1, 1)])
 def test_relu_dropout_is_the_composition(shape: tuple[int, ...]) -> None:
     results: list[tuple[Tensor, ...]] = []

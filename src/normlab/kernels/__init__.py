@@ -23,6 +23,8 @@ from normlab.kernels.products import multiplies, product
 __all__ = [
     "NONE_DROPPED",
     "OF_TWO",
+    "RELU_AFTER",
+    "RELU_BEFORE",
     "Drops",
     "Running",
     "Tiles",
@@ -121,6 +123,8 @@ class Drops(NamedTuple):
 
 NONE_DROPPED = Drops()
 
+NO_RELU, RELU_AFTER, RELU_BEFORE = range(3)  # where `normalize` takes it
+
 
 def batch_norm(
     x: Tensor,
@@ -191,11 +195,11 @@ def normalize(
     bias: Tensor | None,
     eps: float,
     *,
-    relu: bool = False,
+    relu: int = NO_RELU,
 ) -> Tensor:
-    """γ·(x − μ)/√(σ² + ε) + β; with `relu` its positive part, of `x` of matrix layout."""
+    """γ·(x − μ)/√(σ² + ε) + β, with ReLU after or before it; `relu` wants `x` of matrix layout."""
     y = torch.empty_like(x)
-    call("normalize", x, mean, var, weight, bias, eps, *_shape(x), +relu, y)
+    call("normalize", x, mean, var, weight, bias, eps, *_shape(x), relu, y)
     return y
 
 

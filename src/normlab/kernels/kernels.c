@@ -327,20 +327,26 @@ static int streams(const float *y, i64 columns, i64 size) {
            (uintptr_t)y % sizeof(vec) == 0;
 }
 
-/* y = (x - mean)*a + b, value by value, or ReLU of it. */
+/* Where ReLU is taken of what is normalised. */
+enum { NO_RELU, RELU_AFTER, RELU_BEFORE };
+
+/* y = (x - mean)*a + b, value by value, or ReLU of it, or the same of ReLU of x. */
 static void affine_row(const float *x, const float *mean, const float *a, const float *b, int relu,
                        float *y, i64 size, int past) {
     i64 i = 0;
     for (; i + VEC <= size; i += VEC) {
-        vec v = (load(x + i) - load(mean + i)) * load(a + i) + load(b + i);
-        if (relu) v = passed(v, v);
+        vec v = load(x + i);
+        if (relu == RELU_BEFORE) v = passed(v, v);
+        v = (v - load(mean + i)) * load(a + i) + load(b + i);
+        if (relu == RELU_AFTER) v = passed(v, v);
         if (past) stream(y + i, v);
         else store(y + i, v);
     }
     if (past) fence();
     for (; i < size; i++) {
-        float v = (x[i] - mean[i]) * a[i] + b[i];
-        y[i] = relu && v <= 0.0f ? 0.0f : v;
+        float v = relu == RELU_BEFORE && x[i] <= 0.0f ? 0.0f : x[i];
+        v = (v - mean[i]) * a[i] + b[i];
+        y[i] = relu == RELU_AFTER && v <= 0.0f ? 0.0f : v;
     }
 }
 
@@ -418,7 +424,7 @@ static void affine_of(const float *var, const float *weight, const float *bias, 
 /* ---- What Python calls. Every function returns 0, or -1 when memory is short. Those of twenty
  * arguments get them as one struct, which costs Python much less. ---- */
 
-/* y = weight*(x - mean)/sqrt(var + eps) + bias, or with `relu` (S = 1) ReLU of it; weight and bias
+/* y = weight*(x - mean)/sqrt(var + eps) + bias, with ReLU (S = 1) where `relu` says; weight and bias
  * may be NULL. */
 int normlab_normalize(const float *x, const float *mean, const float *var, const float *weight,
                       const float *bias, float eps, i64 N, i64 C, i64 S, int relu, float *y,
@@ -450,7 +456,7 @@ int normlab_normalize(const float *x, const float *mean, const float *var, const
 }
 
 /* Which signatures these are: a library of another number, from an older build, is not used. */
-int normlab_interface(void) { return 8; }
+int normlab_interface(void) { return 9; }
 
 /* Whether convolutions with products of bfloat16 are here and run on this processor. */
 int normlab_bfloat16(void) {

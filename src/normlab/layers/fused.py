@@ -23,9 +23,15 @@ def relu_dropout_norm(
     z: Tensor, dropout: Dropout | None, norm: nn.Module, rng: np.random.Generator | None = None
 ) -> Tensor:
     """norm(dropout(relu(z), rng)) for `z` (N, C) or channels-last (N, C, H, W)."""
-    if not _batch_normalizes(norm) or _hooked(dropout) or _matrix(z, norm) is None:
+    if type(norm) is not BatchNorm or norm.has_ghosts() or _hooked(norm) or _hooked(dropout):
+        return norm(relu_dropout(z, dropout, rng))  # type: ignore[no-any-return]
+    dropped = dropout is not None and dropout.active()
+    answers = not (norm.uses_batch() or dropped or torch.is_grad_enabled())
+    if not (norm.uses_batch() or answers) or _matrix(z, norm) is None:
         return norm(relu_dropout(z, dropout, rng))  # type: ignore[no-any-return]
     norm.check(z)
+    if answers:
+        return _normalize_running(z, norm, kernels.RELU_BEFORE)
     drops = kernels.NONE_DROPPED if dropout is None else dropout.drops(z.numel(), rng)
     y: Tensor = _ReluDropoutBatchNorm.apply(z, norm.weight, norm.bias, norm, drops)  # type: ignore[no-untyped-call]
     return y
@@ -109,8 +115,13 @@ def norm_relu(x: Tensor, norm: nn.Module) -> Tensor:
         return y
     if torch.is_grad_enabled():
         return relu(norm(x))
+    return _normalize_running(x, norm, kernels.RELU_AFTER)
+
+
+def _normalize_running(x: Tensor, norm: BatchNorm, relu: int) -> Tensor:
+    """`norm` of `x` by the running statistics, with ReLU before or after it, without a gradient."""
     running = norm.running_mean, norm.running_var
-    return kernels.normalize(x, *running, norm.weight, norm.bias, norm.eps, relu=True)
+    return kernels.normalize(x, *running, norm.weight, norm.bias, norm.eps, relu=relu)
 
 
 def norm_add_relu(x: Tensor, norm: nn.Module, skipped: Tensor) -> Tensor:
@@ -139,7 +150,7 @@ class _BatchNormRelu(torch.autograd.Function):
             y, mean, var = kernels.batch_norm(x, shape, weight, bias, norm.eps, running, relu=True)
         else:
             mean, var, count = norm.join(group, x, *kernels.moments(x, shape))
-            y = kernels.normalize(x, mean, var, weight, bias, norm.eps, relu=True)
+            y = kernels.normalize(x, mean, var, weight, bias, norm.eps, relu=kernels.RELU_AFTER)
         ctx.save_for_backward(x, weight, bias, mean, var)
         ctx.shape, ctx.eps, ctx.group, ctx.count = shape, norm.eps, group, count
         return y
@@ -260,6 +271,8 @@ def conv_pool(x: Tensor, conv: nn.Module, pool: nn.Module) -> Tensor:
         or _hooked(pool)
     ):
         return pool(conv(x))  # type: ignore[no-any-return]
+    if not torch.is_grad_enabled():
+        return kernels.conv3x3_max_pool(x, conv.weight, conv.bias, conv.tiles_now())[0]
     y: Tensor = _ConvPool.apply(x, conv.weight, conv.bias, conv.tiles_now())  # type: ignore[no-untyped-call]
     return y
 

@@ -71,6 +71,8 @@ def conv3x3(
     """conv2d(x, weight, bias, padding=1) for 3 × 3 kernels, compiled where that applies."""
     if not kernels.convolves(x, weight):
         return conv2d(x, weight, bias, padding=1)
+    if not torch.is_grad_enabled():  # an autograd function costs time even where there is none
+        return kernels.conv3x3(x, weight, bias, tiles)
     y: Tensor = _Conv3x3.apply(x, weight, bias, tiles)  # type: ignore[no-untyped-call]
     return y
 
@@ -107,6 +109,8 @@ class Dense(nn.Linear):
         """(N, I) → (N, O)."""
         if not kernels.multiplies(x, self.weight):
             return super().forward(x)
+        if not torch.is_grad_enabled():
+            return kernels.product(x, self.weight, self.bias)
         y: Tensor = _Dense.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return y
 
