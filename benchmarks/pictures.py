@@ -102,12 +102,13 @@ def _is_ours(name: str) -> bool:
 def headline_runs(results: Path, here: str) -> dict[str, list[Run]]:
     """By recipe, the seeds that had the whole machine; not those of the recipe as it was before.
 
+    The notebook's is not among them: its curve is drawn by itself.
     Of several processors one: `here`, or else the one with the most seeds of all recipes.
     """
     found: dict[str, dict[str, list[Run]]] = {}
     seeds: Counter[str] = Counter()
     for recipe, runs in kept(results).items():
-        for run in runs if recipe in RECIPES else []:
+        for run in runs if recipe in RECIPES and recipe != "notebook" else []:
             if timed([run]):
                 at = processor(run["environment"])
                 found.setdefault(recipe, {}).setdefault(at, []).append(run)
