@@ -125,8 +125,10 @@ class _Dense(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        x_grad = kernels.product(g, weight.T) if ctx.needs_input_grad[0] else None
-        return needed(ctx, x_grad, kernels.product(g.T, x.T), g.sum(0))
+        x_needed, weight_needed, _ = ctx.needs_input_grad
+        x_grad = kernels.product(g, weight.T) if x_needed else None
+        weight_grad = kernels.product(g.T, x.T) if weight_needed else None
+        return needed(ctx, x_grad, weight_grad, g.sum(0))
 
 
 class Flatten(nn.Module):
