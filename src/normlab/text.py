@@ -25,6 +25,14 @@ def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
+def have(n: int) -> str:
+    """
+    >>> have(1), have(2)
+    ('has', 'have')
+    """
+    return "has" if n == 1 else "have"
+
+
 def duration(seconds: float) -> str:
     """A time as people say it, to about a tenth.
 

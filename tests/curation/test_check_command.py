@@ -257,7 +257,7 @@ def test_train_tells_what_it_saw(tmp_path: Path, capsys: pytest.CaptureFixture[s
     options = {"epochs": 1, "batch_size": 100, "out": tmp_path / "run", "threads": 1}
     run = normlab.train("fast79", data=tmp_path / "mine.npz", **options)
     said = capsys.readouterr().err
-    assert "mine.npz: 1 of 200 test pictures have a near copy among 400 training pictures" in said
+    assert "mine.npz: 1 of 200 test pictures has a near copy among 400 training pictures" in said
     assert "test/0 is much like train/5" in said
     assert run.leak is not None
     assert run.leak in said

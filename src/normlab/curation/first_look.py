@@ -12,6 +12,7 @@ from normlab.curation.oddities import class_notes
 from normlab.curation.pictures import from_images
 from normlab.data import ImageData
 from normlab.data.changes import picture_names
+from normlab.text import have
 
 LEAST = 200  # pictures; fewer are seen at a glance
 MOST_TRAIN, MOST_TEST, MOST_PAIRS = 3_000, 500, 1_000
@@ -53,10 +54,11 @@ def first_look(images: ImageData) -> FirstLook:
     shown = ", ".join(
         f"{names['test'][test[b]]} is much like {names['train'][train[a]]}" for a, b in pairs[:2]
     )
+    copied = len(set(pairs[:, 1].tolist()))
     more = f" and {len(pairs) - 2:,} more" if len(pairs) > 2 else ""
     return FirstLook(
         classes,
-        f"{len(set(pairs[:, 1].tolist())):,} {of} have a near copy among {among}, which makes "
+        f"{copied:,} {of} {have(copied)} a near copy among {among}, which makes "
         f"the score too good: {shown}{more}; `normlab data check` shows them all",
     )
 

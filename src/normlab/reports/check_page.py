@@ -18,7 +18,7 @@ from normlab.core.places import make_folder
 from normlab.curation import Check, as_record
 from normlab.curation.check import Group
 from normlab.reports.pages import render
-from normlab.text import counted, printable, shell
+from normlab.text import counted, have, printable, shell
 
 MOST_GROUPS, MOST_LABELS, MOST_ODD = 300, 500, 100  # on the page; the lists have all
 MOST_MEMBERS = 12
@@ -39,10 +39,10 @@ def summary_lines(found: Check) -> list[str]:
     pictures, suspects = found.pictures, found.suspects
     tests = sum(part == "test" for part in pictures.parts)
     exact = sum(group.exact for group in found.groups)
-    differ = sum(group.contradicts for group in found.groups)
+    differ, leaked = sum(group.contradicts for group in found.groups), len(found.leaked)
     lines = [
         f"{counted(len(found.groups), 'group')} of copies, {exact:,} of them equal to the pixel; "
-        f"{len(found.leaked):,} of {tests:,} test pictures have a copy in another part; in "
+        f"{leaked:,} of {tests:,} test pictures {have(leaked)} a copy in another part; in "
         f"{counted(differ, 'group')} labels differ"
     ]
     if suspects is None:
