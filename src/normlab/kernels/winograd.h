@@ -171,6 +171,30 @@ INLINE void windows_of(const grid_t *s, place_t at, int nearby, i64 *windows) {
         }
 }
 
+/* Ask for the square of `side` x `side` pixels, of `size` bytes each, of a map of height H and width W:
+ * while a product computes, memory is idle. */
+INLINE void fetch(const void *map, i64 H, i64 W, i64 size, i64 n, i64 top, i64 left, int side, int writes) {
+    const char *corner = (const char *)map + ((n * H + top) * W + left) * size;
+    for (int i = 0; i < side; i++)
+        for (i64 j = 0; j < side * size; j += 64)
+            if (writes) __builtin_prefetch(corner + i * W * size + j, 1, 2);
+            else __builtin_prefetch(corner + i * W * size + j, 0, 2);
+}
+
+/* The pixels of a tile, from `after` its first row and column: 1 for those of its input that no tile
+ * before it reads, 0 for its output. */
+INLINE void fetch_pixels(const float *x, const grid_t *s, i64 C, place_t at, int after, int writes) {
+    fetch(x, s->H, s->W, C * sizeof *x, at.n, at.top + after, at.left + after, SIDE, writes);
+}
+
+/* The windows of a tile in place of its pixels, to be read. */
+INLINE void fetch_windows(const float *g, const uint8_t *which, const grid_t *s, i64 C, place_t at,
+                          int after) {
+    i64 H = s->H / 2, W = s->W / 2, top = at.top / 2 + after, left = at.left / 2 + after;
+    fetch(g, H, W, C * sizeof *g, at.n, top, left, ACROSS, 0);
+    fetch(which, H, W, C, at.n, top, left, ACROSS, 0);
+}
+
 /* The second half of B' d B of tile `t`, columns from `c` of C: along the rows, to strips of `room` rows
  * at each point. `over_tiles`: for a product that sums over the tiles, not the channels. */
 INLINE void store_input(vec rows[SPAN][SPAN], int t, i64 c, i64 C, i64 room, int over_tiles, cell *V) {
@@ -501,14 +525,22 @@ int CONV3X3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64
             if (which && turned)
                 transform_windows(x, which, &s, from, b * TILES, count, TILES, zeros, V);
             else transform_input(x, &s, from, b * TILES, count, TILES, 0, zeros, V);
-            int pooled = which && !turned;
-            place_t place = place_of(&s, b * TILES);
-            for (int t = 0; t < count && !pooled; t++, advance(&s, &place))
-                output_pixels(y, &s, to, place, outside, pixels[t]);
-            for (int p = 0; p < POINTS; p++)
+            int pooled = which && !turned, fetched = 0;
+            place_t place = place_of(&s, b * TILES), next = place_of(&s, (b + 1) * TILES);
+            for (int p = 0; p < POINTS; p++) {
+                for (; fetched < count * (p + 1) / POINTS; fetched++) {
+                    if (which && turned) fetch_windows(x, which, &s, from, next, 1);
+                    else fetch_pixels(x, &s, from, next, 1, 0);
+                    advance(&s, &next);
+                    if (pooled) continue;
+                    fetch_pixels(y, &s, to, place, 0, 1);
+                    output_pixels(y, &s, to, place, outside, pixels[fetched]);
+                    advance(&s, &place);
+                }
                 for (i64 o = 0; o < to; o += PAIR)
                     product(V + p * TILES * padded(from), U + p * apart(I, O), count, from, to, o,
                             M + p * TILES * padded(to) + at(0, o, TILES));
+            }
             transform_output(M, &s, to, b * TILES, count, bias, pixels, y, pooled ? which : NULL);
         }
         free(V);
@@ -539,6 +571,13 @@ static void transform_both(const gradient_of_kernel_t *k, i64 first, int count, 
                            float *sums) {
     transform_input(k->x, &k->grid, k->I, first, count, k->room, 1, k->zeros, V);
     transform_gradient(k->g, k->which, &k->grid, k->O, first, count, k->room, k->zeros, U, sums);
+}
+
+/* What the transforms of a tile read first. In line, as GCC leaves out calls of what only fetches. */
+INLINE void fetch_both(const gradient_of_kernel_t *k, place_t at) {
+    fetch_pixels(k->x, &k->grid, k->I, at, 1, 0);
+    if (k->which) fetch_windows(k->g, k->which, &k->grid, k->O, at, 0);
+    else fetch_pixels(k->g, &k->grid, k->O, at, 0, 0);
 }
 
 /* D += V' U of `count` tiles, at one point and for one PAIR of output channels: the product `number`. */
@@ -585,7 +624,13 @@ int CONV3X3_GRADIENT(const float *x, const float *g, const uint8_t *which, i64 N
             for (i64 t = tiles * part / parts; t < end; t += room) {
                 int count = (int)min64(room, end - t);
                 transform_both(&k, t, count, V, U, D + values);
-                for (i64 j = 0; j < products; j++) product_at(&k, j, count, V, U, D);
+                place_t next = place_of(&k.grid, t + count);
+                i64 fetched = 0, coming = min64(room, end - t - count);
+                for (i64 j = 0; j < products; j++) {
+                    for (; fetched < coming * (j + 1) / products; fetched++, advance(&k.grid, &next))
+                        fetch_both(&k, next);
+                    product_at(&k, j, count, V, U, D);
+                }
             }
         }
         for (i64 t = 0; t < (alone ? 0 : tiles); t += room) {
