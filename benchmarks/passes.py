@@ -55,7 +55,7 @@ def cost(name: str, arguments: tuple[Any, ...]) -> tuple[str, int, int]:
         words += f"{', bfloat16' if 'bfloat16' in name else ''}: {i}→{o}, {h}×{w}"
         return words, *convolution(side, n, h, w, i, o, which is not None)
     if name.startswith("conv_pixels"):
-        n, h, w, o = arguments[3:7] if name == "conv_pixels" else arguments[2:6]
+        n, h, w, o = arguments[5:9]
         products = n * (h - 2) * (w - 2) * o
         words = "of pixels: " + ("convolution" if name == "conv_pixels" else "kernel's gradient")
         return f"{words}, 3→{o}, {h}×{w}", 2 * 27 * products, FLOAT * (n * h * w * 3 + products)

@@ -24,7 +24,7 @@ from benchmarks.networks import build_prepared
 from benchmarks.peers.plain_pytorch import use_threads
 from benchmarks.peers.stock_layers import stock
 from normlab import kernels, recipes
-from normlab.core.streams import stream
+from normlab.core.streams import streams
 from normlab.data import ImageData, load
 from normlab.data.augment import to_input
 from normlab.data.batches import split_validation
@@ -84,9 +84,10 @@ def training(options: Options) -> Entry:
         nonlocal done
         model.train()
         with allowed_kernels(options):
-            for step in range(done, done + repeats):
+            rngs = streams(0, "dropout", numbers=range(done, done + repeats))
+            for step, rng in enumerate(rngs, done):
                 x, labels = data(step)
-                train_step(model, optimizer, x, labels, stream(0, "dropout", step))
+                train_step(model, optimizer, x, labels, rng)
         done += repeats
 
     return Entry({"": Case(run, recipe.batch_size)}, answer_with(model, options), about)

@@ -16,8 +16,10 @@ CONV(2)
 CONV(4)
 CONV(2_bfloat16)
 CONV(4_bfloat16)
-int normlab_conv_pixels(const float *, const float *, const float *, i64, i64, i64, i64, float *, int);
-int normlab_conv_pixels_gradient(const float *, const float *, i64, i64, i64, i64, float *, float *,
+int normlab_conv_pixels(const float *, const float *, const float *, const float *, const float *, i64,
+                        i64, i64, i64, float *, int);
+int normlab_conv_pixels_gradient(const float *, const float *, const float *, const float *,
+                                 const float *, i64, i64, i64, i64, float *, float *, float *, float *,
                                  int);
 int normlab_read(const uint8_t *, const i64 *, const uint8_t *, const i64 *, i64, i64, i64, float *, int);
 int normlab_whiten(const float *, const float *, const float *, i64, i64, i64, i64, float *, int);
@@ -185,16 +187,22 @@ static void pixels(void) {
     shape_t s = {between(1, 3), between(3, 12), between(8, 15), 3, 32 * between(1, 3), 0};
     i64 xs = s.N * s.H * s.W * 3, ys = s.N * (s.H - 2) * (s.W - 2) * s.O, ws = s.O * 27;
     float *x = drawn(xs), *w = drawn(ws), *b = drawn(s.O), *g = drawn(ys), *y = drawn(ys);
-    float *dw = drawn(ws), *db = drawn(s.O);
-    double *Y = zeros(ys), *DW = zeros(ws), *DB = zeros(s.O);
+    float *dw = drawn(ws), *db = drawn(s.O), *gamma = drawn(3), *beta = drawn(3), *dgamma = drawn(3);
+    float *dbeta = drawn(3), *scale = rand() % 2 ? gamma : NULL, *shift = rand() % 2 ? beta : NULL;
+    double *Y = zeros(ys), *DW = zeros(ws), *DB = zeros(s.O), *DG = zeros(3), *DS = zeros(3);
     for (i64 i = 0; i < ys; i++) Y[i] = b[i % s.O], DB[i % s.O] += g[i];
-    EACH_PRODUCT(s, (Y[Y_] += (double)x[X] * w[V], DW[V] += (double)g[Y_] * x[X]))
-    normlab_conv_pixels(x, w, b, s.N, s.H, s.W, s.O, y, 2);
+    for (i64 i = 0; i < 3; i++) gamma[i] = scale ? gamma[i] : 1, beta[i] = shift ? beta[i] : 0;
+    EACH_PRODUCT(s, (Y[Y_] += ((double)x[X] * gamma[X % 3] + beta[X % 3]) * w[V],
+                     DW[V] += (double)g[Y_] * ((double)x[X] * gamma[X % 3] + beta[X % 3]),
+                     DG[X % 3] += (double)g[Y_] * x[X] * w[V], DS[X % 3] += (double)g[Y_] * w[V]))
+    normlab_conv_pixels(x, w, scale, shift, b, s.N, s.H, s.W, s.O, y, 2);
     same("convolution of pixels", y, Y, ys, 2e-6);
-    normlab_conv_pixels_gradient(x, g, s.N, s.H, s.W, s.O, dw, db, 2);
+    normlab_conv_pixels_gradient(x, w, scale, shift, g, s.N, s.H, s.W, s.O, dw, db, dgamma, dbeta, 2);
+    same("gradient of gamma", dgamma, DG, 3, 1e-5);
+    same("gradient of beta", dbeta, DS, 3, 1e-5);
     same("gradient of a pixels' kernel", dw, DW, ws, 2e-6);
     same("gradient of a pixels' bias", db, DB, s.O, 2e-6);
-    void *all[] = {x, w, b, g, y, dw, db, Y, DW, DB};
+    void *all[] = {x, w, b, g, y, dw, db, gamma, beta, dgamma, dbeta, Y, DW, DB, DG, DS};
     for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++) free(all[i]);
 }
 

@@ -513,11 +513,13 @@ def test_convolution_of_pixels_matches_float64(shape: tuple[int, ...], c_out: in
     x = torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(c_out, 3, 3, 3, generator=generator), torch.randn(c_out)
     assert kernels.convolves_pixels(x, weight)
-    y = kernels.conv_pixels(x, weight, bias)
+    gamma, beta = torch.randn(3, generator=generator), torch.randn(3, generator=generator)
+    y = kernels.conv_pixels(x, weight, bias, gamma, beta)
     g = torch.randn(y.shape, generator=generator)
-    ours = kernels.conv_pixels_gradients(x, g)
-    wide = [t.double().requires_grad_() for t in (weight, bias)]
-    expected = conv2d(x.double(), *wide)
+    ours = kernels.conv_pixels_gradients(x, weight, g, gamma, beta)
+    wide = [t.double().requires_grad_() for t in (weight, bias, gamma, beta)]
+    scale, shift = (t[:, None, None] for t in wide[2:])
+    expected = conv2d(x.double() * scale + shift, *wide[:2])
     theirs = torch.autograd.grad(expected, wide, g.double())
     for a, b in zip((y, *ours), (expected, *theirs), strict=True):
         assert (a - b).abs().max() <= 1e-6 * b.abs().max()

@@ -194,15 +194,13 @@ class Batches:
         epoch, batch = divmod(step, len(self.bounds))
         if epoch != self.epoch:
             self._begin(epoch)
-        together = self.order[slice(*self.bounds[batch])]
-        chosen = together[slice(*self.ranks.share(len(together)))]
-        x = self.augment(self.train.images, chosen, self.device)
+        begin, end = self.bounds[batch]
+        first, last = self.ranks.share(end - begin)
+        x = self.augment(self.train.images, self.order[begin + first : begin + last], self.device)
         if step < self.half_steps:
             x = halve(x)
-        labels = torch.from_numpy(self.train.labels[chosen]).to(self.device)
-        alone = self.ranks.size == 1
-        self.whole = labels if alone else torch.from_numpy(self.train.labels[together]).to(labels)
-        return x, labels
+        self.whole = self.labels[begin:end]
+        return x, self.whole[first:last]
 
     def _begin(self, epoch: int) -> None:
         n = len(self.train)
@@ -210,5 +208,6 @@ class Batches:
         self.order = stream(self.seed, "order", epoch).permutation(n)
         if self.balanced:
             self.order = balanced_order(self.train.labels, self.seed, epoch)[self.order]
+        self.labels = torch.from_numpy(self.train.labels[self.order]).to(self.device)
         settings = self.augmentation or recipes.Augmentation()
         self.augment = Augmentation.draw(self.seed, epoch, n, settings)

@@ -423,12 +423,25 @@ def convolves_pixels(x: Tensor, weight: Tensor) -> bool:
     return weight.shape[1:] == (3, 3, 3) and c_out % 32 == 0 and x.shape[2] > 2 and x.shape[3] > 7
 
 
-def conv_pixels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """3 × 3 convolution of `x` (N, 3, H, W), not padded, stride 1: (N, O, H − 2, W − 2)."""
+def conv_pixels(
+    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None
+) -> Tensor:
+    """3 × 3 convolution of γ·`x` + β (N, 3, H, W), not padded, stride 1: (N, O, H − 2, W − 2)."""
     (n, _, h, w), c_out = x.shape, len(weight)
     y = torch.empty((n, c_out, h - 2, w - 2), memory_format=torch.channels_last)
-    call("conv_pixels", x, weight.contiguous(), bias, n, h, w, c_out, y)
+    call("conv_pixels", x, weight.contiguous(), gamma, beta, bias, n, h, w, c_out, y)
     return y
+
+
+def conv_pixels_gradients(
+    x: Tensor, weight: Tensor, g: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients with respect to kernel, bias, γ and β, from `g` = dL/dy."""
+    (n, _, h, w), c_out = x.shape, g.shape[1]
+    weight, g = weight.contiguous(), g.contiguous(memory_format=torch.channels_last)
+    grads = torch.empty_like(weight), g.new_empty(c_out), g.new_empty(3), g.new_empty(3)
+    call("conv_pixels_gradient", x, weight, gamma, beta, g, n, h, w, c_out, *grads)
+    return grads
 
 
 def whitens(x: Tensor, filters: Tensor) -> bool:
@@ -480,15 +493,6 @@ def read(
     addresses = [None if a is None else a.ctypes.data for a in arrays]
     call("read", *addresses, len(chosen), h, w, y)
     return y
-
-
-def conv_pixels_gradients(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to kernel and bias, from `g` = dL/dy."""
-    (n, _, h, w), c_out = x.shape, g.shape[1]
-    g = g.contiguous(memory_format=torch.channels_last)
-    weight_grad, bias_grad = g.new_empty((c_out, 3, 3, 3)), g.new_empty(c_out)
-    call("conv_pixels_gradient", x, g, n, h, w, c_out, weight_grad, bias_grad)
-    return weight_grad, bias_grad
 
 
 def _shape(x: Tensor) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-INTERFACE = 9  # as in kernels.c: raised there and here whenever a signature changes
+INTERFACE = 10  # as in kernels.c: raised there and here whenever a signature changes
 
 
 class _Off(threading.local):
@@ -51,8 +51,8 @@ _SIGNATURES = {
     "conv3x3_by4": _CONV,
     "conv3x3_by2_gradient": _CONV_GRADIENT,
     "conv3x3_by4_gradient": _CONV_GRADIENT,
-    "conv_pixels": [*[_POINTER] * 3, *[_LONG] * 4, _POINTER, _INT],
-    "conv_pixels_gradient": [*[_POINTER] * 2, *[_LONG] * 4, *[_POINTER] * 2, _INT],
+    "conv_pixels": [*[_POINTER] * 5, *[_LONG] * 4, _POINTER, _INT],
+    "conv_pixels_gradient": [*[_POINTER] * 5, *[_LONG] * 4, *[_POINTER] * 4, _INT],
     "whiten": [*[_POINTER] * 3, *[_LONG] * 4, _POINTER, _INT],
     "read": [*[_POINTER] * 4, *[_LONG] * 3, _POINTER, _INT],
     "pool": [_POINTER, *[_LONG] * 4, *[_POINTER] * 2, _INT],

@@ -43,20 +43,27 @@ static void convolve_windows(const float *x, i64 line, const float *taps, const 
     }
 }
 
-/* y = convolution of x with w (O x 3 x 3 x 3), plus bias. Returns 0, or -1 when memory is short. */
-int normlab_conv_pixels(const float *x, const float *w, const float *bias, i64 N, i64 H, i64 W,
-                        i64 O, float *y, int threads) {
+/* y = convolution of gamma*x + beta with w (O x 3 x 3 x 3), plus bias; gamma and beta (3) may be NULL.
+ * They go through the kernel: gamma*w of x, plus the sum of w*beta. Returns 0, or -1 when memory is
+ * short. */
+int normlab_conv_pixels(const float *x, const float *w, const float *gamma, const float *beta,
+                        const float *bias, i64 N, i64 H, i64 W, i64 O, float *y, int threads) {
     i64 down = H - 2, across = W - 2, line = 3 * W;
-    float *taps = malloc(TAPS * O * sizeof(float));
+    float *taps = malloc((TAPS + 1) * O * sizeof(float)), *add = taps + TAPS * O;
     if (!taps) return -1;
+    memcpy(add, bias, O * sizeof(float));
     for (int t = 0; t < TAPS; t++)
-        for (i64 o = 0; o < O; o++) taps[t * O + o] = w[in_kernel(o, t)];
+        for (i64 o = 0; o < O; o++) {
+            float v = w[in_kernel(o, t)];
+            taps[t * O + o] = gamma ? v * gamma[t % 3] : v;
+            if (beta) add[o] += v * beta[t % 3];
+        }
     PARALLEL_FOR
     for (i64 r = 0; r < N * down; r++) {
         const float *row = x + (r / down * H + r % down) * line;
         for (i64 c = 0; c < across; c += WINDOWS) {
             i64 first = min64(c, across - WINDOWS); /* the last ones may be computed twice */
-            convolve_windows(row + 3 * first, line, taps, bias, O, y + (r * across + first) * O);
+            convolve_windows(row + 3 * first, line, taps, add, O, y + (r * across + first) * O);
         }
     }
     free(taps);
@@ -152,10 +159,12 @@ static void row_gradient(const float *x, i64 line, const float *g, i64 across, i
     }
 }
 
-/* Gradients of the kernel, dw (O x 3 x 3 x 3), and of the bias, db (O), from x and g = dL/dy. Partial
- * sums, as many as the shape wants whatever the threads are, so that these change no bit. */
-int normlab_conv_pixels_gradient(const float *x, const float *g, i64 N, i64 H, i64 W, i64 O,
-                                 float *dw, float *db, int threads) {
+/* Gradients of the kernel, dw (O x 3 x 3 x 3), of the bias, db (O), and of gamma and beta, dgamma and
+ * dbeta (3), from x and g = dL/dy. Partial sums, as many as the shape wants whatever the threads are, so
+ * that these change no bit. */
+int normlab_conv_pixels_gradient(const float *x, const float *w, const float *gamma, const float *beta,
+                                 const float *g, i64 N, i64 H, i64 W, i64 O, float *dw, float *db,
+                                 float *dgamma, float *dbeta, int threads) {
     i64 down = H - 2, across = W - 2, line = 3 * W, rows = N * down, size = (TAPS + 1) * O;
     i64 count = min64(16, rows);
     float *parts = calloc(count * size, sizeof(float));
@@ -169,9 +178,17 @@ int normlab_conv_pixels_gradient(const float *x, const float *g, i64 N, i64 H, i
     }
     for (i64 part = 1; part < count; part++)
         for (i64 j = 0; j < size; j++) parts[j] += parts[part * size + j];
-    for (int t = 0; t < TAPS; t++)
-        for (i64 o = 0; o < O; o++) dw[in_kernel(o, t)] = parts[t * O + o];
     memcpy(db, parts + TAPS * O, O * sizeof(float));
+    double of_gamma[3] = {0}, of_beta[3] = {0};
+    for (int t = 0; t < TAPS; t++)
+        for (i64 o = 0; o < O; o++) {
+            i64 at = in_kernel(o, t);
+            float d = parts[t * O + o]; /* of gamma*w */
+            of_gamma[t % 3] += d * w[at];
+            of_beta[t % 3] += db[o] * w[at];
+            dw[at] = (gamma ? d * gamma[t % 3] : d) + (beta ? db[o] * beta[t % 3] : 0);
+        }
+    for (int c = 0; c < 3; c++) dgamma[c] = (float)of_gamma[c], dbeta[c] = (float)of_beta[c];
     free(parts);
     return 0;
 }

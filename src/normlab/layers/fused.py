@@ -226,37 +226,36 @@ class _ConvOfInput(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, gamma, beta)
         ctx.stride, ctx.dilation = stride, dilation
+        plain = (*stride, *dilation) == (1, 1, 1, 1)
+        ctx.compiled = plain and kernels.convolves_pixels(x, weight)
+        if ctx.compiled:
+            return kernels.conv_pixels(x, weight, bias, gamma, beta)
         if beta is not None:
             bias = bias + weight.sum((2, 3)) @ beta
         if gamma is not None:
             weight = weight * gamma[:, None, None]
-        plain = (*stride, *dilation) == (1, 1, 1, 1)
-        ctx.compiled = plain and kernels.convolves_pixels(x, weight)
-        if ctx.compiled:
-            return kernels.conv_pixels(x, weight, bias)
         return conv2d(x, weight, bias, stride, dilation=dilation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gamma, beta = ctx.saved_tensors
-        gamma_grad = beta_grad = None
         if ctx.compiled:
-            weight_grad, bias_grad = kernels.conv_pixels_gradients(x, g)
-        else:
-            _, weight_grad, _ = torch.ops.aten.convolution_backward(
-                *(g, x, weight, None, ctx.stride, (0, 0), ctx.dilation, False, (0, 0), 1),
-                output_mask=(False, True, False),
-            )
-            bias_grad = g.sum((0, 2, 3))
+            grads = kernels.conv_pixels_gradients(x, weight, g, gamma, beta)
+            return needed(ctx, None, *grads, None, None)
+        gamma_grad = beta_grad = None
+        _, weight_grad, _ = torch.ops.aten.convolution_backward(
+            *(g, x, weight, None, ctx.stride, (0, 0), ctx.dilation, False, (0, 0), 1),
+            output_mask=(False, True, False),
+        )
+        bias_grad = g.sum((0, 2, 3))
         if gamma is not None:
             gamma_grad = (weight_grad * weight).sum((0, 2, 3))
             weight_grad *= gamma[:, None, None]
         if beta is not None:
             beta_grad = bias_grad @ weight.sum((2, 3))
             weight_grad += torch.outer(bias_grad, beta)[:, :, None, None]
-        grads = None, weight_grad, bias_grad, gamma_grad, beta_grad
-        return needed(ctx, *grads, None, None)
+        return needed(ctx, None, weight_grad, bias_grad, gamma_grad, beta_grad, None, None)
 
 
 def conv_pool(x: Tensor, conv: nn.Module, pool: nn.Module) -> Tensor:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from normlab.core.streams import stream
+from normlab.core.streams import streams
 from normlab.errors import Interrupted, NonFiniteError
 from normlab.training.hooks import make_hooks
 from normlab.training.optimisers import set_rate
@@ -48,13 +48,13 @@ def fit(
         if plan.ranks.size > 1:
             together = ParallelStep(state.model, batches, interrupted)
         take = together or train_step
-        for step in range(state.step, steps):
+        rngs = streams(plan.seed, "dropout", numbers=range(state.step, steps))
+        for step, rng in enumerate(rngs, state.step):
             if state.stopped:
                 break
             epoch, batch = divmod(step, of_epoch)
             x, labels = batches(step)
             set_rate(state.optimizer, state.share(recipe.schedule.share(step / steps)))
-            rng = stream(plan.seed, "dropout", step)
             try:
                 loss, correct = take(
                     state.model, state.optimizer, x, labels, rng, recipe.label_smoothing, weights
