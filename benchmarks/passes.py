@@ -10,6 +10,7 @@ the bound. Written to docs/results/passes.json; docs/benchmarks.md has the table
 
 import argparse
 import json
+import struct
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from normlab.core.environment import describe_machine, settings
 from normlab.core.files import write_json
 from normlab.core.streams import stream
 from normlab.data import load
+from normlab.kernels import products
 from normlab.runs.task import Task
 from normlab.training.preparation import make_plan, new_state
 from normlab.training.step import train_step
@@ -59,6 +61,14 @@ def cost(name: str, arguments: tuple[Any, ...]) -> tuple[str, int, int]:
         products = n * (h - 2) * (w - 2) * o
         words = "of pixels: " + ("convolution" if name == "conv_pixels" else "kernel's gradient")
         return f"{words}, 3→{o}, {h}×{w}", 2 * 27 * products, FLOAT * (n * h * w * 3 + products)
+    if name == "adam":
+        values = sum(struct.unpack(f"@{6 * arguments[1]}q", arguments[0])[5::6])
+        return f"Adam, {values:,} weights", 12 * values, 7 * FLOAT * values
+    if name.startswith("dense"):
+        n, i, o = arguments[3:6]
+        products, parts = (1, "") if name == "dense" else (2, ", both gradients")
+        moved = FLOAT * (n * i + i * o + n * o)
+        return f"dense, {n}×{i} by {i}×{o}{parts}", 2 * products * n * i * o, products * moved
     if name == "product":
         (n, i), (o, _) = (a.shape for a in arguments[:2])
         return f"dense product, {n}×{i} by {i}×{o}", 2 * n * i * o, FLOAT * (n * i + i * o + n * o)
@@ -99,6 +109,10 @@ def passes_of(name: str, threads: int) -> dict[str, Any]:
     recipe, data = recipes.get(name), load()
     ours: dict[str, Counter[str]] = {}
     plain, multiply = kernels.call, kernels.product
+
+    def use(call: Callable[..., None], product: Callable[..., torch.Tensor]) -> None:
+        kernels.call = products.call = call
+        products.product = product
 
     def timed(words: str, operations: int, bytes_: int, work: Callable[[], Any]) -> Any:
         started = time.perf_counter()
@@ -142,19 +156,19 @@ def passes_of(name: str, threads: int) -> dict[str, Any]:
         for number in islice(numbers, WARM_UP):
             step(number)
         try:
-            kernels.call, kernels.product = watched, watched_product
+            use(watched, watched_product)
             started = time.perf_counter()
             for number in islice(numbers, STEPS):
                 step(number)
             seconds = (time.perf_counter() - started) / STEPS
             # What the profiler keeps splits the memory that steps give back, so that large tensors
             # lie in new pages each time: our passes were timed without it.
-            kernels.call, kernels.product = named, multiply
+            use(named, multiply)
             with profile(activities=[ProfilerActivity.CPU], with_flops=True) as seen:
                 for number in numbers:
                     step(number)
         finally:
-            kernels.call, kernels.product = plain, multiply
+            use(plain, multiply)
     totals = [{"pass": words, **counts} for words, counts in ours.items()]
     totals += [
         {

@@ -21,6 +21,9 @@ int normlab_conv_pixels(const float *, const float *, const float *, const float
 int normlab_conv_pixels_gradient(const float *, const float *, const float *, const float *,
                                  const float *, i64, i64, i64, i64, float *, float *, float *, float *,
                                  int);
+int normlab_dense(const float *, const float *, const float *, i64, i64, i64, float *, int);
+int normlab_dense_gradients(const float *, const float *, const float *, i64, i64, i64, float *, float *,
+                            float *, int);
 int normlab_read(const uint8_t *, const i64 *, const uint8_t *, const i64 *, i64, i64, i64, float *, int);
 int normlab_whiten(const float *, const float *, const float *, i64, i64, i64, i64, float *, int);
 
@@ -206,6 +209,67 @@ static void pixels(void) {
     for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++) free(all[i]);
 }
 
+/* Dense layers of few rows. */
+static void rows(void) {
+    i64 N = 8 * between(1, 8), I = 32 * between(1, 9), O = 8 * between(1, 12), threads = between(1, 2);
+    float *x = drawn(N * I), *w = drawn(O * I), *b = drawn(O), *g = drawn(N * O), *y = drawn(N * O);
+    float *dx = drawn(N * I), *dw = drawn(O * I), *db = drawn(O);
+    double *Y = zeros(N * O), *DX = zeros(N * I), *DW = zeros(O * I), *DB = zeros(O);
+    for (i64 n = 0; n < N; n++)
+        for (i64 o = 0; o < O; o++) {
+            double d = g[n * O + o];
+            Y[n * O + o] = b[o], DB[o] += d;
+            for (i64 i = 0; i < I; i++) {
+                Y[n * O + o] += (double)x[n * I + i] * w[o * I + i];
+                DX[n * I + i] += d * w[o * I + i], DW[o * I + i] += d * x[n * I + i];
+            }
+        }
+    normlab_dense(x, w, b, N, I, O, y, (int)threads);
+    normlab_dense_gradients(x, w, g, N, I, O, dx, dw, db, (int)threads);
+    same("dense layer", y, Y, N * O, 4e-6);
+    same("gradient of a dense layer's input", dx, DX, N * I, 4e-6);
+    same("gradient of a dense layer's weights", dw, DW, O * I, 4e-6);
+    same("gradient of a dense layer's bias", db, DB, O, 4e-6);
+    void *all[] = {x, w, b, g, y, dx, dw, db, Y, DX, DW, DB};
+    for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++) free(all[i]);
+}
+
+/* Three steps of Adam of two parameters, of which one may be too large for the caches. */
+static void adapting(void) {
+    enum { COUNT = 2 };
+    i64 sizes[COUNT] = {between(1, 99), rand() % 8 ? between(1, 9999) : FAR + between(0, 99)};
+    double beta1 = 0.9, beta2 = 0.999, eps = 1e-7, rate = 1e-3, *P[COUNT], *M[COUNT], *V[COUNT];
+    float *g[COUNT], steps[COUNT] = {0};
+    adapted_t all[COUNT];
+    for (int k = 0; k < COUNT; k++) {
+        i64 size = sizes[k], bytes = (size * (i64)sizeof(float) + 63) / 64 * 64;
+        g[k] = drawn(size);
+        all[k] = (adapted_t){drawn(size), g[k], aligned_alloc(64, bytes), aligned_alloc(64, bytes),
+                             steps + k, size};
+        memset(all[k].m, 0, bytes), memset(all[k].v, 0, bytes);
+        P[k] = zeros(size), M[k] = zeros(size), V[k] = zeros(size);
+        for (i64 i = 0; i < size; i++) P[k][i] = all[k].p[i];
+    }
+    for (int t = 1; t <= 3; t++) {
+        normlab_adam(all, COUNT, beta1, beta2, rate, (float)eps, (int)between(1, 2));
+        double corrected = rate * sqrt(1 - power(beta2, t)) / (1 - power(beta1, t));
+        for (int k = 0; k < COUNT; k++)
+            for (i64 i = 0; i < sizes[k]; i++) {
+                double d = g[k][i];
+                M[k][i] += (1 - beta1) * (d - M[k][i]), V[k][i] += (1 - beta2) * (d * d - V[k][i]);
+                P[k][i] -= corrected * M[k][i] / (sqrt(V[k][i]) + eps);
+                g[k][i] = -g[k][i] / 2;
+            }
+    }
+    for (int k = 0; k < COUNT; k++) {
+        same("parameter", all[k].p, P[k], sizes[k], 1e-6);
+        same("first moment", all[k].m, M[k], sizes[k], 1e-6);
+        same("second moment", all[k].v, V[k], sizes[k], 1e-6);
+        void *used[] = {all[k].p, all[k].m, all[k].v, g[k], P[k], M[k], V[k]};
+        for (size_t i = 0; i < sizeof(used) / sizeof(*used); i++) free(used[i]);
+    }
+}
+
 /* Batch normalisation and its gradient, behind ReLU and dropout or before ReLU, too. */
 static void normalisation(void) {
     i64 N = between(2, 150), C = between(1, 140), S = rand() % 2 ? 1 : between(2, 40), size = N * C * S;
@@ -293,6 +357,8 @@ int main(int argc, char **argv) {
         pixels();
         whitening();
         reading();
+        rows();
+        adapting();
         normalisation();
         pooling();
     }

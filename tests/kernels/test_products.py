@@ -1,4 +1,4 @@
-"""Dense products by oneDNN: against float64, and where PyTorch's own are taken."""
+"""Dense products, by oneDNN and our own: against float64, and where PyTorch's are taken."""
 
 from typing import Any
 
@@ -33,6 +33,41 @@ def test_products_are_those_of_float64(n: int, i: int, o: int, turned: bool) -> 
         exact = linear(a.double(), b.double(), None if shift is None else shift.double())
         found = kernels.product(a, b, shift)
         assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+@onednn
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("n", "i", "o"), [(32, 3136, 512), (8, 2048, 72), (64, 96, 512), (40, 544, 64), (31, 3136, 512)]
+)
+def test_few_rows_are_multiplied_as_float64_does(n: int, i: int, o: int, threads: int) -> None:
+    x, w, b, g = matrix(n, i, 0), matrix(o, i, 1), matrix(1, o, 2)[0], matrix(n, o, 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = kernels.dense(x, w, b), *kernels.dense_gradients(x, w, g)
+        only_x = kernels.dense_gradients(x, w, g, weight_grad=False)
+        only_w = kernels.dense_gradients(x, w, g, x_grad=False)
+    finally:
+        torch.set_num_threads(before)
+    wide = [t.double().requires_grad_() for t in (x, w, b)]
+    exact = linear(*wide)
+    for ours, theirs in zip(
+        found, (exact, *torch.autograd.grad(exact, wide, g.double())), strict=True
+    ):
+        assert ours is not None
+        assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    assert only_x[1] is None
+    assert torch.equal(only_x[0], found[1])  # type: ignore[arg-type]
+    assert only_w[0] is None
+    assert torch.equal(only_w[1], found[2])  # type: ignore[arg-type]
+
+
+@onednn
+def test_an_answer_does_not_depend_on_how_many_pictures_are_asked_about() -> None:
+    layer, x = Dense(3136, 512, rng=stream(0, "init", "dense")).eval(), matrix(96, 3136, 0)
+    with torch.no_grad():
+        assert torch.equal(layer(x)[:32], layer(x[:32]))
 
 
 @onednn

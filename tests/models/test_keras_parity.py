@@ -207,3 +207,33 @@ def test_adam_goes_on_from_its_state() -> None:
             two = Adam([b])
             two.state[b] = state
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((5,), torch.contiguous_format),
+        ((33, 1001), torch.contiguous_format),
+        ((600, 500), torch.contiguous_format),
+        ((16, 8, 3, 3), torch.channels_last),
+    ],
+)
+def test_compiled_adam_is_adam(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    """Against float64, with a parameter that got no gradient in one of the steps."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(size, generator=generator) for size in (shape, (7,))]
+    start[0] = start[0].contiguous(memory_format=layout)
+    ours, wide = ([torch.nn.Parameter(t.to(kind)) for t in start] for kind in (None, torch.double))
+    one, two = Adam(ours, 1e-2), Adam(wide, 1e-2)
+    for step in range(6):
+        for a, b in zip(ours, wide, strict=True):
+            drawn = torch.randn(a.shape, generator=generator)
+            a.grad, b.grad = torch.empty_like(a).copy_(drawn), torch.empty_like(b).copy_(drawn)
+        if step == 3:
+            ours[1].grad = wide[1].grad = None
+        one.step()
+        two.step()
+    for a, b in zip(ours, wide, strict=True):
+        assert one.state[a]["step"] == two.state[b]["step"]
+        assert (a - b).abs().max() < 2e-6
+        assert (one.state[a]["exp_avg_sq"] - two.state[b]["exp_avg_sq"]).abs().max() < 1e-6

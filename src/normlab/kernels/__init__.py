@@ -10,6 +10,8 @@ A function here takes tensors for which `layout` is not None; callers ask that f
 formula in PyTorch beside it.
 """
 
+from collections.abc import Sequence
+from struct import pack
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normlab.kernels.library import available, call, disabled, has_bfloat16
-from normlab.kernels.products import multiplies, product
+from normlab.kernels.products import dense, dense_gradients, multiplies, product
 
 __all__ = [
     "NONE_DROPPED",
@@ -28,6 +30,8 @@ __all__ = [
     "Drops",
     "Running",
     "Tiles",
+    "adam",
+    "adapts",
     "available",
     "batch_norm",
     "conv3x3",
@@ -37,6 +41,8 @@ __all__ = [
     "conv_pixels_gradients",
     "convolves",
     "convolves_pixels",
+    "dense",
+    "dense_gradients",
     "disabled",
     "gradient",
     "has_bfloat16",
@@ -292,6 +298,33 @@ def part_gradient(
     values = (x, g, mean, var, weight, bias, eps, +relu, keep_scale, *shape, sums, float(count))
     call("part_gradient", *values, dx)
     return dx
+
+
+def adapts(p: Tensor, *others: Tensor) -> bool:
+    """Whether `adam` takes a parameter `p`, its gradient and its moments: dense, and alike."""
+    if p.dtype is not torch.float32 or not p.is_cpu or not available():
+        return False
+    strides = p.stride()
+    if any(v.dtype is not torch.float32 or v.stride() != strides for v in others):
+        return False
+    last = p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last)
+    return last or p.is_contiguous()
+
+
+def adam(
+    parameters: Sequence[tuple[Tensor, ...]],
+    *,
+    rate: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """A step of Adam, in place; see `training.optimisers.Adam` for the formula.
+
+    Args:
+        parameters: p, g, m, v, and the steps done before, a float32 of its own, which grows by 1.
+    """
+    numbers = [n for p in parameters for n in (*[v.data_ptr() for v in p], p[0].numel())]
+    call("adam", pack(f"@{len(numbers)}q", *numbers), len(parameters), *betas, rate, eps)
 
 
 def _doubles(size: int) -> Tensor:

@@ -25,6 +25,9 @@
 #define SMALL (1 << 15)   /* values: up to here a second thread costs more time than it saves */
 #define LARGE (1 << 22)   /* values, 16 MiB: outputs from here on are streamed past the caches */
 
+#define FAR (1 << 18)     /* values of a parameter: from here on no cache holds it for a step */
+#define FETCHED 256       /* values: so far before it is read, it is asked for */
+
 #define SIMD _Pragma("omp simd") /* GCC need not ask whether the vectors overlap */
 #define EACH_REG _Pragma("GCC unroll 8") for (int k = 0; k < REGS; k++)
 
@@ -701,5 +704,68 @@ int normlab_pool_gradient(const float *g, const uint8_t *which, i64 N, i64 H, i6
         }
         if (H % 2 && r % h == h - 1) memset(top + 2 * line, 0, line * sizeof(float));
     }
+    return 0;
+}
+
+/* A parameter p of `size` values, its gradient, its moments, and how many steps it has made. */
+typedef struct {
+    float *p;
+    const float *g;
+    float *m, *v, *steps;
+    i64 size;
+} adapted_t;
+
+static double power(double x, i64 n) {
+    double y = 1;
+    for (; n; n /= 2, x *= x)
+        if (n % 2) y *= x;
+    return y;
+}
+
+/* m += keep_m * (g - m),  v += keep_v * (g*g - v),  p -= rate * m / (sqrt(v) + eps)
+ *
+ * of the values from `first` to `end`. Those that are `far` pass the outer caches by: each is needed once
+ * a step, and would push out what is needed sooner. */
+static void adapt(const adapted_t *a, i64 first, i64 end, int far, float keep_m, float keep_v, float rate,
+                  float eps) {
+    float *p = a->p, *m = a->m, *v = a->v;
+    const float *g = a->g;
+    i64 i = first;
+    for (; i + VEC <= end; i += VEC) {
+        if (far) {
+            __builtin_prefetch(p + i + FETCHED, 0, 0);
+            __builtin_prefetch(g + i + FETCHED, 0, 0);
+            __builtin_prefetch(m + i + FETCHED, 0, 0);
+            __builtin_prefetch(v + i + FETCHED, 0, 0);
+        }
+        vec gi = load(g + i), mi = load(m + i), vi = load(v + i);
+        mi += keep_m * (gi - mi);
+        vi += keep_v * (gi * gi - vi);
+        if (far) { stream(m + i, mi); stream(v + i, vi); }
+        else { store(m + i, mi); store(v + i, vi); }
+        store(p + i, load(p + i) - rate * mi / (root(vi) + eps));
+    }
+    for (; i < end; i++) {
+        m[i] += keep_m * (g[i] - m[i]);
+        v[i] += keep_v * (g[i] * g[i] - v[i]);
+        p[i] -= rate * m[i] / (sqrtf(v[i]) + eps);
+    }
+    if (far) fence();
+}
+
+/* A step of Adam of `count` parameters, each with the correction of its own number of steps. */
+int normlab_adam(const adapted_t *all, i64 count, double beta1, double beta2, double rate, float eps,
+                 int threads) {
+#pragma omp parallel num_threads(threads)
+    for (const adapted_t *a = all; a < all + count; a++) {
+        i64 t = (i64)*a->steps + 1, items = (a->size + PIECE - 1) / PIECE;
+        int far = a->size >= FAR && !(((uintptr_t)a->m | (uintptr_t)a->v) % sizeof(vec));
+        float corrected = (float)(rate * sqrt(1 - power(beta2, t)) / (1 - power(beta1, t)));
+#pragma omp for schedule(static) nowait
+        for (i64 item = 0; item < items; item++)
+            adapt(a, item * PIECE, min64((item + 1) * PIECE, a->size), far, (float)(1 - beta1),
+                  (float)(1 - beta2), corrected, eps);
+    }
+    for (i64 k = 0; k < count; k++) ++*all[k].steps;
     return 0;
 }

@@ -20,7 +20,7 @@ class _Off(threading.local):
 
 
 _off = _Off()
-_NUMBERS = {int, float}  # a set is asked faster than isinstance
+_PLAIN = {int, float, bytes}  # a set is asked faster than isinstance
 
 _POINTER, _INT, _LONG, _FLOAT, _DOUBLE = (
     ctypes.c_void_p,
@@ -53,6 +53,9 @@ _SIGNATURES = {
     "conv3x3_by4_gradient": _CONV_GRADIENT,
     "conv_pixels": [*[_POINTER] * 5, *[_LONG] * 4, _POINTER, _INT],
     "conv_pixels_gradient": [*[_POINTER] * 5, *[_LONG] * 4, *[_POINTER] * 4, _INT],
+    "adam": [ctypes.c_char_p, _LONG, *[_DOUBLE] * 3, _FLOAT, _INT],
+    "dense": [*[_POINTER] * 3, *[_LONG] * 3, _POINTER, _INT],
+    "dense_gradients": [*[_POINTER] * 3, *[_LONG] * 3, *[_POINTER] * 3, _INT],
     "whiten": [*[_POINTER] * 3, *[_LONG] * 4, _POINTER, _INT],
     "read": [*[_POINTER] * 4, *[_LONG] * 3, _POINTER, _INT],
     "pool": [_POINTER, *[_LONG] * 4, *[_POINTER] * 2, _INT],
@@ -141,7 +144,7 @@ def call(name: str, *arguments: Any) -> None:
         MemoryError: it could not get the memory it works in.
     """
     kernel, pack = _kernel(name)
-    values = [a if type(a) in _NUMBERS else 0 if a is None else a.data_ptr() for a in arguments]
+    values = [a if type(a) in _PLAIN else 0 if a is None else a.data_ptr() for a in arguments]
     values.append(torch.get_num_threads())
     if kernel(*values) if pack is None else kernel(pack(*values)):
         raise MemoryError(f"normlab_{name}")

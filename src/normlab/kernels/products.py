@@ -1,17 +1,19 @@
-"""Dense products of matrices, by whichever of PyTorch's two libraries is the faster.
+"""Dense products of matrices, by whatever is fastest.
 
 PyTorch multiplies float32 matrices with MKL, which on processors not of its maker leaves the 512
 bits aside, and takes its time for few rows on any. oneDNN, which PyTorch carries for convolutions,
-does neither; but each call of it costs some 10 µs.
+does neither; but each call of it costs some 10 µs, and for few rows it lays the weights out anew
+first, which takes as long as the product. So training multiplies few rows by dense.c.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from normlab.kernels.library import enabled
+from normlab.kernels.library import available, call, enabled
 
 LEAST = 1 << 20  # multiplications of a product that is worth the call
+FEW = 64  # rows; for twice as many oneDNN is as fast as we are
 
 
 def multiplies(a: Tensor, b: Tensor) -> bool:
@@ -34,3 +36,33 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
         return y
     return linear(a, b, bias)
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`product` in training. Its bits depend on how many rows there are: answers should not."""
+    if not _has_few_rows(x, weight):
+        return product(x, weight, bias)
+    y = x.new_empty(len(x), len(weight))
+    call("dense", x, weight, bias, len(x), *weight.shape[::-1], y)
+    return y
+
+
+def dense_gradients(
+    x: Tensor, weight: Tensor, g: Tensor, *, x_grad: bool = True, weight_grad: bool = True
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Gradients of `dense` from `g` = dL/dy: of x, of weight (None if not wanted) and of bias."""
+    if not _has_few_rows(x, weight):
+        dx = product(g, weight.T) if x_grad else None
+        return dx, product(g.T, x.T) if weight_grad else None, g.sum(0)
+    dx = torch.empty_like(x) if x_grad else None
+    dw = torch.empty_like(weight) if weight_grad else None
+    db, shape = g.new_empty(len(weight)), (len(x), *weight.shape[::-1])
+    call("dense_gradients", x, weight, g.contiguous(), *shape, dx, dw, db)
+    return dx, dw, db
+
+
+def _has_few_rows(x: Tensor, weight: Tensor) -> bool:
+    n, (c_out, c_in) = len(x), weight.shape
+    if n > FEW or n % 8 or c_out % 8 or c_in % 32 or not available():
+        return False
+    return x.is_contiguous() and weight.is_contiguous()

@@ -79,6 +79,17 @@ static inline void stream(float *p, vec v) { store(p, v); }
 #define fence()
 #endif
 
+static inline vec root(vec v) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX__)
+    return (vec)_mm256_sqrt_ps((__m256)v);
+#else
+    for (int k = 0; k < VEC; k++) v[k] = __builtin_sqrtf(v[k]);
+    return v;
+#endif
+}
+
 static inline i64 min64(i64 a, i64 b) { return a < b ? a : b; }
 static inline i64 max64(i64 a, i64 b) { return a > b ? a : b; }
 

@@ -119,16 +119,15 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return kernels.product(x, weight, bias)
+        return kernels.dense(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         x_needed, weight_needed, _ = ctx.needs_input_grad
-        x_grad = kernels.product(g, weight.T) if x_needed else None
-        weight_grad = kernels.product(g.T, x.T) if weight_needed else None
-        return needed(ctx, x_grad, weight_grad, g.sum(0))
+        grads = kernels.dense_gradients(x, weight, g, x_grad=x_needed, weight_grad=weight_needed)
+        return needed(ctx, *grads)
 
 
 class Flatten(nn.Module):

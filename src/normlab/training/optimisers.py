@@ -1,4 +1,4 @@
-"""Optimisers: Keras' Adam on PyTorch's fused kernel, Muon for the fast recipes, plain SGD.
+"""Optimisers: Adam as Keras computes it, Muon for the fast recipes, plain SGD.
 
 Their numbers are declared in `normlab.recipes.optimizers`, under the same names.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normlab.kernels import has_bfloat16
+from normlab import kernels
 from normlab.recipes import optimizers as recipes
 
 
@@ -61,8 +61,9 @@ class Adam(Optimizer):
         v ← β₂·v + (1 − β₂)·g²
         θ ← θ − lr·√(1 − β₂ᵗ)/(1 − β₁ᵗ) · m/(√v + ε)
 
-    PyTorch adds its ε to √(v/(1 − β₂ᵗ)) instead, which is the same update when its ε is
-    ε/√(1 − β₂ᵗ); so each step hands PyTorch's fused kernel that value.
+    That is what the compiled pass does. Where it does not apply, PyTorch's
+    fused kernel adds its ε to √(v/(1 − β₂ᵗ)) instead, which is the same update when its ε is
+    ε/√(1 − β₂ᵗ); so each step hands it that value.
     """
 
     def __init__(
@@ -79,30 +80,39 @@ class Adam(Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            states = [self.state[p] for p in params]
-            for p, state in zip(params, states, strict=True):
+            ours: list[tuple[Tensor, ...]] = []
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
                 if not state:
                     state["step"] = torch.zeros((), device=p.device)
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, 1)
-            beta1, beta2 = group["betas"]
-            torch._fused_adam_(
-                params,
-                [p.grad for p in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                steps,
-                lr=group["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=0.0,
-                eps=group["keras_eps"] / math.sqrt(1 - beta2 ** int(steps[0])),
-                amsgrad=False,
-                maximize=False,
-            )
+                adapted = p, p.grad, state["exp_avg"], state["exp_avg_sq"]
+                if kernels.adapts(*adapted):
+                    ours.append((*adapted, state["step"]))
+                else:
+                    self._by_pytorch(*adapted, state["step"], group)
+            if ours:
+                eps = group["keras_eps"]
+                kernels.adam(ours, rate=group["lr"], betas=group["betas"], eps=eps)
+
+    @staticmethod
+    def _by_pytorch(
+        p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, group: dict[str, Any]
+    ) -> None:
+        step.add_(1)
+        beta1, beta2 = group["betas"]
+        torch._fused_adam_(
+            *([p], [g], [m], [v], [], [step]),
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=0.0,
+            eps=group["keras_eps"] / math.sqrt(1 - beta2 ** int(step)),
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 ROWS_OF_BFLOAT16 = 128  # below, conversion takes what the faster products save
@@ -120,7 +130,8 @@ def orthogonalize(matrix: Tensor, iterations: int = 3, *, bfloat16: bool = False
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / (wide.norm() + 1e-7)
-    if bfloat16 and len(x) >= ROWS_OF_BFLOAT16 and x.device.type == "cpu" and has_bfloat16():
+    many = len(x) >= ROWS_OF_BFLOAT16
+    if bfloat16 and many and x.device.type == "cpu" and kernels.has_bfloat16():
         x = x.bfloat16()
     square = x @ x.T
     factors = None
