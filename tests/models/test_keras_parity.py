@@ -9,7 +9,7 @@ import pytest
 import torch
 from keras import layers
 
-from normlab import UserError
+from normlab import UserError, kernels
 from normlab.core.streams import stream
 from normlab.layers import BatchNorm, Dropout
 from normlab.models import NotebookNet, summarize
@@ -229,6 +229,7 @@ def test_compiled_adam_is_adam(shape: tuple[int, ...], layout: torch.memory_form
         for a, b in zip(ours, wide, strict=True):
             drawn = torch.randn(a.shape, generator=generator)
             a.grad, b.grad = torch.empty_like(a).copy_(drawn), torch.empty_like(b).copy_(drawn)
+            assert kernels.adapts(a, torch.empty_like(a))
         if step == 3:
             ours[1].grad = wide[1].grad = None
         one.step()

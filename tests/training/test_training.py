@@ -16,7 +16,7 @@ import torch
 
 import normlab
 import normlab.training.checkpoint
-from normlab.core.streams import stream
+from normlab.core.streams import AHEAD, stream, streams
 from normlab.data.augment import to_input
 from normlab.data.batches import batch_bounds, split_validation
 from normlab.errors import Interrupted
@@ -472,3 +472,9 @@ def test_unknown_recipe_settings_fail() -> None:
     for name in recipes.RECIPES:
         recipe = recipes.get(name)
         assert Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
+
+
+def test_streams_made_many_at_a_time_are_those_made_alone() -> None:
+    numbers = range(5, 5 + 2 * AHEAD + 3)
+    drawn = [rng.integers(1 << 63) for rng in streams(3, "dropout", numbers=numbers)]
+    assert drawn == [stream(3, "dropout", n).integers(1 << 63) for n in numbers]

@@ -301,7 +301,7 @@ def part_gradient(
 
 
 def adapts(p: Tensor, *others: Tensor) -> bool:
-    """Whether `adam` takes a parameter `p`, its gradient and its moments: dense, and alike."""
+    """Whether `adam` takes a parameter, its gradient and its moments: all lie in memory alike."""
     if p.dtype is not torch.float32 or not p.is_cpu or not available():
         return False
     strides = p.stride()

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from normlab.kernels.library import available, call, enabled
 
 LEAST = 1 << 20  # multiplications of a product that is worth the call
-FEW = 64  # rows; for twice as many oneDNN is as fast as we are
+FEW = 64  # rows; for twice as many oneDNN is the faster
 
 
 def multiplies(a: Tensor, b: Tensor) -> bool:
