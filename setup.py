@@ -21,7 +21,7 @@ X86 = {
     "default": [],
 }
 SOURCES = (
-    *("kernels", "pixels", "dense", "winograd2", "winograd4"),
+    *("kernels", "pixels", "dense", "pooled", "winograd2", "winograd4"),
     *("winograd2_bfloat16", "winograd4_bfloat16"),
 )
 HEADERS = ("bfloat16", "vectors", "winograd")

@@ -46,6 +46,12 @@ def convolution(side: int, n: int, h: int, w: int, i: int, o: int, pooled: bool)
 
 def cost(name: str, arguments: tuple[Any, ...]) -> tuple[str, int, int]:
     """What a kernel works on in words, how many floating-point operations, how many bytes."""
+    if name == "conv3x3_pooled_gradients":  # at most: where a gradient is zero, nothing is done
+        n, h, w, i, o = arguments[4:9]
+        maxima = n * (h // 2) * (w // 2) * o
+        words = f"both gradients, pooled, directly: {i}→{o}, {h}×{w}"
+        passes = 1 + (arguments[9] is not None)
+        return words, 2 * 9 * i * maxima * passes, FLOAT * (n * h * w * i * passes + 2 * maxima)
     if name.startswith("conv3x3"):
         shape, side = arguments[3:8], int(name[len("conv3x3_by")])
         turned = not name.endswith("gradient") and arguments[8]

@@ -16,6 +16,8 @@ CONV(2)
 CONV(4)
 CONV(2_bfloat16)
 CONV(4_bfloat16)
+int normlab_conv3x3_pooled_gradients(const float *, const float *, const float *, const uint8_t *, i64, i64,
+                                     i64, i64, i64, float *, float *, float *, int);
 int normlab_conv_pixels(const float *, const float *, const float *, const float *, const float *, i64,
                         i64, i64, i64, float *, int);
 int normlab_conv_pixels_gradient(const float *, const float *, const float *, const float *,
@@ -183,6 +185,35 @@ static void convolution(conv_t *conv, conv_gradient_t *conv_gradient, double bou
         same("gradient of the input", dx, DX, xs, bound);
     }
     void *all[] = {x, w, b, g, gm, y, dx, dw, db, m, which, Y, DX, DW, DB, M, scattered};
+    for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++) free(all[i]);
+}
+
+/* Gradients by way of maxima, of which some have none; wide images, too. */
+static void maxima(void) {
+    shape_t s = {between(1, 9), between(2, 9), between(2, rand() % 4 ? 9 : 70), 32 * between(1, 2),
+                 16 * between(1, 5), 1};
+    i64 h = s.H / 2, w2 = s.W / 2, xs = s.N * s.H * s.W * s.I, ys = s.N * s.H * s.W * s.O;
+    i64 ws = s.O * s.I * 9, ms = s.N * h * w2 * s.O;
+    float *x = drawn(xs), *w = drawn(ws), *g = drawn(ms), *dx = drawn(xs), *dw = drawn(ws), *db = drawn(s.O);
+    float *scattered = drawn(ys);
+    uint8_t *which = room(ms);
+    double *DX = zeros(xs), *DW = zeros(ws), *DB = zeros(s.O);
+    for (i64 i = 0; i < ys; i++) scattered[i] = 0.0f;
+    for (i64 i = 0; i < ms; i++) {
+        i64 o = i % s.O, c = i / s.O % w2, r = i / s.O / w2 % h, n = i / s.O / w2 / h;
+        which[i] = (uint8_t)between(0, 3);
+        if (rand() % 3 == 0) g[i] = 0.0f;
+        scattered[((n * s.H + 2 * r + which[i] / 2) * s.W + 2 * c + which[i] % 2) * s.O + o] = g[i];
+        DB[o] += g[i];
+    }
+    EACH_PRODUCT(s, (DX[X] += (double)scattered[Y_] * w[V], DW[V] += (double)scattered[Y_] * x[X]))
+    normlab_conv3x3_pooled_gradients(x, w, g, which, s.N, s.H, s.W, s.I, s.O, rand() % 4 ? dx : NULL, dw, db,
+                                     (int)between(1, 2));
+    normlab_conv3x3_pooled_gradients(x, w, g, which, s.N, s.H, s.W, s.I, s.O, dx, dw, db, (int)between(1, 2));
+    same("gradient of the input, by maxima", dx, DX, xs, 2e-6);
+    same("gradient of the kernel, by maxima", dw, DW, ws, 2e-6);
+    same("gradient of the bias, by maxima", db, DB, s.O, 2e-6);
+    void *all[] = {x, w, g, dx, dw, db, scattered, which, DX, DW, DB};
     for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++) free(all[i]);
 }
 
@@ -354,6 +385,7 @@ int main(int argc, char **argv) {
             convolution(normlab_conv3x3_by4_bfloat16, normlab_conv3x3_by4_bfloat16_gradient, 8e-2);
         }
 #endif
+        maxima();
         pixels();
         whitening();
         reading();

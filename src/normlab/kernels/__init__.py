@@ -437,13 +437,15 @@ def conv3x3_gradients(
     g = g.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous()
     weight_grad, bias_grad = torch.empty_like(weight), g.new_empty(c_out)
-    name = tiles.kernel(h, w)
-    call(f"{name}_gradient", x, g, which, n, h, w, c_in, c_out, weight_grad, bias_grad)
-    if not x_grad:
-        return None, weight_grad, bias_grad
-    dx = torch.empty(x.shape, memory_format=torch.channels_last)
-    call(name, g, weight, None, n, h, w, c_in, c_out, 1, dx, which)
-    return dx, weight_grad, bias_grad
+    dx = torch.empty(x.shape, memory_format=torch.channels_last) if x_grad else None
+    grads, shape, name = (weight_grad, bias_grad), (n, h, w, c_in, c_out), tiles.kernel(h, w)
+    if which is not None and name == "conv3x3_by2" and c_in % 32 == 0:
+        call("conv3x3_pooled_gradients", x, weight, g, which, *shape, dx, *grads)
+    else:
+        call(f"{name}_gradient", x, g, which, *shape, *grads)
+        if x_grad:
+            call(name, g, weight, None, *shape, 1, dx, which)
+    return dx, *grads
 
 
 def convolves_pixels(x: Tensor, weight: Tensor) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-INTERFACE = 10  # as in kernels.c: raised there and here whenever a signature changes
+INTERFACE = 11  # as in kernels.c: raised there and here whenever a signature changes
 
 
 class _Off(threading.local):
@@ -51,6 +51,7 @@ _SIGNATURES = {
     "conv3x3_by4": _CONV,
     "conv3x3_by2_gradient": _CONV_GRADIENT,
     "conv3x3_by4_gradient": _CONV_GRADIENT,
+    "conv3x3_pooled_gradients": [*[_POINTER] * 4, *[_LONG] * 5, *[_POINTER] * 3, _INT],
     "conv_pixels": [*[_POINTER] * 5, *[_LONG] * 4, _POINTER, _INT],
     "conv_pixels_gradient": [*[_POINTER] * 5, *[_LONG] * 4, *[_POINTER] * 4, _INT],
     "adam": [ctypes.c_char_p, _LONG, *[_DOUBLE] * 3, _FLOAT, _INT],
