@@ -26,6 +26,9 @@ int normlab_conv_pixels_gradient(const float *, const float *, const float *, co
 int normlab_dense(const float *, const float *, const float *, i64, i64, i64, float *, int);
 int normlab_dense_gradients(const float *, const float *, const float *, i64, i64, i64, float *, float *,
                             float *, int);
+int normlab_small_dense(const float *, const float *, const float *, i64, i64, i64, float *, int);
+int normlab_small_dense_gradients(const float *, const float *, const float *, i64, i64, i64, float *,
+                                  float *, float *, int);
 int normlab_read(const uint8_t *, const i64 *, const uint8_t *, const i64 *, i64, i64, i64, float *, int);
 int normlab_whiten(const float *, const float *, const float *, i64, i64, i64, i64, float *, int);
 
@@ -240,9 +243,10 @@ static void pixels(void) {
     for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++) free(all[i]);
 }
 
-/* Dense layers of few rows. */
-static void rows(void) {
-    i64 N = 8 * between(1, 8), I = 32 * between(1, 9), O = 8 * between(1, 12), threads = between(1, 2);
+/* Dense layers of few rows, and small ones. */
+static void rows(int small) {
+    i64 N = small ? between(1, 20) : 8 * between(1, 8), O = small ? between(1, 20) : 8 * between(1, 12);
+    i64 I = 32 * between(1, 9), threads = between(1, 2);
     float *x = drawn(N * I), *w = drawn(O * I), *b = drawn(O), *g = drawn(N * O), *y = drawn(N * O);
     float *dx = drawn(N * I), *dw = drawn(O * I), *db = drawn(O);
     double *Y = zeros(N * O), *DX = zeros(N * I), *DW = zeros(O * I), *DB = zeros(O);
@@ -255,8 +259,8 @@ static void rows(void) {
                 DX[n * I + i] += d * w[o * I + i], DW[o * I + i] += d * x[n * I + i];
             }
         }
-    normlab_dense(x, w, b, N, I, O, y, (int)threads);
-    normlab_dense_gradients(x, w, g, N, I, O, dx, dw, db, (int)threads);
+    (small ? normlab_small_dense : normlab_dense)(x, w, b, N, I, O, y, (int)threads);
+    (small ? normlab_small_dense_gradients : normlab_dense_gradients)(x, w, g, N, I, O, dx, dw, db, (int)threads);
     same("dense layer", y, Y, N * O, 4e-6);
     same("gradient of a dense layer's input", dx, DX, N * I, 4e-6);
     same("gradient of a dense layer's weights", dw, DW, O * I, 4e-6);
@@ -389,7 +393,8 @@ int main(int argc, char **argv) {
         pixels();
         whitening();
         reading();
-        rows();
+        rows(0);
+        rows(1);
         adapting();
         normalisation();
         pooling();

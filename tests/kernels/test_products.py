@@ -142,3 +142,18 @@ def test_a_dense_layer_is_exported_and_compiled_as_pytorchs() -> None:
     program = torch.export.export(layer, (x,))
     assert "linear_pointwise" not in str(program.graph)
     torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no compiled kernels here")
+@pytest.mark.parametrize(("rows", "c_in", "c_out"), [(32, 512, 10), (1, 32, 1), (7, 96, 3)])
+def test_small_products_are_those_of_float64(rows: int, c_in: int, c_out: int) -> None:
+    layer = Dense(c_in, c_out, rng=stream(0, "init", "dense"))
+    x, g = matrix(rows, c_in, 0).requires_grad_(), matrix(rows, c_out, 1)
+    y = layer(x)
+    assert "_Dense" in type(y.grad_fn).__name__
+    wide = [v.detach().double().requires_grad_() for v in (x, layer.weight, layer.bias)]
+    expected = linear(*wide)
+    ours = torch.autograd.grad(y, [x, layer.weight, layer.bias], g)
+    theirs = torch.autograd.grad(expected, wide, g.double())
+    for a, b in zip((y, *ours), (expected, *theirs), strict=True):
+        assert (a - b).abs().max() <= 1e-6 * b.abs().max()

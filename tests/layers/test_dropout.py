@@ -43,7 +43,7 @@ def test_compiled_draws_are_numpys(key: int, first: int, rows: int, columns: int
     kept = draws(drops, rows * columns).reshape(rows, columns) >= 20_000
     expected = torch.from_numpy(1.5 * kept).float()
     assert torch.equal(kernels.relu_dropout(z, drops), expected)
-    assert torch.equal(kernels.relu_dropout_moments(z, drops)[0], expected)
+    assert torch.equal(kernels.relu_dropout_moments(z, (len(z), z.shape[1], 1), drops)[0], expected)
 
 
 def test_the_share_that_is_dropped_is_the_rate_and_the_mean_stays() -> None:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from normlab import kernels
+
 Counts = NDArray[np.int64]
 
 
@@ -26,6 +28,13 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> float:
 def right(logits: Tensor, labels: Tensor) -> Tensor:
     """Which images are answered rightly (N,): the largest of their K logits is the label's."""
     return logits.argmax(1) == labels
+
+
+def count_right(logits: Tensor, labels: Tensor) -> int:
+    """How many images are answered rightly; after each training step, where little time counts."""
+    if kernels.layout(logits) is None or labels.dtype is not torch.int64:
+        return int(right(logits, labels).sum())
+    return kernels.right(logits, labels.contiguous())
 
 
 def confusion_matrix(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normlab.kernels.library import available, call, disabled, has_bfloat16
-from normlab.kernels.products import dense, dense_gradients, multiplies, product
+from normlab.kernels.products import dense, dense_gradients, multiplies, product, trains
 
 __all__ = [
     "NONE_DROPPED",
@@ -62,6 +62,8 @@ __all__ = [
     "relu_dropout_batch_norm",
     "relu_dropout_gradient",
     "relu_dropout_moments",
+    "right",
+    "trains",
     "whiten",
     "whitens",
 ]
@@ -90,10 +92,16 @@ def _arrangement(x: Tensor) -> tuple[int, int, int] | None:
         return None
     if x.ndim == 2:
         return (size // channels, channels, 1) if x.is_contiguous() else None
-    pixels = size // (len(x) * channels)
-    if (pixels == 1 and x.is_contiguous()) or x.movedim(1, -1).is_contiguous():
+    pixels = size // (x.shape[0] * channels)
+    if pixels == 1 and x.is_contiguous():
         return size // channels, channels, 1
-    return (len(x), channels, pixels) if x.is_contiguous() else None
+    if x.ndim == 4:  # asked faster than by a view
+        last = x.is_contiguous(memory_format=torch.channels_last)
+    else:
+        last = x.movedim(1, -1).is_contiguous()
+    if last:
+        return size // channels, channels, 1
+    return (x.shape[0], channels, pixels) if x.is_contiguous() else None
 
 
 def like(g: Tensor, x: Tensor) -> Tensor:
@@ -159,6 +167,7 @@ def batch_norm(
 
 def relu_dropout_batch_norm(
     z: Tensor,
+    shape: tuple[int, int, int],
     drops: Drops,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -167,14 +176,17 @@ def relu_dropout_batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h as `relu_dropout` makes it of `z`, then `batch_norm` of h.
 
+    Args:
+        shape: what `layout` says of z.
+
     Returns:
         y, h, and the mean and variance (C,) of h.
     """
     h, y = torch.empty_like(z), torch.empty_like(z)
-    mean, var = z.new_empty(z.shape[1]), z.new_empty(z.shape[1])
+    mean, var = z.new_empty(shape[1]), z.new_empty(shape[1])
     call(
         "forward",
-        *(h, z, *drops, weight, bias, eps, *_shape(z), 0, *(running or NO_RUNNING), mean, var, y),
+        *(h, z, *drops, weight, bias, eps, *shape, 0, *(running or NO_RUNNING), mean, var, y),
     )
     return y, h, mean, var
 
@@ -246,10 +258,12 @@ def moments(x: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     return mean, m2
 
 
-def relu_dropout_moments(z: Tensor, drops: Drops) -> tuple[Tensor, Tensor, Tensor]:
+def relu_dropout_moments(
+    z: Tensor, shape: tuple[int, int, int], drops: Drops
+) -> tuple[Tensor, Tensor, Tensor]:
     """h as `relu_dropout` makes it, and the `moments` of it."""
-    h, mean, m2 = torch.empty_like(z), _doubles(z.shape[1]), _doubles(z.shape[1])
-    call("moments", h, z, *drops, *_shape(z), mean, m2)
+    h, mean, m2 = torch.empty_like(z), _doubles(shape[1]), _doubles(shape[1])
+    call("moments", h, z, *drops, *shape, mean, m2)
     return h, mean, m2
 
 
@@ -305,10 +319,10 @@ def adapts(p: Tensor, *others: Tensor) -> bool:
     if p.dtype is not torch.float32 or not p.is_cpu or not available():
         return False
     strides = p.stride()
-    if any(v.dtype is not torch.float32 or v.stride() != strides for v in others):
-        return False
-    last = p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last)
-    return last or p.is_contiguous()
+    for v in others:  # a loop: on small layers most of the time is Python's
+        if v.dtype is not torch.float32 or v.stride() != strides:
+            return False
+    return p.is_contiguous() or (p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last))
 
 
 def adam(
@@ -323,8 +337,21 @@ def adam(
     Args:
         parameters: p, g, m, v, and the steps done before, a float32 of its own, which grows by 1.
     """
-    numbers = [n for p in parameters for n in (*[v.data_ptr() for v in p], p[0].numel())]
+    numbers: list[int] = []
+    for p, g, m, v, steps in parameters:
+        moments = m.data_ptr(), v.data_ptr()
+        numbers += p.data_ptr(), g.data_ptr(), *moments, steps.data_ptr(), p.numel()
     call("adam", pack(f"@{len(numbers)}q", *numbers), len(parameters), *betas, rate, eps)
+
+
+def right(logits: Tensor, labels: Tensor) -> int:
+    """How many of `logits` (N, K) are largest at their label (N,), the first of equals counting.
+
+    Both are contiguous, logits float32 and labels int64; see `evaluation.metrics.right`.
+    """
+    count = torch.empty((), dtype=torch.int64)
+    call("right", logits, labels, *logits.shape, count)
+    return int(count)
 
 
 def _doubles(size: int) -> Tensor:
@@ -503,7 +530,7 @@ def whiten(x: Tensor, mean: Tensor, filters: Tensor) -> Tensor:
 
 def reads(images: NDArray[np.uint8], device: torch.device | str, reach: int = 0) -> bool:
     """Whether `read` takes `images` (N, H, W, 3) and shifts of up to `reach`, for `device`."""
-    if torch.device(device).type != "cpu" or not available():
+    if str(device) != "cpu" or not available():
         return False
     whole = images.dtype == np.uint8 and images.ndim == 4 and images.flags.c_contiguous
     return whole and images.shape[3] == 3 and reach < min(images.shape[1:3])

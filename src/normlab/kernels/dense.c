@@ -1,4 +1,4 @@
-/* Dense layers of few rows, where reading the weights takes as long as multiplying by them.
+/* Dense layers of few rows, where reading the weights takes as long as multiplying by them, and small ones.
  *
  * x is N x I, w O x I and y N x O. All three products are one, out (R x K) = a (R x D) b (D x K), for
  * which b's rows lie in registers and a's values are repeated: no matrix is laid out anew but the
@@ -72,6 +72,12 @@ static void input_gradient(const float *w, const float *g, i64 N, i64 I, i64 O, 
     }
 }
 
+static void bias_gradient(const float *g, i64 N, i64 O, float *db) {
+    for (i64 o = 0; o < O; o++) db[o] = g[o];
+    for (i64 n = 1; n < N; n++)
+        for (i64 o = 0; o < O; o++) db[o] += g[n * O + o];
+}
+
 /* Gradients of x (unless dx is NULL), of w (unless dw is NULL) and of the bias, from g = dL/dy. */
 int normlab_dense_gradients(const float *x, const float *w, const float *g, i64 N, i64 I, i64 O,
                             float *dx, float *dw, float *db, int threads) {
@@ -88,8 +94,47 @@ int normlab_dense_gradients(const float *x, const float *w, const float *g, i64 
             for (i64 i = 0; i < I; i += ACROSS)
                 block(g + o, 1, O, x + i, I, N, dw + o * I + i, I, 0, 0);
     }
-    for (i64 o = 0; o < O; o++) db[o] = g[o];
-    for (i64 n = 1; n < N; n++)
-        for (i64 o = 0; o < O; o++) db[o] += g[n * O + o];
+    bias_gradient(g, N, O, db);
+    return 0;
+}
+
+/* The same for any N and O, and I a multiple of LANES, where there is so little to multiply that a second
+ * thread would not gain what waiting for it takes. */
+int normlab_small_dense(const float *x, const float *w, const float *bias, i64 N, i64 I, i64 O, float *y,
+                        int threads) {
+    (void)threads;
+    for (i64 n = 0; n < N; n++)
+        for (i64 o = 0; o < O; o++) {
+            vec sum[REGS] = {{0}};
+            for (i64 i = 0; i < I; i += LANES)
+                UNROLL for (int j = 0; j < REGS; j++)
+                    sum[j] += load(x + n * I + i + j * VEC) * load(w + o * I + i + j * VEC);
+            float all = bias[o];
+            for (int j = 1; j < REGS; j++) sum[0] += sum[j];
+            UNROLL for (int k = 0; k < VEC; k++) all += sum[0][k];
+            y[n * O + o] = all;
+        }
+    return 0;
+}
+
+/* out (R x I) = a b (D x I), where the values of a lie `down` apart in a column and `along` in a row. */
+static void small_product(const float *a, i64 down, i64 along, i64 R, i64 D, const float *b, i64 I,
+                          float *out) {
+    for (i64 r = 0; r < R; r++)
+        for (i64 i = 0; i < I; i += LANES) {
+            vec sum[REGS] = {{0}};
+            for (i64 d = 0; d < D; d++)
+                UNROLL for (int j = 0; j < REGS; j++)
+                    sum[j] += splat(a[r * down + d * along]) * load(b + d * I + i + j * VEC);
+            UNROLL for (int j = 0; j < REGS; j++) store(out + r * I + i + j * VEC, sum[j]);
+        }
+}
+
+int normlab_small_dense_gradients(const float *x, const float *w, const float *g, i64 N, i64 I, i64 O,
+                                  float *dx, float *dw, float *db, int threads) {
+    (void)threads;
+    if (dx) small_product(g, O, 1, N, O, w, I, dx);
+    if (dw) small_product(g, 1, O, O, N, x, I, dw);
+    bias_gradient(g, N, O, db);
     return 0;
 }

@@ -769,3 +769,19 @@ int normlab_adam(const adapted_t *all, i64 count, double beta1, double beta2, do
     for (i64 k = 0; k < count; k++) ++*all[k].steps;
     return 0;
 }
+
+/* Whether v goes before the largest so far: NaN before all, the first of equals. */
+static inline int larger(float v, float best) { return best == best && (v > best || v != v); }
+
+/* How many of the N x K logits are largest at their label. */
+int normlab_right(const float *logits, const i64 *labels, i64 N, i64 K, i64 *count, int threads) {
+    (void)threads;
+    *count = 0;
+    for (i64 n = 0; n < N; n++, logits += K) {
+        i64 best = 0;
+        for (i64 k = 1; k < K; k++)
+            if (larger(logits[k], logits[best])) best = k;
+        *count += best == labels[n];
+    }
+    return 0;
+}

@@ -15,12 +15,10 @@
 
 #define TAPS 9
 #define KERNEL (TAPS * LANES)
-#if VEC == 16
-#define TOGETHER 9 /* taps whose sums are in registers */
-#elif VEC == 8 || defined(__ARM_NEON)
-#define TOGETHER 3
+#if VEC == 16 || defined(__ARM_NEON)
+#define GROUP 2 /* registers of a pixel at a time, so that those of 12 pixels are all there */
 #else
-#define TOGETHER 1
+#define GROUP 1
 #endif
 #define WINDOWS 32 /* of a block, at most: the bits of a word; its pixels stay in the innermost cache */
 #define ROW ((2 * WINDOWS + 3) * LANES) /* from a row of its pixels to the next; no power of two */
@@ -52,9 +50,6 @@ INLINE uint32_t signs(ivec v) {
 #endif
 }
 
-/* A register of tap t of `first` and those after it. */
-#define AT(base, row, t, j) ((base) + (t) / 3 * (row) + (t) % 3 * LANES + (j) * VEC)
-
 /* Copy LANES channels of the pixels that a block's windows touch; zeros outside of the image. */
 static void copy_block(const float *x, const shape_t *s, const block_t *b, float *to) {
     i64 first = b->left == 0, last = min64(2 * b->wide + 2, s->W - 2 * b->left + 1);
@@ -66,7 +61,8 @@ static void copy_block(const float *x, const shape_t *s, const block_t *b, float
         const float *from = x + (r * s->W + 2 * b->left - 1) * s->I;
         if (first) memset(to, 0, LANES * sizeof *to);
         for (i64 c = first; c < last; c++)
-            UNROLL for (int j = 0; j < LANES; j += VEC) store(to + c * LANES + j, load(from + c * s->I + j));
+            UNROLL for (int j = 0; j < LANES; j += VEC)
+                store(to + c * LANES + j, load(from + c * s->I + j));
         if (last < 2 * b->wide + 2) memset(to + last * LANES, 0, LANES * sizeof *to);
     }
 }
@@ -92,40 +88,46 @@ static void copy_back(const float *pixels, const shape_t *s, const block_t *b, f
  * where its pixels are, lie `step` apart. */
 static void add_to_kernel(uint32_t left, const float *g, const int32_t *at, i64 step, const float *pixels,
                           float *D) {
-    for (int first = 0; first < TAPS; first += TOGETHER) {
-        vec sum[TOGETHER][REGS];
-        UNROLL for (int t = 0; t < TOGETHER; t++)
-            UNROLL for (int j = 0; j < REGS; j++) sum[t][j] = load(AT(D, 3 * LANES, first + t, j));
+    for (int j = 0; j < REGS; j += GROUP, pixels += GROUP * VEC, D += GROUP * VEC) {
+        vec sum[TAPS][GROUP];
+        UNROLL for (int t = 0; t < TAPS; t++)
+            UNROLL for (int v = 0; v < GROUP; v++) sum[t][v] = load(D + t * LANES + v * VEC);
         for (uint32_t rest = left; rest; rest &= rest - 1) {
             i64 k = __builtin_ctz(rest) * step;
             const float *p = pixels + at[k];
-            vec v = splat(g[k]);
-            UNROLL for (int t = 0; t < TOGETHER; t++)
-                UNROLL for (int j = 0; j < REGS; j++) sum[t][j] += v * load(AT(p, ROW, first + t, j));
+            vec factor = splat(g[k]);
+            UNROLL for (int t = 0; t < TAPS; t++)
+                UNROLL for (int v = 0; v < GROUP; v++)
+                    sum[t][v] += factor * load(p + t / 3 * ROW + t % 3 * LANES + v * VEC);
         }
-        UNROLL for (int t = 0; t < TOGETHER; t++)
-            UNROLL for (int j = 0; j < REGS; j++) store(AT(D, 3 * LANES, first + t, j), sum[t][j]);
+        UNROLL for (int t = 0; t < TAPS; t++)
+            UNROLL for (int v = 0; v < GROUP; v++) store(D + t * LANES + v * VEC, sum[t][v]);
     }
 }
 
-/* 3 x 3 pixels of LANES channels += the sum of g times w (O x KERNEL) over the channels whose bits are in
- * `words`. */
-static void add_to_pixels(const uint32_t *words, i64 count, const float *g, const float *w, float *pixels) {
-    for (int first = 0; first < TAPS; first += TOGETHER) {
-        vec sum[TOGETHER][REGS];
-        UNROLL for (int t = 0; t < TOGETHER; t++)
-            UNROLL for (int j = 0; j < REGS; j++) sum[t][j] = load(AT(pixels, ROW, first + t, j));
-        for (i64 k = 0; k < count; k++)
-            for (uint32_t rest = words[k]; rest; rest &= rest - 1) {
-                i64 o = 32 * k + __builtin_ctz(rest);
-                const float *p = w + o * KERNEL;
-                vec v = splat(g[o]);
-                UNROLL for (int t = 0; t < TOGETHER; t++)
-                    UNROLL for (int j = 0; j < REGS; j++)
-                        sum[t][j] += v * load(AT(p, 3 * LANES, first + t, j));
-            }
-        UNROLL for (int t = 0; t < TOGETHER; t++)
-            UNROLL for (int j = 0; j < REGS; j++) store(AT(pixels, ROW, first + t, j), sum[t][j]);
+/* 3 x 4 pixels of LANES channels += the sum of g times w (O x KERNEL) over the channels whose bits are in
+ * `left`: first those whose maximum is at the left of the window, then, one pixel on, at its right. */
+static void add_to_pixels(const uint32_t *left, i64 words, const float *g, const float *w, float *pixels) {
+    for (int j = 0; j < REGS; j += GROUP, pixels += GROUP * VEC, w += GROUP * VEC) {
+        vec sum[3][4][GROUP];
+        UNROLL for (int r = 0; r < 3; r++)
+            UNROLL for (int c = 0; c < 4; c++)
+                UNROLL for (int v = 0; v < GROUP; v++)
+                    sum[r][c][v] = load(pixels + r * ROW + c * LANES + v * VEC);
+        UNROLL for (int side = 0; side < 2; side++)
+            for (i64 k = 0; k < words; k++)
+                for (uint32_t rest = left[side * words + k]; rest; rest &= rest - 1) {
+                    i64 o = 32 * k + __builtin_ctz(rest);
+                    const float *p = w + o * KERNEL;
+                    vec factor = splat(g[o]);
+                    UNROLL for (int t = 0; t < TAPS; t++)
+                        UNROLL for (int v = 0; v < GROUP; v++)
+                            sum[t / 3][side + t % 3][v] += factor * load(p + t * LANES + v * VEC);
+                }
+        UNROLL for (int r = 0; r < 3; r++)
+            UNROLL for (int c = 0; c < 4; c++)
+                UNROLL for (int v = 0; v < GROUP; v++)
+                    store(pixels + r * ROW + c * LANES + v * VEC, sum[r][c][v]);
     }
 }
 
@@ -161,33 +163,47 @@ static void find(const float *g, const uint8_t *which, const block_t *b, i64 O, 
         }
 }
 
+/* Ask for part `k` of `parts` of so many values, which will be needed soon: while sums are in registers,
+ * memory is idle. In line, as GCC leaves out calls of what only asks. */
+INLINE void fetch(const float *from, i64 values, i64 k, i64 parts, int writes) {
+    for (i64 j = values * k / parts / 16; j < values * (k + 1) / parts / 16; j++)
+        if (writes) __builtin_prefetch(from + 16 * j, 1, 2);
+        else __builtin_prefetch(from + 16 * j, 0, 2);
+}
+
 /* Gradients of an image: D (I/LANES x O x KERNEL), that of the kernel, is added to, dx (unless NULL) is
  * written; w is laid out as D. */
 static void image_gradients(const float *x, const float *w, const float *g, const uint8_t *which,
                             const shape_t *s, const room_t *room, float *dx, float *D) {
     i64 columns = min64(s->across, WINDOWS), rows = WINDOWS / columns, words = words_of(s->O);
+    i64 row = s->W * s->I;
+    float *pixels = room->pixels;
     block_t b;
     for (b.top = 0; b.top < s->down; b.top += rows)
         for (b.left = 0; b.left < s->across; b.left += columns) {
             b.high = min64(rows, s->down - b.top), b.wide = min64(columns, s->across - b.left);
-            i64 first = (b.top * s->across + b.left) * s->O;
+            i64 count = b.high * b.wide, first = (b.top * s->across + b.left) * s->O;
+            i64 fresh = b.wide == s->across ? 2 * b.high * row : 0; /* pixels that are not of two blocks */
             find(g + first, which + first, &b, s->O, room);
             for (i64 i = 0; i < s->I; i += LANES) {
                 float *kernels = D + i * s->O * TAPS;
-                copy_block(x + i, s, &b, room->pixels);
-                for (i64 o = 0; o < s->O; o++)
-                    add_to_kernel(room->of_channel[o], g + first + o, room->at + o, s->O, room->pixels,
+                copy_block(x + i, s, &b, pixels);
+                for (i64 o = 0; o < s->O; o++) {
+                    if (!i) fetch(x + (2 * (b.top + b.high) + 1) * row, fresh, o, s->O, 0);
+                    add_to_kernel(room->of_channel[o], g + first + o, room->at + o, s->O, pixels,
                                   kernels + o * KERNEL);
+                }
                 if (!dx) continue;
-                memset(room->pixels, 0, (2 * b.high + 2) * ROW * sizeof *room->pixels);
-                const float *from = g + first;
-                const uint32_t *places = room->of_place;
-                for (i64 r = 0; r < b.high; r++)
-                    for (i64 c = 0; c < b.wide; c++, from += s->O)
-                        for (int k = 0; k < 4; k++, places += words)
-                            add_to_pixels(places, words, from, w + i * s->O * TAPS,
-                                          room->pixels + (2 * r + k / 2) * ROW + (2 * c + k % 2) * LANES);
-                copy_back(room->pixels, s, &b, dx + i);
+                memset(pixels, 0, (2 * b.high + 2) * ROW * sizeof *pixels);
+                for (i64 k = 0; k < count; k++) {
+                    if (!i) fetch(dx + (2 * b.top + 1) * row, fresh, k, count, 1);
+                    if (!i) fetch(g + first + count * s->O, count * s->O, k, count, 0);
+                    for (i64 half = 0; half < 2; half++)
+                        add_to_pixels(room->of_place + (4 * k + 2 * half) * words, words,
+                                      g + first + k * s->O, w + i * s->O * TAPS,
+                                      pixels + (2 * (k / b.wide) + half) * ROW + 2 * (k % b.wide) * LANES);
+                }
+                copy_back(pixels, s, &b, dx + i);
             }
         }
 }

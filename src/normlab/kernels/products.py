@@ -38,12 +38,26 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return linear(a, b, bias)
 
 
+def trains(x: Tensor, weight: Tensor) -> bool:
+    """Whether `dense` of `x` (N, I) and `weight` (O, I) is faster than PyTorch's layer."""
+    return multiplies(x, weight) or (
+        x.dtype is weight.dtype is torch.float32
+        and x.is_cpu
+        and weight.is_cpu
+        and x.ndim == 2
+        and type(x) is Tensor
+        and enabled()
+        and _pass(x, weight) is not None
+    )
+
+
 def dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`product` in training. Its bits depend on how many rows there are: answers should not."""
-    if not _has_few_rows(x, weight):
+    name = _pass(x, weight)
+    if name is None:
         return product(x, weight, bias)
-    y = x.new_empty(len(x), len(weight))
-    call("dense", x, weight, bias, len(x), *weight.shape[::-1], y)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    call(name, x, weight, bias, x.shape[0], *weight.shape[::-1], y)
     return y
 
 
@@ -51,18 +65,22 @@ def dense_gradients(
     x: Tensor, weight: Tensor, g: Tensor, *, x_grad: bool = True, weight_grad: bool = True
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Gradients of `dense` from `g` = dL/dy: of x, of weight (None if not wanted) and of bias."""
-    if not _has_few_rows(x, weight):
+    name = _pass(x, weight)
+    if name is None:
         dx = product(g, weight.T) if x_grad else None
         return dx, product(g.T, x.T) if weight_grad else None, g.sum(0)
     dx = torch.empty_like(x) if x_grad else None
     dw = torch.empty_like(weight) if weight_grad else None
-    db, shape = g.new_empty(len(weight)), (len(x), *weight.shape[::-1])
-    call("dense_gradients", x, weight, g.contiguous(), *shape, dx, dw, db)
+    db, shape = g.new_empty(weight.shape[0]), (x.shape[0], *weight.shape[::-1])
+    call(f"{name}_gradients", x, weight, g.contiguous(), *shape, dx, dw, db)
     return dx, dw, db
 
 
-def _has_few_rows(x: Tensor, weight: Tensor) -> bool:
-    n, (c_out, c_in) = len(x), weight.shape
-    if n > FEW or n % 8 or c_out % 8 or c_in % 32 or not available():
-        return False
-    return x.is_contiguous() and weight.is_contiguous()
+def _pass(x: Tensor, weight: Tensor) -> str | None:
+    """The compiled pass for such shapes; None where oneDNN or PyTorch are as fast."""
+    n, (c_out, c_in) = x.shape[0], weight.shape
+    if not n or c_in % 32 or not available() or not x.is_contiguous() or not weight.is_contiguous():
+        return None
+    if n * c_out * c_in < LEAST:
+        return "small_dense"
+    return "dense" if n <= FEW and n % 8 == 0 and c_out % 8 == 0 else None

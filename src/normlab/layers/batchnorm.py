@@ -110,7 +110,7 @@ def wide(v: Tensor | None) -> Tensor | None:
 
 def needed(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Drop the gradients that autograd did not ask for: it refuses one for a missing γ."""
-    return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=True))
+    return tuple([g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=True)])
 
 
 def gradient(
@@ -457,6 +457,10 @@ class BatchNorm(TorchBatchNorm):
         """x̂ of a training batch that needs no gradient; moves the running statistics."""
         if x.dtype in HALF:
             return self.standardize(x.float()).to(x.dtype)
+        shape = kernels.layout(x)
+        if shape is not None and self.is_float32() and self.partners() is None:
+            running = self.running(x.numel() // self.num_features)
+            return kernels.batch_norm(x, shape, None, None, self.eps, running)[0]
         with torch.no_grad():
             y: Tensor = _BatchNormalize.apply(x, None, None, self)  # type: ignore[no-untyped-call]
         return y

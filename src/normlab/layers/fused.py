@@ -27,13 +27,14 @@ def relu_dropout_norm(
         return norm(relu_dropout(z, dropout, rng))  # type: ignore[no-any-return]
     dropped = dropout is not None and dropout.active()
     answers = not (norm.uses_batch() or dropped or torch.is_grad_enabled())
-    if not (norm.uses_batch() or answers) or _matrix(z, norm) is None:
+    shape = _matrix(z, norm) if norm.uses_batch() or answers else None
+    if shape is None:
         return norm(relu_dropout(z, dropout, rng))  # type: ignore[no-any-return]
     norm.check(z)
     if answers:
         return _normalize_running(z, norm, kernels.RELU_BEFORE)
     drops = kernels.NONE_DROPPED if dropout is None else dropout.drops(z.numel(), rng)
-    y: Tensor = _ReluDropoutBatchNorm.apply(z, norm.weight, norm.bias, norm, drops)  # type: ignore[no-untyped-call]
+    y: Tensor = _ReluDropoutBatchNorm.apply(z, norm.weight, norm.bias, norm, shape, drops)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -47,20 +48,21 @@ class _ReluDropoutBatchNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         norm: BatchNorm,
+        shape: tuple[int, int, int],
         drops: kernels.Drops,
     ) -> Tensor:
         group, count = norm.partners(), z.numel() // z.shape[1]
         if group is None:
             running = norm.running(count)
             y, h, mean, var = kernels.relu_dropout_batch_norm(
-                z, drops, weight, bias, norm.eps, running
+                z, shape, drops, weight, bias, norm.eps, running
             )
         else:
-            h, mean, m2 = kernels.relu_dropout_moments(z, drops)
+            h, mean, m2 = kernels.relu_dropout_moments(z, shape, drops)
             mean, var, count = norm.join(group, h, mean, m2)
             y = kernels.normalize(h, mean, var, weight, bias, norm.eps)
         ctx.save_for_backward(h, weight, mean, var)
-        ctx.shape, ctx.eps, ctx.scale = kernels.layout(h), norm.eps, drops.scale
+        ctx.shape, ctx.eps, ctx.scale = shape, norm.eps, drops.scale
         ctx.group, ctx.count = group, count
         return y
 
@@ -73,7 +75,7 @@ class _ReluDropoutBatchNorm(torch.autograd.Function):
             grads = kernels.gradient(*batch, keep_scale=ctx.scale)
         else:
             grads = part_gradient(ctx.group, *batch, ctx.count, keep_scale=ctx.scale)
-        return needed(ctx, *grads, None, None)
+        return needed(ctx, *grads, None, None, None)
 
 
 def relu_dropout(
@@ -343,11 +345,9 @@ def _matrix(x: Tensor, norm: BatchNorm) -> tuple[int, int, int] | None:
 
 
 def _hooked(module: nn.Module | None) -> bool:
-    return module is not None and any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
+    return module is not None and bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )

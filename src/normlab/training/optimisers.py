@@ -88,11 +88,11 @@ class Adam(Optimizer):
                 if not state:
                     state["step"] = torch.zeros((), device=p.device)
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                adapted = p, p.grad, state["exp_avg"], state["exp_avg_sq"]
-                if kernels.adapts(*adapted):
-                    ours.append((*adapted, state["step"]))
+                values = p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
+                if kernels.adapts(*values[:4]):
+                    ours.append(values)
                 else:
-                    self._by_pytorch(*adapted, state["step"], group)
+                    self._by_pytorch(*values, group)
             if ours:
                 eps = group["keras_eps"]
                 kernels.adam(ours, rate=group["lr"], betas=group["betas"], eps=eps)

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from normlab.core.groups import Group
 from normlab.data.batches import Batches
 from normlab.errors import NonFiniteError
-from normlab.evaluation.metrics import right
+from normlab.evaluation.metrics import count_right
 from normlab.layers import BatchNorm
 from normlab.layers.dropout import PartGenerator
 from normlab.training.optimisers import Optimizer
@@ -141,7 +141,7 @@ class ParallelStep:
             )
             / divisor
         )
-        correct = int(right(logits.detach(), labels).sum()) if len(labels) else 0
+        correct = count_right(logits.detach(), labels) if len(labels) else 0
         signals = [float(s in self.interrupted) for s in (signal.SIGINT, signal.SIGTERM)]
         scores = torch.tensor([loss.item(), correct, *signals], dtype=torch.float64)
         sent = self.ranks.numbers.begin_sum(scores)

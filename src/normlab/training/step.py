@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from normlab.errors import NonFiniteError
-from normlab.evaluation.metrics import right
+from normlab.evaluation.metrics import count_right
 from normlab.training.optimisers import Optimizer
 
 
@@ -33,4 +33,4 @@ def train_step(
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    return value, int(right(logits.detach(), labels).sum())
+    return value, count_right(logits.detach(), labels)
