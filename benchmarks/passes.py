@@ -28,7 +28,7 @@ from normlab.core.environment import describe_machine, settings
 from normlab.core.files import write_json
 from normlab.core.streams import stream
 from normlab.data import load
-from normlab.kernels import products
+from normlab.kernels import convolutions, products
 from normlab.runs.task import Task
 from normlab.training.preparation import make_plan, new_state
 from normlab.training.step import train_step
@@ -70,9 +70,9 @@ def cost(name: str, arguments: tuple[Any, ...]) -> tuple[str, int, int]:
     if name == "adam":
         values = sum(struct.unpack(f"@{6 * arguments[1]}q", arguments[0])[5::6])
         return f"Adam, {values:,} weights", 12 * values, 7 * FLOAT * values
-    if name.startswith("dense"):
+    if name.removeprefix("small_").startswith("dense"):
         n, i, o = arguments[3:6]
-        products, parts = (1, "") if name == "dense" else (2, ", both gradients")
+        products, parts = (2, ", both gradients") if name.endswith("gradients") else (1, "")
         moved = FLOAT * (n * i + i * o + n * o)
         return f"dense, {n}×{i} by {i}×{o}{parts}", 2 * products * n * i * o, products * moved
     if name == "product":
@@ -117,7 +117,7 @@ def passes_of(name: str, threads: int) -> dict[str, Any]:
     plain, multiply = kernels.call, kernels.product
 
     def use(call: Callable[..., None], product: Callable[..., torch.Tensor]) -> None:
-        kernels.call = products.call = call
+        kernels.call = products.call = convolutions.call = call
         products.product = product
 
     def timed(words: str, operations: int, bytes_: int, work: Callable[[], Any]) -> Any:

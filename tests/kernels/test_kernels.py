@@ -17,7 +17,7 @@ import normlab
 from normlab import kernels
 from normlab.core.streams import stream
 from normlab.data.augment import Augmentation, to_input
-from normlab.kernels import Tiles
+from normlab.kernels import Tiles, convolutions
 from normlab.layers import (
     BatchNorm,
     Conv2d,
@@ -381,7 +381,7 @@ def test_whitening_passes_on_what_is_not_finite_and_leaves_the_rest_to_pytorch()
 
 
 def test_without_the_instructions_nothing_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(convolutions, "has_bfloat16", lambda: False)
     x = torch.randn(3, 32, 8, 8).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(16, 32, 3, 3)
     by = [kernels.conv3x3(x, weight, None, Tiles(4, half)) for half in (False, True)]

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from normlab import kernels
+from normlab.kernels import convolutions
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels here")
 
@@ -73,6 +74,25 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(
             assert ours is not None
             assert first is not None
             assert torch.equal(ours, first)
+
+
+@pytest.mark.parametrize(
+    ("c_in", "tiles", "expected"),
+    [
+        (32, kernels.Tiles(2), ["conv3x3_pooled_gradients"]),
+        (48, kernels.Tiles(2), ["conv3x3_by2_gradient", "conv3x3_by2"]),
+        (32, kernels.Tiles(4), ["conv3x3_by4_gradient", "conv3x3_by4"]),
+    ],
+)
+def test_which_pass_is_used(
+    c_in: int, tiles: kernels.Tiles, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, which, g = drawn((2, c_in, 8, 8, 16), 0.5)
+    used: list[str] = []
+    call = convolutions.call
+    monkeypatch.setattr(convolutions, "call", lambda name, *a: (used.append(name), call(name, *a)))
+    kernels.conv3x3_gradients(x, weight, g, which, tiles=tiles, x_grad=True)
+    assert used == expected
 
 
 def test_what_is_not_finite_is_passed_on() -> None:

@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 from normlab import kernels
 from normlab.core.streams import stream
+from normlab.kernels import products
 from normlab.layers import Dense
 
 onednn = pytest.mark.skipif(
@@ -146,7 +147,12 @@ def test_a_dense_layer_is_exported_and_compiled_as_pytorchs() -> None:
 
 @pytest.mark.skipif(not kernels.available(), reason="no compiled kernels here")
 @pytest.mark.parametrize(("rows", "c_in", "c_out"), [(32, 512, 10), (1, 32, 1), (7, 96, 3)])
-def test_small_products_are_those_of_float64(rows: int, c_in: int, c_out: int) -> None:
+def test_small_products_are_those_of_float64(
+    rows: int, c_in: int, c_out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+    call = products.call
+    monkeypatch.setattr(products, "call", lambda name, *a: (used.append(name), call(name, *a)))
     layer = Dense(c_in, c_out, rng=stream(0, "init", "dense"))
     x, g = matrix(rows, c_in, 0).requires_grad_(), matrix(rows, c_out, 1)
     y = layer(x)
@@ -154,6 +160,7 @@ def test_small_products_are_those_of_float64(rows: int, c_in: int, c_out: int) -
     wide = [v.detach().double().requires_grad_() for v in (x, layer.weight, layer.bias)]
     expected = linear(*wide)
     ours = torch.autograd.grad(y, [x, layer.weight, layer.bias], g)
+    assert used == ["small_dense", "small_dense_gradients"]
     theirs = torch.autograd.grad(expected, wide, g.double())
     for a, b in zip((y, *ours), (expected, *theirs), strict=True):
         assert (a - b).abs().max() <= 1e-6 * b.abs().max()
