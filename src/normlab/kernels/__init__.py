@@ -1,10 +1,10 @@
 """Optional compiled passes over memory; without them everything runs on PyTorch alone.
 
-`kernels.c` holds the passes, `dense.c` products, `winograd*.c`, `pooled.c` and `pixels.c` the rest;
-`setup.py` compiles them when the package is installed, once for each instruction set. The variant
-is the one PyTorch chose for itself (`ATEN_CPU_CAPABILITY` changes both). The threads are PyTorch's
-own: the library has no OpenMP runtime and binds to the one that PyTorch has loaded, so there is one
-pool, and `torch.set_num_threads` holds.
+`kernels.c` holds the passes, `dense.c` the products; `winograd*.c`, `pooled.c` and `pixels.c` hold
+the convolutions. `setup.py` compiles them when the package is installed, once for each instruction
+set. The variant is the one PyTorch chose for itself (`ATEN_CPU_CAPABILITY` changes both). The
+threads are PyTorch's own: the library has no OpenMP runtime and binds to the one that PyTorch has
+loaded, so there is one pool, and `torch.set_num_threads` holds.
 
 A function here takes tensors for which `layout` is not None; callers ask that first and keep their
 formula in PyTorch beside it.
