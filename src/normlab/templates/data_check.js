@@ -31,7 +31,6 @@ function refresh() {
     ? `${counts.exclude} left out, ${counts.relabel} relabelled, ${counts.keep} kept`
     : "Nothing is decided yet.";
   document.getElementById("save").disabled = !decided.size;
-  try { localStorage.setItem(place, JSON.stringify([...decided])); } catch { /* as above */ }
 }
 
 function decide(index, decision, label) {
@@ -39,6 +38,8 @@ function decide(index, decision, label) {
   if (decision === "relabel" && label === picture.label) decision = "keep";
   if (!decision) decided.delete(picture.name);
   else decided.set(picture.name, { decision, label: decision === "relabel" ? label : "" });
+  // Here alone: a page that is loaded writes nothing, as what it read may be older than what is stored.
+  try { localStorage.setItem(place, JSON.stringify([...decided])); } catch { /* as above */ }
   refresh();
 }
 
