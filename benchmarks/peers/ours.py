@@ -32,6 +32,7 @@ from normlab.evaluation.scores import score
 from normlab.kernels.memory import keep_freed_memory
 from normlab.recipes import Recipe
 from normlab.runs import Task
+from normlab.training.captured import Captured
 from normlab.training.optimisers import make_optimizer
 from normlab.training.preparation import make_plan
 from normlab.training.step import train_step
@@ -77,7 +78,7 @@ def training(options: Options) -> Entry:
     task, images = make_task(options, recipe)
     optimizer = make_optimizer(recipe.optimizer, model)
     plan = make_plan(task, images, options.threads)
-    data = plan.batches(CPU)
+    data, network = plan.batches(CPU), Captured(model)
     done = 0
 
     def run(repeats: int) -> None:
@@ -87,7 +88,7 @@ def training(options: Options) -> Entry:
             rngs = streams(0, "dropout", numbers=range(done, done + repeats))
             for step, rng in enumerate(rngs, done):
                 x, labels = data(step)
-                train_step(model, optimizer, x, labels, rng)
+                train_step(network, optimizer, x, labels, rng)
         done += repeats
 
     return Entry({"": Case(run, recipe.batch_size)}, answer_with(model, options), about)

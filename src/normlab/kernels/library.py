@@ -5,10 +5,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,37 @@ class _Off(threading.local):
 
 
 _off = _Off()
+
+
+class Call(NamedTuple):
+    """A call of a kernel that can be made again: it keeps the tensors whose addresses it has."""
+
+    name: str
+    values: list[Any]
+    tensors: list[torch.Tensor]
+
+    def __call__(self) -> None:
+        _make(self.name, self.values)
+
+    def ready(self) -> Callable[[], None]:
+        """The same call, with its values as they are now."""
+        kernel, pack = _kernel(self.name)
+        once = (
+            partial(kernel, *self.values) if pack is None else partial(kernel, pack(*self.values))
+        )
+
+        def again() -> None:
+            if once():
+                raise MemoryError(f"normlab_{self.name}")
+
+        return again
+
+
+class _Noting(threading.local):
+    calls: list[Call] | None = None  # that this thread makes inside of `noted`
+
+
+_noting = _Noting()
 _PLAIN = {int, float, bytes}  # a set is asked faster than isinstance
 
 _POINTER, _INT, _LONG, _FLOAT, _DOUBLE = (
@@ -147,8 +178,25 @@ def call(name: str, *arguments: Any) -> None:
     Raises:
         MemoryError: it could not get the memory it works in.
     """
-    kernel, pack = _kernel(name)
     values = [a if type(a) in _PLAIN else 0 if a is None else a.data_ptr() for a in arguments]
     values.append(torch.get_num_threads())
+    if _noting.calls is not None:
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+        _noting.calls.append(Call(name, values, tensors))
+    _make(name, values)
+
+
+@contextmanager
+def noted() -> Iterator[list[Call]]:
+    """Note the calls of kernels that this thread makes inside the block."""
+    before, _noting.calls = _noting.calls, []
+    try:
+        yield _noting.calls
+    finally:
+        _noting.calls = before
+
+
+def _make(name: str, values: list[Any]) -> None:
+    kernel, pack = _kernel(name)
     if kernel(*values) if pack is None else kernel(pack(*values)):
         raise MemoryError(f"normlab_{name}")

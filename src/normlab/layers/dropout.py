@@ -59,6 +59,11 @@ def draws(drops: Drops, values: int) -> NDArray[np.uint16]:
     return words.view(np.uint16)[skipped:][:values]
 
 
+def new_key(rng: np.random.Generator) -> int:
+    """Draw a key."""
+    return int(rng.integers(1 << 63))
+
+
 class Dropout(nn.Module):
     """Set a share `rate` of the values to 0 while training (Srivastava et al. 2014, JMLR 15).
 
@@ -102,7 +107,7 @@ class Dropout(nn.Module):
             return NONE_DROPPED
         if rng is None:
             raise UserError("dropout in training needs a generator: pass `rng`, or call .eval()")
-        key = int(rng.integers(1 << 63))
+        key = new_key(rng)
         before = rng.before(values) if isinstance(rng, PartGenerator) else 0
         return Drops(key, before, self.threshold, self.scale)
 

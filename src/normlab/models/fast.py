@@ -209,9 +209,17 @@ class FastNet(nn.Module):
 
     def forward(self, x: Tensor, rng: np.random.Generator | None = None) -> Tensor:
         """Logits (N, K) of pixels (N, 3, H, W) in [0, 1]; `rng` is not used: no dropout here."""
+        return self.classify(self.features(x))
+
+    def features(self, x: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+        """Features of pixels: (N, 128, 4, 4) for images of 32 × 32."""
         h = self.whitening(x.contiguous(memory_format=torch.channels_last))  # (N, 24, 32, 32)
-        h = self.blocks(h)  # (N, 128, 4, 4) for images of 32 × 32
-        logits: Tensor = self.output(h.amax((2, 3))) * self.logit_scale  # (N, K)
+        features: Tensor = self.blocks(h)
+        return features
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits (N, K) of features (N, C, H, W)."""
+        logits: Tensor = self.output(features.amax((2, 3))) * self.logit_scale
         return logits
 
 

@@ -3,13 +3,14 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from normlab.core.streams import streams
 from normlab.errors import Interrupted, NonFiniteError
+from normlab.training.captured import Captured
 from normlab.training.hooks import make_hooks
 from normlab.training.optimisers import set_rate
 from normlab.training.parallel import ParallelStep
@@ -47,7 +48,8 @@ def fit(
     with _signals(patience=2.0 if plan.ranks.size > 1 else 0.0) as interrupted:
         if plan.ranks.size > 1:
             together = ParallelStep(state.model, batches, interrupted)
-        take = together or train_step
+        take: Callable[..., tuple[float, int]] = together or train_step
+        model = state.model if together else Captured(state.model)
         rngs = streams(plan.seed, "dropout", numbers=range(state.step, steps))
         for step, rng in enumerate(rngs, state.step):
             if state.stopped:
@@ -57,7 +59,7 @@ def fit(
             set_rate(state.optimizer, state.share(recipe.schedule.share(step / steps)))
             try:
                 loss, correct = take(
-                    state.model, state.optimizer, x, labels, rng, recipe.label_smoothing, weights
+                    model, state.optimizer, x, labels, rng, recipe.label_smoothing, weights
                 )
             except NonFiniteError as e:
                 raise NonFiniteError(

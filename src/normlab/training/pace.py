@@ -19,6 +19,7 @@ from normlab.recipes import Recipe
 from normlab.recipes.record import MOST_EPOCHS
 from normlab.runs import Task
 from normlab.text import duration
+from normlab.training.captured import Captured
 from normlab.training.optimisers import make_optimizer, set_rate
 from normlab.training.preparation import make_plan
 from normlab.training.state import Plan
@@ -135,8 +136,8 @@ def measure(task: Task, device: torch.device) -> Pace:
             train=images,
             validation=images,
         )
-        batches = plan.batches(device)
-        return lambda: train_step(model, optimizer, *batches(0), rng, recipe.label_smoothing)
+        batches, calls = plan.batches(device), Captured(model)
+        return lambda: train_step(calls, optimizer, *batches(0), rng, recipe.label_smoothing)
 
     if recipe.learns_nothing:
         full, few = 0.0, noise[:FEW]

@@ -8,11 +8,12 @@ from torch.nn.functional import cross_entropy
 
 from normlab.errors import NonFiniteError
 from normlab.evaluation.metrics import count_right
+from normlab.training.captured import Captured
 from normlab.training.optimisers import Optimizer
 
 
 def train_step(
-    model: nn.Module,
+    model: nn.Module | Captured,
     optimizer: Optimizer,
     x: Tensor,  # (N, 3, H, W)
     labels: Tensor,  # (N,)
