@@ -1,5 +1,7 @@
 """Calls that stand for a network give its bits, and stand aside wherever something looks on."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -285,3 +287,20 @@ def test_gradients_add_up_as_they_do_without() -> None:
             loss.backward()  # type: ignore[no-untyped-call]
     for a, b in zip(pair.own.parameters(), pair.model.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
+
+
+def test_the_first_step_imports_no_algebra() -> None:
+    """`torch.autograd.grad` with `grad_outputs` would import SymPy, for 0.3 s."""
+    program = """
+import sys, torch
+from normlab.core.streams import stream
+from normlab.models import FastNet
+from normlab.training.captured import Captured
+calls = Captured(FastNet().train())
+for step in range(3):
+    x = torch.rand(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    calls(x, stream(0, "dropout", step)).sum().backward()
+assert [p.trusted for p in calls._passes.values()] == [True]
+assert "sympy" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -30,7 +30,7 @@ class Call(NamedTuple):
     tensors: list[torch.Tensor]
 
     def __call__(self) -> None:
-        _make(self.name, self.values)
+        self.ready()()
 
     def ready(self) -> Callable[[], None]:
         """The same call, with its values as they are now."""
@@ -178,12 +178,14 @@ def call(name: str, *arguments: Any) -> None:
     Raises:
         MemoryError: it could not get the memory it works in.
     """
+    kernel, pack = _kernel(name)
     values = [a if type(a) in _PLAIN else 0 if a is None else a.data_ptr() for a in arguments]
     values.append(torch.get_num_threads())
     if _noting.calls is not None:
         tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
         _noting.calls.append(Call(name, values, tensors))
-    _make(name, values)
+    if kernel(*values) if pack is None else kernel(pack(*values)):
+        raise MemoryError(f"normlab_{name}")
 
 
 @contextmanager
@@ -194,9 +196,3 @@ def noted() -> Iterator[list[Call]]:
         yield _noting.calls
     finally:
         _noting.calls = before
-
-
-def _make(name: str, values: list[Any]) -> None:
-    kernel, pack = _kernel(name)
-    if kernel(*values) if pack is None else kernel(pack(*values)):
-        raise MemoryError(f"normlab_{name}")

@@ -148,7 +148,7 @@ class _Passes:
             return self.grads
         if not self.backward.calls:
             with noted() as calls:
-                found = torch.autograd.grad(self.own, self.parameters, g, allow_unused=True)
+                found = _gradients(self.own, g, self.parameters)
             self.parameters = [
                 p for p, v in zip(self.parameters, found, strict=True) if v is not None
             ]
@@ -161,7 +161,7 @@ class _Passes:
             self.backward.play(new)
             filled = _give_back(wiped)
             played = [v.clone() for v in self.grads]
-            grads = list(torch.autograd.grad(self.own, self.parameters, g))
+            grads = [v for v in _gradients(self.own, g, self.parameters) if v is not None]
             self.trusted = filled and _same(played, grads)
             self._judge(self.trusted)
         self.own = None
@@ -189,6 +189,29 @@ class _Answer(torch.autograd.Function):
         for p, grad in zip(passes.parameters, grads, strict=True):
             p.grad = before[p] + grad if p in before else grad
         return None, None, None
+
+
+class _Seed(torch.autograd.Function):
+    """A number whose gradient with respect to `answer` is `g`."""
+
+    @staticmethod
+    def forward(ctx: Any, answer: Tensor, g: Tensor) -> Tensor:
+        ctx.g = g
+        return answer.new_empty(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.g, None
+
+
+def _gradients(
+    answer: Tensor, g: Tensor, parameters: Sequence[nn.Parameter]
+) -> tuple[Tensor | None, ...]:
+    """As `torch.autograd.grad` with `grad_outputs`, for which it would import SymPy."""
+    with torch.enable_grad():  # it is off inside of a backward
+        number: Tensor = _Seed.apply(answer, g)  # type: ignore[no-untyped-call]
+    return torch.autograd.grad(number, parameters, allow_unused=True)
 
 
 class _Tape:
