@@ -1,4 +1,4 @@
-"""A network whose passes are noted at one step, and made again without Python at later ones.
+"""A network whose passes are noted at one step, and made again with little Python at later ones.
 
 A step of a small batch spends some of its time between its passes, in Python and PyTorch, whose
 code is out of the processor's caches each time. Where forward and backward are compiled passes and
@@ -24,7 +24,6 @@ from normlab.models import FastNet
 
 MOST_KEYS = 64  # of dropout, that a step may draw
 UNSEEN = {"read", "adam"}  # kernels that are given addresses, not the tensors they belong to
-
 
 Body = Callable[[Tensor, np.random.Generator], Tensor]
 
@@ -103,7 +102,7 @@ class _Passes:
         if self.refused:
             return self.body(x, rng)
         if self.trusted:
-            self._play(x, rng)
+            self._replay(x, rng)
         else:
             own = self._try(x, rng) if self.backward.calls else self._note(x, rng)
             if self.refused:
@@ -124,19 +123,19 @@ class _Passes:
         self._judge(learns and self.forward.has_all(self.keys + 1) and self.forward.wrote([own]))
         return own
 
-    def _play(self, x: Tensor, rng: np.random.Generator) -> None:
-        self.forward.play([x.data_ptr(), *[new_key(rng) for _ in range(self.keys)]])
+    def _replay(self, x: Tensor, rng: np.random.Generator) -> None:
+        self.forward.replay([x.data_ptr(), *[new_key(rng) for _ in range(self.keys)]])
 
     def _try(self, x: Tensor, rng: np.random.Generator) -> Tensor:
         before = [b.clone() for b in self.buffers]
         wiped = self.forward.wipe(self.foreign | {x.data_ptr()})
-        self._play(x, copy.deepcopy(rng))
+        self._replay(x, copy.deepcopy(rng))
         filled = _give_back(wiped)
-        played = [v.clone() for v in (self.answer, *self.buffers)]
+        replayed = [v.clone() for v in (self.answer, *self.buffers)]
         for b, value in zip(self.buffers, before, strict=True):
             b.copy_(value)
         own = self.body(x, rng)
-        self._judge(filled and _same(played, [own, *self.buffers]))
+        self._judge(filled and _same(replayed, [own, *self.buffers]))
         return own
 
     def gradients(self, x: Tensor, g: Tensor) -> Sequence[Tensor]:
@@ -144,7 +143,7 @@ class _Passes:
         g = like(g, self.answer)
         new = [g.data_ptr(), x.data_ptr()]
         if self.own is None:
-            self.backward.play(new)
+            self.backward.replay(new)
             return self.grads
         if not self.backward.calls:
             with noted() as calls:
@@ -158,11 +157,11 @@ class _Passes:
             self._judge(self.backward.has_all(1) and self.backward.wrote(grads))
         else:
             wiped = self.backward.wipe(self.foreign | self.forward.addresses | {*new})
-            self.backward.play(new)
+            self.backward.replay(new)
             filled = _give_back(wiped)
-            played = [v.clone() for v in self.grads]
+            replayed = [v.clone() for v in self.grads]
             grads = [v for v in _gradients(self.own, g, self.parameters) if v is not None]
-            self.trusted = filled and _same(played, grads)
+            self.trusted = filled and _same(replayed, grads)
             self._judge(self.trusted)
         self.own = None
         return grads
@@ -236,7 +235,7 @@ class _Tape:
         """Whether each of the `results` is a tensor of the calls'."""
         return all(v.data_ptr() in self.addresses for v in results)
 
-    def play(self, new: Sequence[int]) -> None:
+    def replay(self, new: Sequence[int]) -> None:
         for call, values, places in self.again:
             for i, k in places:
                 values[i] = new[k]
