@@ -227,17 +227,16 @@
     sprites.getContext("2d").putImageData(image, 0, 0);
     const said = el("p", { class: "say", "aria-live": "polite" });
     const key = (statistics) => (statistics === "batch" ? `${which} batch ${content} ${size}` : `${which} ${statistics}`);
-    const jobs = {};
     function ask(statistics) {
       const k = key(statistics);
       if (known[k]) return;
       const batches = statistics === "batch" ? cut() : Array.from({ length: T / 20 }, (_, b) => Array.from({ length: 20 }, (_, i) => b * 20 + i));
-      known[k] = { right: new Int8Array(T).fill(-1), done: false, logits: new Float64Array(T * K) };
-      jobs[++id] = k;
+      known[k] = { id: ++id, right: new Int8Array(T).fill(-1), done: false, logits: new Float64Array(T * K) };
       worker.postMessage({ id, which, statistics, batches });
     }
     function answered({ data: m }) {
-      const found = known[jobs[m.id]];
+      // By number, not by key: answers to a job that was dropped must not fill, or end, its successor's.
+      const found = Object.values(known).find((f) => f.id === m.id);
       if (!found) return;
       if (m.done) found.done = true;
       else m.batch.forEach((picture, i) => {

@@ -172,6 +172,30 @@ def test_the_forward_pass_is_pytorchs(page: Any) -> None:
     assert right == 20
 
 
+def test_answers_of_a_dropped_job_do_not_end_its_successor(page: Any) -> None:
+    """Batches of 64 asked twice, the second time when the first is computed but not yet told."""
+    left = page.evaluate(
+        """async () => {
+          normlabTwo.begin();
+          const size = document.querySelector('#bn-two input[type=range]');
+          const move = (v) => { size.value = v; size.dispatchEvent(new Event('input')); };
+          const task = () => new Promise((go) => setTimeout(go));
+          document.querySelector('#bn-two input[value=early]').click();
+          document.querySelector('#bn-two input[value=class]').click();
+          const found = () => normlabTwo.known['early batch class 8'];
+          move(3);
+          while (!found().right.some((r) => r >= 0)) await task();
+          const first = found(), began = performance.now();
+          while (performance.now() - began < 3000);  // this page listens to no answer
+          move(3);
+          if (first.done || found() === first) return 'the first job had ended';
+          while (!found().done) await task();
+          return found().right.filter((r) => r < 0).length;
+        }"""
+    )
+    assert left == 0
+
+
 def test_the_border_is_wrong_until_the_bias_map_is_used(page: Any) -> None:
     figure = page.locator("#bn-fold")
     slider = figure.locator("input[type=range]")
