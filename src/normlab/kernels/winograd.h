@@ -36,8 +36,9 @@
 #define NEAR (ACROSS + 2) /* and those that its input touches */
 #define STRIP 16
 #define PAIR (2 * VEC) /* columns of a register block of the matrix products */
-#define ROWS 6         /* its rows; divides TILES, as do those of a block of one vector */
+#define ROWS (VEC == 16 ? 14 : 6) /* its rows; divides TILES, as do those of a block of one vector */
 #define ROWS_ALONE 14
+#define FEW 7 /* rows of a last block that has no more */
 #define GROUP 8 /* tiles that a thread transforms at a time for a product over them */
 #define SMALL (1 << 17) /* values of D, POINTS x I x O, of which there may be sixteen: 8 MiB */
 #define OVER (VEC == 16 ? 8 : 4) /* rows of a block of the products over tiles */
@@ -51,11 +52,12 @@ INLINE factors repeat(const cell *p) { return _mm512_set1_epi32(*(const int32_t 
 INLINE vec multiply_add(factors a, factors b, vec sum) {
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
-/* Write v rounded, as the first or second of each pair; the first goes with zeros. */
-INLINE void put_half(cell *p, vec v, int second) {
-    __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
-    if (second) wide = _mm512_or_si512(_mm512_slli_epi32(wide, 16), _mm512_loadu_si512(p));
-    _mm512_storeu_si512(p, wide);
+/* Write two rows rounded, value by value side by side. */
+INLINE void put_rows(cell *p, const vec rows[DEPTH]) {
+    const __m512i place = {0x0011000100100000, 0x0013000300120002, 0x0015000500140004, 0x0017000700160006,
+                           0x0019000900180008, 0x001b000b001a000a, 0x001d000d001c000c, 0x001f000f001e000e};
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)rows[1], (__m512)rows[0]);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(place, both));
 }
 INLINE void put(cell *p, vec v) {
     _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
@@ -68,10 +70,7 @@ INLINE factors factors_at(const cell *p) { return load(p); }
 INLINE factors repeat(const cell *p) { return splat(*p); }
 INLINE vec multiply_add(factors a, factors b, vec sum) { return sum + a * b; }
 INLINE void put(cell *p, vec v) { store(p, v); }
-INLINE void put_half(cell *p, vec v, int second) {
-    (void)second;
-    store(p, v);
-}
+INLINE void put_rows(cell *p, const vec rows[DEPTH]) { store(p, rows[0]); }
 #endif
 
 typedef struct {
@@ -92,8 +91,8 @@ static inline i64 padded(i64 C) { return (C + STRIP - 1) / STRIP * STRIP; }
 /* Where column `c` of row `r` is in strips of `rows` rows. */
 static inline i64 at(i64 r, i64 c, i64 rows) { return (c / STRIP * rows + r) * STRIP + c % STRIP; }
 
-/* The same in strips whose rows are summed over; `rows` is a multiple of DEPTH. Of a pair of rows both
- * are there, and `put_half` writes one. */
+/* The same in strips whose rows are summed over, for the first of DEPTH rows that `put_rows` writes;
+ * `rows` is a multiple of DEPTH. */
 static inline i64 deep(i64 r, i64 c, i64 rows) { return DEPTH * at(r / DEPTH, c, rows / DEPTH); }
 
 /* How far apart the points of transformed kernels lie. Where that is a power of two, all points of a
@@ -195,41 +194,49 @@ INLINE void fetch_windows(const float *g, const uint8_t *which, const grid_t *s,
     fetch(which, H, W, C, at.n, top, left, ACROSS, 0);
 }
 
-/* The second half of B' d B of tile `t`, columns from `c` of C: along the rows, to strips of `room` rows
- * at each point. `over_tiles`: for a product that sums over the tiles, not the channels. */
-INLINE void store_input(vec rows[SPAN][SPAN], int t, i64 c, i64 C, i64 room, int over_tiles, cell *V) {
-    V += over_tiles ? deep(t, c, room) : at(t, c, room);
+/* The second half of B' d B of a tile: along the rows, to the points `step` apart from V on. */
+INLINE void store_input(vec rows[SPAN][SPAN], i64 step, cell *V) {
     UNROLL for (int i = 0; i < SPAN; i++) {
         vec r[SPAN];
         input_side(rows[i], r);
-        UNROLL for (int j = 0; j < SPAN; j++) {
-            cell *to = V + (SPAN * i + j) * room * C;
-            if (over_tiles) put_half(to, r[j], t % DEPTH);
-            else put(to, r[j]);
-        }
+        UNROLL for (int j = 0; j < SPAN; j++) put(V + (SPAN * i + j) * step, r[j]);
     }
 }
 
-/* V = B' x B of `count` tiles from `first`, in strips of `room` rows. */
+/* V = B' x B of `count` tiles from `first`, in strips of `room` rows. `over_tiles`: for a product that sums
+ * over the tiles, not the channels. Behind the last of an odd number comes a tile of zeros. */
 INLINE void transform_input(const float *x, const grid_t *s, i64 C, i64 first, int count, i64 room,
                             int over_tiles, const float *zeros, cell *V) {
     place_t place = place_of(s, first);
+    i64 step = room * padded(C);
     for (int t = 0; t < count; t += DEPTH) {
         const float *p[DEPTH][POINTS];
-        int together = (int)min64(DEPTH, count - t);
-        for (int k = 0; k < together; k++, advance(s, &place)) input_pixels(x, s, C, place, zeros, p[k]);
-        for (i64 c = 0; c < C; c += VEC)
-            for (int k = 0; k < together; k++) {
-                vec rows[SPAN][SPAN];
+        for (int k = 0; k < DEPTH; k++, advance(s, &place)) {
+            if (t + k < count) input_pixels(x, s, C, place, zeros, p[k]);
+            else for (int j = 0; j < POINTS; j++) p[k][j] = zeros;
+        }
+        for (i64 c = 0; c < C; c += VEC) {
+            vec rows[DEPTH][SPAN][SPAN];
+            UNROLL for (int k = 0; k < DEPTH; k++) {
                 UNROLL for (int j = 0; j < SPAN; j++) {
                     vec d[SPAN], r[SPAN];
-                    UNROLL for (int i = 0; i < SPAN; i++)
-                        d[i] = load_within(p[k][SPAN * i + j], c, C);
+                    UNROLL for (int i = 0; i < SPAN; i++) d[i] = load_within(p[k][SPAN * i + j], c, C);
                     input_side(d, r);
-                    UNROLL for (int i = 0; i < SPAN; i++) rows[i][j] = r[i];
+                    UNROLL for (int i = 0; i < SPAN; i++) rows[k][i][j] = r[i];
                 }
-                store_input(rows, t + k, c, padded(C), room, over_tiles, V);
+                if (!over_tiles) store_input(rows[k], step, V + at(t + k, c, room));
             }
+            if (!over_tiles) continue;
+            UNROLL for (int i = 0; i < SPAN; i++) {
+                vec r[DEPTH][SPAN];
+                UNROLL for (int k = 0; k < DEPTH; k++) input_side(rows[k][i], r[k]);
+                UNROLL for (int j = 0; j < SPAN; j++) {
+                    vec both[DEPTH];
+                    UNROLL for (int k = 0; k < DEPTH; k++) both[k] = r[k][j];
+                    put_rows(V + deep(t, c, room) + (SPAN * i + j) * step, both);
+                }
+            }
+        }
     }
 }
 
@@ -257,7 +264,7 @@ static void transform_windows(const float *g, const uint8_t *which, const grid_t
                 input_side(d, r);
                 UNROLL for (int i = 0; i < SPAN; i++) rows[i][j] = r[i];
             }
-            store_input(rows, t, c, C, room, 0, V);
+            store_input(rows, room * C, V + at(t, c, room));
         }
     }
 }
@@ -305,22 +312,24 @@ static void transform_output(const float *M, const grid_t *s, i64 C, i64 first, 
 }
 
 /* Where the gradient of a tile of the output is: its pixels, or with `which` its windows' values and
- * their places. */
+ * their places. Zeros of a tile that is nowhere. */
 typedef struct {
     float *pixels[PIXELS];
     const float *values[ACROSS * ACROSS];
     const uint8_t *places[ACROSS * ACROSS];
 } gradient_t;
 
-static void gradient_of(const float *g, const uint8_t *which, const grid_t *s, i64 C, place_t at,
-                        float *zeros, gradient_t *tile) {
+static void gradient_of(const float *g, const uint8_t *which, const grid_t *s, i64 C,
+                        const place_t *at, float *zeros, gradient_t *tile) {
     i64 windows[ACROSS * ACROSS];
     if (!which) {
-        output_pixels((float *)g, s, C, at, zeros, tile->pixels);
+        if (at) output_pixels((float *)g, s, C, *at, zeros, tile->pixels);
+        else for (int k = 0; k < PIXELS; k++) tile->pixels[k] = zeros;
         return;
     }
-    windows_of(s, at, 0, windows);
+    if (at) windows_of(s, *at, 0, windows);
     for (int k = 0; k < ACROSS * ACROSS; k++) {
+        if (!at) windows[k] = -1;
         tile->values[k] = windows[k] < 0 ? zeros : g + windows[k] * C;
         tile->places[k] = windows[k] < 0 ? (const uint8_t *)zeros : which + windows[k] * C;
     }
@@ -334,14 +343,13 @@ static void transform_gradient(const float *g, const uint8_t *which, const grid_
     place_t place = place_of(s, first);
     for (int t = 0; t < count; t += DEPTH) {
         gradient_t at_tiles[DEPTH];
-        int together = (int)min64(DEPTH, count - t);
-        for (int k = 0; k < together; k++, advance(s, &place))
-            gradient_of(g, which, s, C, place, zeros, at_tiles + k);
+        for (int k = 0; k < DEPTH; k++, advance(s, &place))
+            gradient_of(g, which, s, C, t + k < count ? &place : NULL, zeros, at_tiles + k);
         for (i64 c = 0; c < C; c += VEC) {
-            cell *out = U + deep(t, c, room);
-            for (int k = 0; k < together; k++) {
+            vec rows[DEPTH][SPAN][SIDE], all = load(sums + c);
+            UNROLL for (int k = 0; k < DEPTH; k++) {
                 const gradient_t *from = at_tiles + k;
-                vec rows[SPAN][SIDE], sum;
+                vec sum;
                 UNROLL for (int j = 0; j < SIDE; j++) {
                     vec d[SIDE], r[SPAN], total;
                     UNROLL for (int i = 0; i < SIDE; i++) {
@@ -356,14 +364,18 @@ static void transform_gradient(const float *g, const uint8_t *which, const grid_
                     if (j) sum += total;
                     else sum = total;
                     gradient_side(d, r);
-                    UNROLL for (int i = 0; i < SPAN; i++) rows[i][j] = r[i];
+                    UNROLL for (int i = 0; i < SPAN; i++) rows[k][i][j] = r[i];
                 }
-                store(sums + c, load(sums + c) + sum);
-                UNROLL for (int i = 0; i < SPAN; i++) {
-                    vec r[SPAN];
-                    gradient_side(rows[i], r);
-                    UNROLL for (int j = 0; j < SPAN; j++)
-                        put_half(out + (SPAN * i + j) * room * C, r[j], k);
+                all += sum;
+            }
+            store(sums + c, all);
+            UNROLL for (int i = 0; i < SPAN; i++) {
+                vec r[DEPTH][SPAN];
+                UNROLL for (int k = 0; k < DEPTH; k++) gradient_side(rows[k][i], r[k]);
+                UNROLL for (int j = 0; j < SPAN; j++) {
+                    vec both[DEPTH];
+                    UNROLL for (int k = 0; k < DEPTH; k++) both[k] = r[k][j];
+                    put_rows(U + deep(t, c, room) + (SPAN * i + j) * room * C, both);
                 }
             }
         }
@@ -374,25 +386,31 @@ static void transform_gradient(const float *g, const uint8_t *which, const grid_
  * gradient back, O rows for I columns. Here the 16 columns from `first`. */
 static void transform_kernel(const float *w, i64 O, i64 I, int turned, i64 first, cell *U) {
     i64 rows = turned ? O : I;
-    for (i64 row = 0; row < rows; row++) {
-        float k[9][STRIP];
+    for (i64 row = 0; row < rows; row += DEPTH) {
+        float w9[DEPTH][9][STRIP];
         cell *out = U + deep(row, first, rows);
-        for (int c = 0; c < STRIP; c++) {
-            const float *from = w + 9 * (turned ? row * I + first + c : (first + c) * I + row);
-            UNROLL for (int j = 0; j < 9; j++) k[j][c] = from[turned ? 8 - j : j];
-        }
-        for (int c = 0; c < STRIP; c += VEC) {
-            vec at_rows[SPAN][3];
-            UNROLL for (int j = 0; j < 3; j++) {
-                vec column[3] = {load(k[j] + c), load(k[3 + j] + c), load(k[6 + j] + c)}, r[SPAN];
-                kernel_side(column, r);
-                UNROLL for (int i = 0; i < SPAN; i++) at_rows[i][j] = r[i];
+        for (int k = 0; k < DEPTH; k++)
+            for (int c = 0; c < STRIP; c++) {
+                i64 o = turned ? row + k : first + c, i = turned ? first + c : row + k;
+                UNROLL for (int j = 0; j < 9; j++) w9[k][j][c] = w[9 * (o * I + i) + (turned ? 8 - j : j)];
             }
+        for (int c = 0; c < STRIP; c += VEC) {
+            vec at_rows[DEPTH][SPAN][3];
+            UNROLL for (int k = 0; k < DEPTH; k++)
+                UNROLL for (int j = 0; j < 3; j++) {
+                    vec column[3], r[SPAN];
+                    UNROLL for (int i = 0; i < 3; i++) column[i] = load(w9[k][3 * i + j] + c);
+                    kernel_side(column, r);
+                    UNROLL for (int i = 0; i < SPAN; i++) at_rows[k][i][j] = r[i];
+                }
             UNROLL for (int i = 0; i < SPAN; i++) {
-                vec r[SPAN];
-                kernel_side(at_rows[i], r);
-                UNROLL for (int j = 0; j < SPAN; j++)
-                    put_half(out + (SPAN * i + j) * apart(I, O) + DEPTH * c, r[j], row % DEPTH);
+                vec r[DEPTH][SPAN];
+                UNROLL for (int k = 0; k < DEPTH; k++) kernel_side(at_rows[k][i], r[k]);
+                UNROLL for (int j = 0; j < SPAN; j++) {
+                    vec both[DEPTH];
+                    UNROLL for (int k = 0; k < DEPTH; k++) both[k] = r[k][j];
+                    put_rows(out + (SPAN * i + j) * apart(I, O) + DEPTH * c, both);
+                }
             }
         }
     }
@@ -422,17 +440,22 @@ static void transform_back(const float *D, i64 O, i64 I, i64 first, float *dw) {
     }
 }
 
-/* M (rows x one vector of columns, or `two`) = V (rows x I) U (I x columns), `height` rows at a time,
- * the last ones rounded up; V in strips of TILES rows. */
-INLINE void product_of(const cell *V, const cell *u0, const cell *u1, int rows, i64 I, float *m0,
-                       float *m1, int height, int two) {
-    for (int r = 0; r < rows; r += height) {
+/* M (rows x one vector of columns, or `two`) = V (rows x I) U (I x columns), `height` rows at a time
+ * from row r on while more than `rest` are left, the last ones rounded up; V in strips of TILES rows.
+ * The last rows ask for the columns that come next. Returns the row that follows. */
+INLINE int product_of(const cell *V, const cell *u0, const cell *u1, int r, int rows, int rest, i64 I,
+                      float *m0, float *m1, int height, int two) {
+    for (; r < rows - rest; r += height) {
         vec sum[ROWS_ALONE][2] = {{{0}}};
         const cell *a0 = u0, *a1 = u1;
         for (i64 first = 0; first < I; first += 8) {
             const cell *v = V + at(r, first, TILES);
             for (int i = 0; i < 8; i += DEPTH, a0 += DEPTH * STRIP, a1 += DEPTH * STRIP) {
                 factors b0 = factors_at(a0), b1 = two ? factors_at(a1) : b0;
+                if (two && r + height >= rows) {
+                    __builtin_prefetch(a0 + 2 * I * STRIP, 0, 2);
+                    __builtin_prefetch(a1 + 2 * I * STRIP, 0, 2);
+                }
                 UNROLL for (int k = 0; k < height; k++) {
                     factors a = repeat(v + k * STRIP + i);
                     sum[k][0] = multiply_add(a, b0, sum[k][0]);
@@ -445,24 +468,28 @@ INLINE void product_of(const cell *V, const cell *u0, const cell *u1, int rows, 
             if (two) store(m1 + (r + k) * STRIP, sum[k][1]);
         }
     }
+    return r;
 }
 
 /* The same for the PAIR of columns from `o` of U (I x O). */
 static void product(const cell *V, const cell *U, int rows, i64 I, i64 O, i64 o, float *M) {
     const cell *u0 = U + at(0, o, I), *u1 = U + at(0, o + VEC, I);
-    if (o + VEC < O) product_of(V, u0, u1, rows, I, M, M + at(0, VEC, TILES), ROWS, 1);
-    else product_of(V, u0, u0, rows, I, M, M, ROWS_ALONE, 0);
+    float *m1 = M + at(0, VEC, TILES);
+    if (o + VEC < O) {
+        int r = product_of(V, u0, u1, 0, rows, ROWS > FEW ? FEW : 0, I, M, m1, ROWS, 1);
+        if (ROWS > FEW) product_of(V, u0, u1, r, rows, 0, I, M, m1, FEW, 1);
+    } else product_of(V, u0, u0, 0, rows, 0, I, M, M, ROWS_ALONE, 0);
 }
 
 /* D (I x one vector of columns, or `two`) += V' (I x rows) U (rows x columns), all in strips, V and U
- * of `room` rows. */
+ * of `room` rows; `fresh`: = in place of +=. */
 INLINE void product_over_tiles_of(const cell *V, const cell *u0, const cell *u1, int rows, i64 room,
-                                  i64 I, float *d0, float *d1, int two) {
+                                  i64 I, float *d0, float *d1, int two, int fresh) {
     for (i64 i = 0; i < I; i += OVER, d0 += OVER * STRIP, d1 += OVER * STRIP) {
         vec sum[OVER][2];
         UNROLL for (int k = 0; k < OVER; k++) {
-            sum[k][0] = load(d0 + k * STRIP);
-            if (two) sum[k][1] = load(d1 + k * STRIP);
+            sum[k][0] = fresh ? (vec){0} : load(d0 + k * STRIP);
+            if (two) sum[k][1] = fresh ? (vec){0} : load(d1 + k * STRIP);
         }
         const cell *v = V + deep(0, i, room), *b0 = u0, *b1 = u1;
         for (int r = 0; r < rows; r += DEPTH) {
@@ -483,11 +510,11 @@ INLINE void product_over_tiles_of(const cell *V, const cell *u0, const cell *u1,
 
 /* The same for the PAIR of columns from `o`. */
 static void product_over_tiles(const cell *V, const cell *U, int rows, i64 room, i64 I, i64 O, i64 o,
-                               float *D) {
+                               float *D, int fresh) {
     const cell *u0 = U + at(0, o, room), *u1 = U + at(0, o + VEC, room);
     float *d0 = D + at(0, o, I), *d1 = D + at(0, o + VEC, I);
-    if (o + VEC < O) product_over_tiles_of(V, u0, u1, rows, room, I, d0, d1, 1);
-    else product_over_tiles_of(V, u0, u0, rows, room, I, d0, d0, 0);
+    if (o + VEC < O) product_over_tiles_of(V, u0, u1, rows, room, I, d0, d1, 1, fresh);
+    else product_over_tiles_of(V, u0, u0, rows, room, I, d0, d0, 0, fresh);
 }
 
 /* y (N x H x W x O) = convolution of x (N x H x W x I) with w (O x I x 3 x 3), plus bias (may be
@@ -549,11 +576,12 @@ int CONV3X3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64
     return failed ? -1 : 0;
 }
 
-/* Tiles whose transforms are kept for one product over them: the more, the fewer passes over D. Rows
+/* Tiles whose transforms are kept for one product over them: the more, the fewer passes over D. A thread
+ * `alone` has them in a cache of its own; beside a large D they take at most half of what it takes. Rows
  * are odd in number, since the points of a tile lie so many apart, and must not meet in one set of the
  * cache. */
-static i64 room_for(i64 channels) {
-    i64 rows = 3 * (1 << 18) / (POINTS * channels); /* 3 MiB */
+static i64 room_for(i64 I, i64 O, int alone) {
+    i64 rows = alone ? 3 * (1 << 18) / (POINTS * (I + O)) : I * O / (2 * (I + O)); /* 3 MiB */
     return (max64(TILES, min64(rows, 128)) | 1) * DEPTH;
 }
 
@@ -580,12 +608,13 @@ INLINE void fetch_both(const gradient_of_kernel_t *k, place_t at) {
     else fetch_pixels(k->g, &k->grid, k->O, at, 0, 0);
 }
 
-/* D += V' U of `count` tiles, at one point and for one PAIR of output channels: the product `number`. */
+/* D += V' U of `count` tiles, at one point and for one PAIR of output channels: the product `number`.
+ * `fresh`: of the first tiles, D = V' U. */
 static void product_at(const gradient_of_kernel_t *k, i64 number, int count, const cell *V,
-                       const cell *U, float *D) {
+                       const cell *U, float *D, int fresh) {
     i64 across = (k->O + PAIR - 1) / PAIR, p = number / across, o = number % across * PAIR;
     product_over_tiles(V + p * k->room * padded(k->I), U + p * k->room * k->O, count, k->room, k->I,
-                       k->O, o, D + p * apart(k->I, k->O));
+                       k->O, o, D + p * apart(k->I, k->O), fresh);
 }
 
 /* Gradients of the kernel, dw (O x I x 3 x 3), and of the bias, db (O), from x and g = dL/dy, of the
@@ -597,9 +626,9 @@ static void product_at(const gradient_of_kernel_t *k, i64 number, int count, con
 int CONV3X3_GRADIENT(const float *x, const float *g, const uint8_t *which, i64 N, i64 H,
                              i64 W, i64 I, i64 O, float *dw, float *db, int threads) {
     gradient_of_kernel_t k = {x, g, which, grid(N, H, W, which != NULL), I, O, 0, NULL};
-    i64 tiles = tiles_of(&k.grid), room = room_for(padded(I) + O), values = POINTS * apart(I, O);
-    i64 products = POINTS * ((O + PAIR - 1) / PAIR);
+    i64 tiles = tiles_of(&k.grid), values = POINTS * apart(I, O);
     int alone = values <= SMALL;
+    i64 room = room_for(padded(I), O, alone), products = POINTS * ((O + PAIR - 1) / PAIR);
     i64 parts = alone ? min64(16, 1 + tiles / (4 * room / DEPTH)) : 1;
     i64 groups = alone ? 1 : (room + GROUP - 1) / GROUP, size = values + groups * O;
     i64 space = POINTS * room * (padded(I) + O), blocks = alone ? min64(threads, parts) : 1;
@@ -612,16 +641,18 @@ int CONV3X3_GRADIENT(const float *x, const float *g, const uint8_t *which, i64 N
         return -1;
     }
     k.room = room, k.zeros = sums + parts * size;
+    /* Without tiles nothing else writes D. */
+    for (i64 part = 0; part < parts; part++)
+        for (i64 j = tiles ? values : 0; j < size; j++) sums[part * size + j] = 0;
+    for (i64 j = parts * size; j < numbers; j++) sums[j] = 0;
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(static)
-        for (i64 j = 0; j < numbers; j++) sums[j] = 0;
 #pragma omp for schedule(static)
         for (i64 part = 0; part < (alone ? parts : 0); part++) {
             cell *V = transforms + thread() * space, *U = V + POINTS * room * padded(I);
             float *D = sums + part * size;
-            i64 end = tiles * (part + 1) / parts;
-            for (i64 t = tiles * part / parts; t < end; t += room) {
+            i64 begin = tiles * part / parts, end = tiles * (part + 1) / parts;
+            for (i64 t = begin; t < end; t += room) {
                 int count = (int)min64(room, end - t);
                 transform_both(&k, t, count, V, U, D + values);
                 place_t next = place_of(&k.grid, t + count);
@@ -629,7 +660,7 @@ int CONV3X3_GRADIENT(const float *x, const float *g, const uint8_t *which, i64 N
                 for (i64 j = 0; j < products; j++) {
                     for (; fetched < coming * (j + 1) / products; fetched++, advance(&k.grid, &next))
                         fetch_both(&k, next);
-                    product_at(&k, j, count, V, U, D);
+                    product_at(&k, j, count, V, U, D, t == begin);
                 }
             }
         }
@@ -643,7 +674,7 @@ int CONV3X3_GRADIENT(const float *x, const float *g, const uint8_t *which, i64 N
                                U + row * STRIP, sums + values + j * O);
             }
 #pragma omp for schedule(static)
-            for (i64 j = 0; j < products; j++) product_at(&k, j, count, V, U, sums);
+            for (i64 j = 0; j < products; j++) product_at(&k, j, count, V, U, sums, t == 0);
         }
 #pragma omp for schedule(static)
         for (i64 j = 0; j < size; j++)
