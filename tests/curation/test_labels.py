@@ -71,6 +71,16 @@ def test_folds_keep_groups_together_and_classes_in_proportion() -> None:
         assert (np.abs(counts - [16, 8, 4]) <= 1).all()
 
 
+@pytest.mark.parametrize("groups", [2, 3, 5, 9])
+def test_few_groups_still_fill_folds(groups: int) -> None:
+    """Whatever one holds out, there is something left to learn from."""
+    number = np.arange(40) % groups
+    fold = folds_of(np.repeat([0, 1], 20), number, 3)
+    assert len(np.unique(fold)) == min(groups, 3)
+    for one in range(groups):
+        assert len(np.unique(fold[number == one])) == 1
+
+
 def test_training_answers_for_pictures_it_has_not_seen() -> None:
     """Classes of two colours: answers are right, also where the picture's own label is wrong."""
     rng = np.random.default_rng(1)

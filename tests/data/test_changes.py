@@ -132,6 +132,7 @@ def test_what_matches_nothing_is_refused_by_name(
     ("text", "message"),
     [
         ("", "no column file"),
+        ("file," + 140_000 * "a", "field larger than field limit"),
         ("name,label\na,b\n", "no column file"),
         ("file\na.png\n", "no column label"),
         ("file,decision,label\na.png,drop,\n", "line 2: the decision 'drop'"),

@@ -290,6 +290,15 @@ def test_no_picture_at_all_is_a_mistake(project: Path, words: list[str], value: 
     assert value in done.stderr.splitlines()[-1]
 
 
+def test_an_answer_that_is_no_number_is_a_problem(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.bmp")
+    rows = np.array([[0.25, 0.75], [np.nan, np.nan]])
+    found = list(predict(Predictor(lambda images: (rows, None), ("a", "b"), 8), [tmp_path]))
+    assert [answer.problem for answer in found] == [None, "the network answers with NaN"]
+    assert found[1].probabilities is None
+
+
 def test_files_stream_in_order_a_batch_at_a_time(tmp_path: Path) -> None:
     """Of 300 files no more than a batch is decoded before answers are taken."""
     for i in range(300):

@@ -126,6 +126,7 @@ REFUSED = {
     "32 bits": saved(photograph().convert("I"), "TIFF"),
     "Lab": saved(Image.new("LAB", (9, 9)), "TIFF"),
     "zero is white": saved(Image.new("I;16", (9, 9)), "TIFF", tiffinfo={262: 0}),
+    "16 bits, black transparent": saved(Image.new("I;16", (9, 9)), "PNG", transparency=0),
     "16 bits, one transparent": saved(Image.new("I;16", (9, 9)), "PNG", transparency=9),
     "cut off": PHOTO[: len(PHOTO) // 2],
     "no picture": b"words",
@@ -198,6 +199,16 @@ def test_the_command_answers_folders_and_names_what_is_bad(folder: Path, tmp_pat
     assert [line.count("%") for line in done.stdout.splitlines()] == [3, 3]
     assert done.stderr.count("\n") == 1
     assert "words.txt: cannot identify image file" in done.stderr
+
+
+def test_names_cannot_speak_to_the_terminal(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a\x1b]0;x\a.png").write_bytes(PHOTO)
+    (tmp_path / "b\x1b[2J.png").write_bytes(b"no picture")
+    command = [sys.executable, str(folder / "predict.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "a?]0;x?.png: " in done.stdout
+    assert "b?[2J.png: " in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
 
 
 def test_of_a_folder_it_takes_what_normlab_predict_takes(

@@ -3,6 +3,7 @@
 import json
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from normlab import UserError
 from normlab.__main__ import run as command
 from normlab.core.tensors import write_tensors
 from normlab.data import load
+from normlab.data.changes import Changes
 from normlab.evaluation.forward import logits_of
 from normlab.interchange import export_run, keras_file, onnx_graph
 from normlab.interchange.certificate import CertificateError, certify
@@ -27,7 +29,7 @@ from normlab.interchange.keras_layers import layers_of
 from normlab.interchange.steps import Chain, Conv, Dense, GlobalMax, MaxPool, Norm, chain_of
 from normlab.layers import BatchNorm
 from normlab.models import FastNet, NotebookNet
-from normlab.runs import Run
+from normlab.runs import Run, Start, Task
 
 # Keras 3.15's own conversions on this backend, with NumPy 2.
 pytestmark = pytest.mark.filterwarnings(
@@ -95,6 +97,28 @@ def test_onnx_answers_as_the_run(runs: dict[str, Run], name: str, tmp_path: Path
     assert certificate["run_accuracy"] == expected.accuracy
     written = sorted(p.name for p in tmp_path.iterdir())
     assert written == ["README.md", "model.onnx", "predict.py", "requirements.txt"]
+
+
+def test_a_file_for_others_names_no_place_of_this_machine(
+    runs: dict[str, Run], tmp_path: Path
+) -> None:
+    run = runs["fast"]
+    start = Start(
+        run="/home/me/runs/0007-fast",
+        weights_sha256="ab" * 32,
+        head="kept",
+        freeze=False,
+        statistics="adapt",
+    )
+    changes = Changes(exclude=("patients/jane doe.png",))
+    task = replace(run.task, data="/home/me/pets", start=start, changes=changes)
+    told = task.published()
+    assert Task.from_dict(told) == replace(
+        task, data="pets", start=replace(start, run="0007-fast"), changes=None
+    )
+    path = export_run(run, tmp_path / "model.onnx").path
+    metadata = InferenceSession(path).get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["recipe"]) == run.task.published()
 
 
 @pytest.mark.parametrize("size", [17, 32, 33])

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import tarfile
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -228,10 +229,17 @@ def test_mistakes_are_one_line(
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "index.html").write_text("mine")
+    (mine / "numbers").write_text(" ".join(map(str, range(100_000))))
+    with tarfile.open(tmp_path / "flipped.tgz", "w:gz") as tar:
+        tar.add(mine / "numbers", "package/dist/ort.wasm.min.js")
+    flipped = bytearray((tmp_path / "flipped.tgz").read_bytes())
+    flipped[50_000:53_000] = 3_000 * b"\xff"
+    (tmp_path / "flipped.tgz").write_bytes(flipped)
     for words, told in (
         (["--out", str(mine)], "has files in it: choose a folder of its own"),
         (["--out", str(tmp_path / "p"), "--browser", "nowhere"], "browser 'nowhere' is no program"),
         (["--out", str(tmp_path / "p"), "--runtime", str(mine / "index.html")], "no tarball"),
+        (["--out", str(tmp_path / "p"), "--runtime", str(tmp_path / "flipped.tgz")], "no tarball"),
     ):
         assert command(["export", str(run.path), "--format", "web", *words]) == 2
         error = capsys.readouterr().err

@@ -212,6 +212,7 @@ CONVOLVED = [
     ((3, 16, 15, 9), 48),
     ((2, 80, 8, 8), 16),
     ((1, 256, 6, 6), 256),
+    ((9, 256, 12, 10), 256),  # sums too large for each thread to have its own, over several blocks
 ]
 
 
@@ -259,6 +260,7 @@ ODD = [  # tiles and channels in all sorts of numbers, so that pairs of both hav
     ((2, 40, 7, 7), 32),
     ((9, 48, 16, 15), 80),
     ((67, 16, 8, 8), 64),
+    ((17, 256, 12, 10), 256),  # several blocks of tiles
 ]
 
 

@@ -108,6 +108,7 @@ def test_without_its_test_images_a_run_is_compared_on_samples_and_says_so(
         model = server.get("/model").json()
     assert model["certificate"] is None
     assert model["data"] == "pets.npz"
+    assert "gone" not in json.dumps(model)
 
 
 def test_the_model_the_health_and_the_samples(server: Server, exported: Path) -> None:

@@ -24,6 +24,7 @@ from normlab.errors import UserError
 from normlab.reports import measured_report
 from normlab.reports.measured_report import closing_lines, methods
 from normlab.study.commands import Command, NoNumber, parse_arm, pick, write_arm
+from normlab.study.measured import TIMES
 from normlab.study.runner import StudyStopped
 
 # Half a second of Python's start is most of a run here, so runs leave out what they do not need.
@@ -266,6 +267,33 @@ def test_a_seed_that_changes_nothing_stops_the_study_after_two_pairs(
         compare(fake(code), out="s")
     assert normlab_command(["compare", "--show", "s"]) == 0
     assert "Found: the seed changes nothing" in capsys.readouterr().out
+
+
+def test_a_metric_may_be_a_time_or_have_one_in_its_name(in_tmp: Path) -> None:
+    for metric in ("seconds", "sentiment_f1"):
+        code = f"import sys; print('{{\"{metric}\": %s.%d}}' % (sys.argv[2], len(sys.argv[1])))"
+        assert compare(fake(code), metric=metric, out=metric, seeds=3).findings == ()
+
+
+def test_only_times_are_left_out_of_what_must_repeat() -> None:
+    times = ["train_seconds", "time", "wall_time", "runtime", "trainTime", "secondsPerEpoch"]
+    for name in (*times, "timestamp", "timer_ms", "Time (s)", "second"):
+        assert TIMES.search(name), name
+    for name in ("sentiment_f1", "loss", "estimated", "secondary_score", "multimetric"):
+        assert not TIMES.search(name), name
+
+
+def test_a_repeated_run_of_a_script_that_was_mended_since_is_made_again(in_tmp: Path) -> None:
+    """The repeat is the first run of all, so it may be there where no other is."""
+    script = "import sys\nopen('ran', 'a').write('.')\n"
+    stops = script + "if len(open('ran').read()) > 1: raise SystemExit(3)\nprint(0.5)"
+    Path("train.py").write_text(stops)
+    command = f"{PYTHON} train.py {{norm}} {{seed}}"
+    settings: dict[str, Any] = {"out": "s", "seeds": 1, "check_repeat": True}
+    with pytest.raises(StudyStopped, match="ended with exit code 3"):
+        compare(command, **settings)
+    Path("train.py").write_text(script + "print(0.6)")
+    assert not any("does not hold" in f for f in compare(command, **settings).findings)
 
 
 def test_a_seed_that_does_not_hold_is_found_by_repeating_a_run(in_tmp: Path) -> None:

@@ -48,6 +48,11 @@ def test_words_follow_from_the_interval(b: float, noise: float, beginning: str) 
     assert curve.answer().startswith(beginning)
 
 
+def test_two_trainings_tell_nothing() -> None:
+    curve = LearningCurve("r", "d", (Point(50, 500, 0, 520, 1000), Point(100, 1000, 0, 500, 1000)))
+    assert curve.answer().startswith("It cannot be said of two trainings")
+
+
 def trained(
     error: Callable[[int], float], noise: float, rng: np.random.Generator, seeds: int = 3
 ) -> list[Point]:

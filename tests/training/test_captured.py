@@ -17,8 +17,10 @@ from normlab.core.streams import stream
 from normlab.layers import BatchNorm, Dense, Dropout, relu_dropout_norm
 from normlab.layers.weights import _Dense
 from normlab.models import FastNet, NotebookNet
-from normlab.training.captured import Captured
+from normlab.training.captured import Captured, holds_only_known
+from normlab.training.hooks import Clock
 from normlab.training.optimisers import Adam
+from normlab.training.state import Hook, State
 from normlab.training.step import train_step
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels here")
@@ -261,6 +263,55 @@ def test_a_training_asks_the_network_for_two_steps_of_a_kind(
     first = asked[: -run.history[-1]["steps"]]  # the second training asked at every step
     assert first[:2] == [32, 32]
     assert len(first) == 4  # and two of the last, smaller batch of an epoch
+
+
+class Keeps:
+    """An observer that keeps gradients, and what they were when it saw them."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, float]] = []
+
+    def before_training(self, plan: object) -> None: ...
+
+    def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
+        grad = state.model.get_parameter("conv1.weight").grad
+        assert grad is not None
+        self.seen.append((grad, float(grad.norm())))
+
+
+def test_an_observer_may_keep_what_it_saw(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"data": "sample", "epochs": 1, "threads": 1, "batch_size": 32}
+    keeps = Keeps()
+    normlab.train("notebook", out=tmp_path / "run", observers=(keeps,), **settings)
+    assert len(keeps.seen) > 5
+    assert [float(grad.norm()) for grad, _ in keeps.seen] == [norm for _, norm in keeps.seen]
+
+
+class Other(FastNet):
+    """Somebody else's network."""
+
+
+def test_others_hooks_layers_and_networks_are_asked_at_every_step() -> None:
+    assert holds_only_known(NotebookNet(), Clock())
+    assert holds_only_known(FastNet())
+    assert not holds_only_known(NotebookNet(), Clock(), Hook(), Keeps())
+    assert not holds_only_known(Other())
+    assert not holds_only_known(nn.Sequential(NotebookNet(), Drawing(lambda model, h: h)))
+    patched = NotebookNet()
+    patched.forward = patched.forward
+    assert not holds_only_known(patched)
+
+
+def test_a_hook_on_all_modules_is_a_hook() -> None:
+    pair = Pair(NotebookNet)
+    for _ in range(3):
+        pair.step()
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: seen.append(args[0]))
+    assert pair.step() == 1
+    handle.remove()
+    assert seen
+    assert pair.step() == 0
 
 
 def test_a_step_that_ends_halfway_is_no_step() -> None:

@@ -20,10 +20,13 @@ from normlab.core.streams import AHEAD, stream, streams
 from normlab.data.augment import to_input
 from normlab.data.batches import batch_bounds, split_validation
 from normlab.errors import Interrupted
+from normlab.evaluation.scores import score
 from normlab.models import NotebookNet
 from normlab.recipes import Recipe
 from normlab.reports.plots import draw_pictures
+from normlab.runs import Task, create_folder
 from normlab.training.optimisers import Adam
+from normlab.training.preparation import make_plan
 from normlab.training.progress import Lines
 from normlab.training.state import Plan, State, Totals
 from normlab.training.step import train_step
@@ -149,6 +152,20 @@ def test_one_observer_tells_two_trainings(
     assert re.findall(r"12/12 - (\S+) - loss", capsys.readouterr().out) == ["39s", "6s"]
 
 
+def test_the_first_epoch_after_a_resume_tells_its_own_seconds(
+    run: normlab.Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = Lines()
+    plan: Any = SimpleNamespace(epochs=5, describe=lambda: "a training")
+    before, row = {**run.history[0], "seconds": 39.0}, {**run.history[0], "seconds": 45.0}
+    lines.before_training(plan)
+    for step, seconds in ((11, 44.0), (12, 45.0)):
+        history = [before, row] if step == 12 else [before]
+        state: Any = SimpleNamespace(history=history, seconds=seconds)
+        lines.after_step(state, 1, step, 12)
+    assert re.findall(r"12/12 - (\S+) - loss", capsys.readouterr().out) == ["6s"]
+
+
 def test_of_very_many_epochs_a_hundred_are_told(
     run: normlab.Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,6 +269,71 @@ def test_resume_under_other_data_or_threads_is_refused(
     with pytest.raises(normlab.UserError, match="torch"):
         normlab.resume(tmp_path / "r", data=data)
     assert normlab.resume(tmp_path / "r", data=data, allow_changes=True).result is not None
+
+
+def test_resume_never_takes_data_that_the_network_is_not_made_for(
+    sample: normlab.ImageData, tmp_path: Path
+) -> None:
+    data = small(sample)
+    stop = After(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        normlab.train("notebook", data=data, out=tmp_path / "r", observers=(stop,), **TINY)
+    classes = (*sample.class_names[:-1], "zebra")
+    other = small(sample, class_names=classes)
+    with pytest.raises(normlab.UserError, match=r"has other classes .*zebra"):
+        normlab.resume(tmp_path / "r", data=other, allow_changes=True)
+    assert list((tmp_path / "r").glob("checkpoint*"))
+
+
+def test_a_run_that_another_process_ends_meanwhile_is_left_alone(
+    sample: normlab.ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, folder = small(sample), tmp_path / "r"
+    stop = After(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        normlab.train("notebook", data=data, out=folder, observers=(stop,), **TINY)
+    load = Task.load
+
+    def ended(task: Task, given: Any) -> normlab.ImageData:
+        monkeypatch.setattr(Task, "load", load)
+        normlab.resume(folder, data=data)  # it ends while the other loads its data
+        return task.load(given)
+
+    monkeypatch.setattr(Task, "load", ended)
+    with pytest.raises(normlab.UserError, match="finished"):
+        normlab.resume(folder, data=data)
+    result = normlab.open_run(folder).result
+    assert result is not None
+    assert result["length"]["epochs"] == len(normlab.open_run(folder).history)
+
+
+def test_weights_from_within_an_epoch_have_their_own_validation_score(
+    sample: normlab.ImageData, tmp_path: Path
+) -> None:
+    class Ends:
+        def before_training(self, plan: Plan) -> None: ...
+
+        def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
+            if state.step == 5:
+                state.ending = 5, 6  # as `Deadline` does
+
+    data = small(sample, 112)
+    options = {"epochs": 3, "batch_size": 25, "threads": 1}
+    run = normlab.train("notebook", data=data, out=tmp_path / "r", observers=(Ends(),), **options)
+    assert run.result is not None
+    assert run.result["steps"] == 6
+    held_out = make_plan(run.task, run.task.load(data), 1).validation
+    found = score(run.model("last"), held_out.images, held_out.labels)
+    assert run.result["val_loss"] == found.loss != run.history[-1]["val_loss"]
+
+
+def test_a_reservation_of_a_killed_process_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / ".0001").mkdir(parents=True)
+    assert create_folder(None, "fast79").name == "0002-fast79"
+    assert create_folder(None, "fast79").name == "0003-fast79"
 
 
 def _hash(path: Path) -> str:

@@ -130,6 +130,7 @@ def compare(
         side = images.image_shape[0]
         follows = fitted(images.class_names, side, wanted_changes, from_run=False)
         wanted_changes = follows | wanted_changes
+    whole = images.sha256
     if own:
         images = hold_out(images, HELD_OUT)
     if image_size not in (None, images.image_shape[0]):
@@ -155,6 +156,7 @@ def compare(
         outcome=outcome,
         held_out=HELD_OUT if own else 0.0,
         resized=read,
+        whole=whole,
     )
     if jobs is not None and jobs < 1:
         raise UserError(f"jobs={jobs}: choose 1 or more")
@@ -178,11 +180,22 @@ def _design(
     tune: str | None,
     thresholds: Sequence[float],
     resized: Callable[[int], ImageData],
+    whole: str,
     **plan: Any,
 ) -> Design:
-    """Make the plan, and refuse here what could not be done later."""
+    """Make the plan, and refuse here what could not be done later.
+
+    Args:
+        whole: the SHA-256 of the data before images were held out.
+    """
     size = images.image_shape[0]
     sources = {arm.name: starting_points.open_source(arm.start) for arm in arms}
+    for name, source in sources.items():
+        if plan["held_out"] and source is not None and trained_on(source, data, whole):
+            raise UserError(
+                f"arm {name!r} starts from run {source.path}, which learnt from the pictures that "
+                "decide here, held out of the training pictures: start from a run on other data"
+            )
     arms = tuple(_fitting(arm, sources[arm.name], images.files_train is not None) for arm in arms)
     sizes: dict[str, str] = {}
     for arm in arms:
@@ -225,6 +238,15 @@ def _design(
         starts={name: start for name, start in starts.items() if start is not None},
         **plan,
     )
+
+
+def trained_on(run: Run, data: str, whole: str) -> bool:
+    """Whether `run` learnt from `data`, a path or a name, whose SHA-256 is `whole`; at another
+    size of the images that is another one.
+    """
+    there = run.task.data
+    named = there not in PUBLIC and Path(there).absolute() == Path(data)
+    return whole == run.task.data_sha256 or (named and Path(data).exists())
 
 
 def _fitting(arm: Arm, source: Run | None, resizable: bool) -> Arm:

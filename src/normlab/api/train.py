@@ -27,7 +27,7 @@ from normlab.errors import Interrupted, NonFiniteError, UserError
 from normlab.evaluation import held_out
 from normlab.evaluation.baselines import score_baselines
 from normlab.evaluation.recalibration import Repair, renew_stale
-from normlab.evaluation.scores import clearly_better
+from normlab.evaluation.scores import clearly_better, score
 from normlab.inspection.activations import observed
 from normlab.inspection.recording import RECORDING, Recorder
 from normlab.recipes import DEFAULT_OWN, Recipe
@@ -313,6 +313,7 @@ def resume(
     Raises:
         UserError: it is finished already, report and all, or something differs and
             `allow_changes` is off.
+        DataError: the data have other classes or another image size.
     """
     with joined(wait) as ranks:
         chosen = run if ranks.remembered is None else ranks.remembered
@@ -342,7 +343,7 @@ def _resume(
             found = open_run(run)
             done = found.result is not None
             if done and not _redraw(found, data) and ranks.remembered is None:
-                raise UserError(f"run {str(found.path)!r} is finished: nothing is left to resume")
+                _refuse_finished(found)
             if not (found.path / "environment.json").exists():
                 raise UserError(
                     f"run {str(found.path)!r} ended before its first step: train again, with a "
@@ -375,6 +376,7 @@ def _resume(
     machine = _describe(threads, where, ranks)
     ranks.same("facts", _facts(opened.task, machine) | {"data (by SHA-256)": images.sha256})
     with ranks.agreeing("differences"):
+        opened.check_data(images)
         differs = _differences(opened.task, environment, images, machine)
         if differs and not allow_changes:
             raise UserError(
@@ -386,6 +388,7 @@ def _resume(
         with ranks.agreeing("locked"):
             if ranks.first:
                 held.enter_context(locked(opened.path))
+                _refuse_finished(opened)  # another process may have been at its last step
                 weights = starting_points.read_start(opened.path, opened.task)
         state = new_state(opened.task, images, where, weights if ranks.first else None)
         if ranks.first:
@@ -395,6 +398,11 @@ def _resume(
                 print(printable(line), file=sys.stderr)
         checkpoint.share(ranks, state)
         return _finish(ranks, opened, images, data_seconds, state, machine, where, observers, extra)
+
+
+def _refuse_finished(run: Run) -> None:
+    if run.result is not None:
+        raise UserError(f"run {str(run.path)!r} is finished: nothing is left to resume")
 
 
 def _draw(run: Run, evaluation: Evaluation, images: ImageData) -> None:
@@ -495,6 +503,9 @@ def _finish(
     if not math.isfinite(evaluation.loss):
         raise NonFiniteError(f"the loss on the test images is {evaluation.loss}: {remedy}")
     last = state.history[-1] if state.history else {}  # none where time was up in the first epoch
+    if state.totals.images and len(plan.validation):  # within a later one: the row is of before
+        found = score(state.model, plan.validation.images, plan.validation.labels)
+        last = {"val_loss": found.loss, "val_accuracy": found.accuracy}
     result = {
         "run": str(folder),
         "recipe": recipe.name,
@@ -512,7 +523,7 @@ def _finish(
         "weights": kept,
         "repair": None if repair is None else asdict(repair),
         "length": {
-            "epochs": len(state.history),
+            "epochs": sum(row["epoch"] > 0 for row in state.history),  # 0 is a head fitted
             "planned": plan.epochs,
             "held_out": len(plan.validation),
             "best_epoch": state.best_epoch,

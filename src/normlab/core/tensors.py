@@ -81,8 +81,9 @@ def read_tensors(path: Path) -> tuple[Tensors, Any]:
         envelope = json.loads(metadata["normlab"])
         text, expected = envelope["document"], envelope["sha256"]
         altered = expected != digest(tensors, text)
-    except (KeyError, TypeError, ValueError, AttributeError):
+        document = json.loads(text)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise DataError(f"{path} is not a file that normlab wrote") from None
     if altered:
         raise DataError(f"{path} does not match its own SHA-256: it was altered")
-    return tensors, json.loads(text)
+    return tensors, document

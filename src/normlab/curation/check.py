@@ -159,12 +159,13 @@ def _doubts(
 ) -> tuple[Suspects | None, str]:
     """Doubtful labels, and in words by what they were found."""
     labels, k = pictures.labels, len(pictures.class_names)
-    if k < 2 or np.bincount(labels, minlength=k).max() < 2 or len(labels) < 20:
-        return None, "too few pictures"
     same = np.arange(len(labels))
     for one in groups:  # copies of a picture would tell its label
-        same[list(one.members)] = one.members[0]
+        linked = same[list(one.members)]
+        same[np.isin(same, linked)] = linked[0]
     same = pictures.joined(same)
+    if k < 2 or np.bincount(labels, minlength=k).max() < 2 or len(np.unique(same)) < 20:
+        return None, "too few pictures"
     pixels, trainings = pictures.pixels, f"{TRAININGS} short trainings"
     if body is None and len(labels) >= MANY:
         p = by_training(pixels, labels, k, folds_of(labels, same, TRAININGS), recipes.get("fast79"))

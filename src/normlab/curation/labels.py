@@ -95,12 +95,12 @@ def doubt(labels: Labels, p: Probabilities) -> Suspects:
 
 def folds_of(labels: Labels, groups: Labels, folds: int) -> Labels:
     """The fold (N,) of each picture: classes in proportion, pictures of one group together."""
-    order = stream(0, "check", "folds").permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]
-    fold = np.empty(len(labels), np.int64)
-    fold[order] = np.arange(len(labels)) % folds
     _, first, which = np.unique(groups, return_index=True, return_inverse=True)
-    same: Labels = fold[first[which]]
+    order = stream(0, "check", "folds").permutation(len(first))
+    order = order[np.argsort(labels[first[order]], kind="stable")]
+    fold = np.empty(len(first), np.int64)
+    fold[order] = np.arange(len(first)) % folds
+    same: Labels = fold[which]
     return same
 
 

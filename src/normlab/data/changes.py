@@ -125,7 +125,10 @@ def _text(path: Path) -> str:
 def _decided(text: str, option: str, where: str) -> dict[str, str]:
     """Of the rows that are about `option`, the new class by the picture's name."""
     rows = csv.DictReader(io.StringIO(text))
-    columns = rows.fieldnames or []
+    try:
+        columns = rows.fieldnames or []
+    except csv.Error as error:
+        raise DataError(f"{where}: {error}; give a CSV file") from None
     needed = ["file", "label"] if option == RELABEL else ["file"]
     if missing := [name for name in needed if name not in columns]:
         raise DataError(

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from normlab.data import ImageData
 from normlab.data.batches import batch_bounds, split_images
 from normlab.diagnosis.network import Batches, Network, Node, Normalizer
-from normlab.errors import DataError, UserError
+from normlab.errors import UserError
 from normlab.evaluation.forward import Images, count, normalizers, untouched
 from normlab.evaluation.population import Moments, evenly, population_moments
 from normlab.evaluation.scores import three_way
@@ -93,7 +93,7 @@ def from_run(run: Run, weights: str, data: ImageData | None) -> Network:
     weights = run.kept if weights == "kept" else weights
     model = run.model(weights)
     if data is not None:
-        _check(run, data)
+        run.check_data(data)
         train, _ = split_images(data, recipe.validation)
         if data.sha256 == run.task.data_sha256:
             start, end = batch_bounds(len(train), recipe.batch_size, join_single=True)[-1]
@@ -159,15 +159,6 @@ def _as_trained(network: Network, start: Start) -> Network:
     )
     pretrained = "" if start.origin is None else start.origin.network
     return replace(network, normalizers=ns, training=True, pretrained=pretrained)
-
-
-def _check(run: Run, data: ImageData) -> None:
-    size = run.task.image_size
-    if data.class_names != run.task.class_names or data.x_test.shape[1:3] != (size, size):
-        raise DataError(
-            f"data {data.name!r} has other classes or image sizes than run {run.path}: give data "
-            f"with {len(run.task.class_names)} classes and {size} × {size} pixels"
-        )
 
 
 def _refuse(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 Everything here is a function of how sure each answer is (N,) and whether it is right (N,).
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,6 +64,11 @@ class Threshold:
     right: int
     total: int
     bound: float
+
+    @property
+    def shown(self) -> str:
+        """`bound` in percent, rounded down, so that it holds as it is written."""
+        return f"{math.floor(1000 * self.bound) / 10:.1f}%"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

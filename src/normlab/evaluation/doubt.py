@@ -79,7 +79,7 @@ class Rule:
             told = (
                 f"if a class has a probability of {t.least:.1%} or more; so answered are "
                 f"{t.answered:,} of {t.total:,} held-out pictures, {t.right:,} rightly, which "
-                f"shows that {t.bound:.1%} or more are right, with 95 % confidence"
+                f"shows that {t.shown} or more are right, with 95 % confidence"
             )
         if self.least_familiarity > -np.inf:
             told += f"; not sure of the {UNLIKE_SHARE:.0%} least familiar and of what is stranger"

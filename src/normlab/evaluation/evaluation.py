@@ -13,7 +13,6 @@ from torch import Tensor
 
 from normlab.data import ImageData
 from normlab.data.loading import PUBLIC
-from normlab.errors import DataError
 from normlab.evaluation import held_out, metrics
 from normlab.evaluation.abstention import RiskCoverage, risk_coverage
 from normlab.evaluation.calibration import (
@@ -28,7 +27,6 @@ from normlab.evaluation.familiarity import answers_of, familiarity
 from normlab.evaluation.forward import logits_of
 from normlab.runs import Run, Start
 from normlab.statistics import accuracy_interval
-from normlab.text import listed
 
 CIFAR10_LIMITS = (
     "Near-duplicates of 3.3 % of CIFAR-10's test images are in its training set (ciFAIR).",
@@ -296,17 +294,7 @@ def evaluate(
         DataError: the data cannot be had, or has other classes or another image size.
     """
     images = run.task.load(data)
-    size = images.x_test.shape[1:3]
-    if images.class_names != run.task.class_names:
-        raise DataError(
-            f"data {images.name!r} has other classes ({listed(images.class_names)}) than "
-            f"run {run.path} ({listed(run.task.class_names)}): give data with the same ones"
-        )
-    if size != (run.task.image_size, run.task.image_size):
-        raise DataError(
-            f"data {images.name!r} has images of {size[0]} × {size[1]} pixels, run {run.path} "
-            f"takes {run.task.image_size} × {run.task.image_size}: resize them"
-        )
+    run.check_data(images)
     weights = run.kept if weights == "kept" else weights
     model, learnt = run.model(weights), None
     if views == "single":

@@ -196,7 +196,10 @@ def _predict_batch(predictor: Predictor, batch: list[Found], readers: Readers) -
             found.append(Prediction(file.path, None, problem))
         else:
             row, familiarity = next(known)
-            found.append(Prediction(file.path, row, familiarity=familiarity))
+            if np.isfinite(row).all():
+                found.append(Prediction(file.path, row, familiarity=familiarity))
+            else:
+                found.append(Prediction(file.path, None, "the network answers with NaN"))
     return found
 
 

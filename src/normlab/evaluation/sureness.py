@@ -39,7 +39,7 @@ class Answered:
         t = self.threshold
         return (
             f"To be right at {t.rate:.1%} it answers {told}; the held-out pictures showed "
-            f"{t.bound:.1%} or more, {t.right:,} of {t.answered:,} answered"
+            f"{t.shown} or more, {t.right:,} of {t.answered:,} answered"
         )
 
 

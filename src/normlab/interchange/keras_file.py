@@ -73,7 +73,7 @@ def certified(
             f"a {name} network in Keras' format is checked by Keras, which is not installed: "
             "pip install keras"
         )
-    metadata |= {"certificate": certificate.as_dict(), "recipe": run.task.as_dict()}
+    metadata |= {"certificate": certificate.as_dict(), "recipe": run.task.published()}
     return model_file(name, layers, size, metadata), certificate
 
 

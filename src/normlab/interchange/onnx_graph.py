@@ -258,7 +258,7 @@ def described_as(
     metadata: dict[str, Any] = {
         "class_names": run.task.class_names,
         "image_size": run.task.image_size,
-        "recipe": run.task.as_dict(),
+        "recipe": run.task.published(),
         "not_folded": unfolded,
     }
     if learnt is not None:

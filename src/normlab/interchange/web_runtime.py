@@ -2,6 +2,7 @@
 
 import hashlib
 import tarfile
+import zlib
 from pathlib import Path
 
 from normlab.core.files import write_atomic
@@ -79,7 +80,7 @@ def _of_tarball(path: Path) -> dict[str, bytes]:
                     found[wanted[member.name]] = file.read()
                 if len(found) == len(FILES):
                     break
-    except (OSError, tarfile.TarError, EOFError) as error:
+    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
         raise DataError(f"{shown(path)} is no tarball of the package ({error}): {_GET}") from None
     return _checked(found, path)
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from normlab.kernels.convolutions import (
     OF_TWO,
@@ -34,7 +35,7 @@ from normlab.kernels.convolutions import (
     whiten,
     whitens,
 )
-from normlab.kernels.layouts import layout, like, shape_of
+from normlab.kernels.layouts import as_saved, empty, layout, like, plain, shape_of
 from normlab.kernels.library import available, call, disabled, has_bfloat16
 from normlab.kernels.products import dense, dense_gradients, multiplies, product, trains
 
@@ -48,6 +49,7 @@ __all__ = [
     "Tiles",
     "adam",
     "adapts",
+    "as_saved",
     "available",
     "batch_norm",
     "conv3x3",
@@ -71,6 +73,7 @@ __all__ = [
     "normalize",
     "part_gradient",
     "part_sums",
+    "plain",
     "product",
     "read",
     "reads",
@@ -318,6 +321,8 @@ def adam(
         moments = m.data_ptr(), v.data_ptr()
         numbers += p.data_ptr(), g.data_ptr(), *moments, steps.data_ptr(), p.numel()
     call("adam", pack(f"@{len(numbers)}q", *numbers), len(parameters), *betas, rate, eps)
+    for p, *_ in parameters:
+        increment_version(p)  # as PyTorch's own operations do, so that autograd notices
 
 
 def right(logits: Tensor, labels: Tensor) -> int:
@@ -325,13 +330,13 @@ def right(logits: Tensor, labels: Tensor) -> int:
 
     Both are contiguous, logits float32 and labels int64; see `evaluation.metrics.right`.
     """
-    count = torch.empty((), dtype=torch.int64)
+    count = torch.empty((), dtype=torch.int64, device="cpu")
     call("right", logits, labels, *logits.shape, count)
     return int(count)
 
 
 def _doubles(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.float64)
+    return torch.empty(size, dtype=torch.float64, device="cpu")
 
 
 def reads(images: NDArray[np.uint8], device: torch.device | str, reach: int = 0) -> bool:
@@ -356,8 +361,9 @@ def read(
             comes in at the edge is the image reflected there.
     """
     _, h, w, _ = images.shape
-    y = torch.empty((len(chosen), 3, h, w), memory_format=torch.channels_last)
-    arrays: list[NDArray[Any] | None] = [images, np.ascontiguousarray(chosen), mirrored, shifts]
+    y = empty((len(chosen), 3, h, w))
+    chosen = np.ascontiguousarray(chosen, np.int64)
+    arrays: list[NDArray[Any] | None] = [images, chosen, mirrored, shifts]
     addresses = [None if a is None else a.ctypes.data for a in arrays]
     call("read", *addresses, len(chosen), h, w, y)
     return y

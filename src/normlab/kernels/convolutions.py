@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normlab.kernels.layouts import layout
+from normlab.kernels.layouts import empty, layout, plain
 from normlab.kernels.library import call, has_bfloat16
 
 
@@ -20,14 +20,14 @@ def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
 def _windows(n: int, c: int, h: int, w: int) -> tuple[Tensor, Tensor]:
     """Room for 2 × 2 maxima and their places."""
     shape = (n, c, h // 2, w // 2)
-    y = torch.empty(shape, memory_format=torch.channels_last)
-    return y, torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    return empty(shape), empty(shape, torch.uint8)
 
 
 def max_pool_gradient(g: Tensor, which: Tensor, x_shape: torch.Size) -> Tensor:
     """The gradient of `max_pool` with respect to its input of shape `x_shape`."""
     n, c, h, w = x_shape
-    dx = torch.empty(x_shape, memory_format=torch.channels_last)
+    which = which.contiguous(memory_format=torch.channels_last)
+    dx = empty(x_shape)
     g = g.contiguous(memory_format=torch.channels_last)
     call("pool_gradient", g, which, n, h, w, c, dx)
     return dx
@@ -56,8 +56,8 @@ class Tiles(NamedTuple):
 OF_TWO = Tiles()
 
 
-def convolves(x: Tensor, weight: Tensor) -> bool:
-    """Whether `conv3x3` takes channels-last `x` (N, I, H, W) and `weight` (O, I, 3, 3).
+def convolves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `conv3x3` takes channels-last `x` (N, I, H, W), `weight` (O, I, 3, 3), `bias` (O,).
 
     O is a multiple of 16, and I of 8, or of 16 where `x` wants its gradient.
     """
@@ -67,13 +67,13 @@ def convolves(x: Tensor, weight: Tensor) -> bool:
     if shape is None or shape[2] > 1:
         return False
     whole = c_out % 16 == 0 and c_in % (16 if x.requires_grad else 8) == 0
-    return x.ndim == 4 and x.shape[1] == c_in and whole
+    return x.ndim == 4 and x.shape[1] == c_in and whole and plain(bias)
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles = OF_TWO) -> Tensor:
     """3 × 3 convolution of `x` (N, I, H, W), zero-padded by 1, stride 1: (N, O, H, W)."""
     n, _, h, w = x.shape
-    y = torch.empty((n, len(weight), h, w), memory_format=torch.channels_last)
+    y = empty((n, len(weight), h, w))
     _convolve(x, weight, bias, tiles, y, None)
     return y
 
@@ -112,10 +112,12 @@ def conv3x3_gradients(
         which: what `conv3x3_max_pool` returned, where y are its maxima.
     """
     (n, c_in, h, w), c_out = x.shape, weight.shape[0]
-    g = g.contiguous(memory_format=torch.channels_last)
+    # Hooks on saved tensors may have laid them otherwise.
+    x, g = (v.contiguous(memory_format=torch.channels_last) for v in (x, g))
+    which = None if which is None else which.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous()
     weight_grad, bias_grad = torch.empty_like(weight), g.new_empty(c_out)
-    dx = torch.empty(x.shape, memory_format=torch.channels_last) if x_grad else None
+    dx = empty(x.shape) if x_grad else None
     grads, shape, name = (weight_grad, bias_grad), (n, h, w, c_in, c_out), tiles.kernel(h, w)
     if which is not None and name == "conv3x3_by2" and c_in % 32 == 0:
         call("conv3x3_pooled_gradients", x, weight, g, which, *shape, dx, *grads)
@@ -126,9 +128,10 @@ def conv3x3_gradients(
     return dx, *grads
 
 
-def convolves_pixels(x: Tensor, weight: Tensor) -> bool:
-    """Whether `conv_pixels` takes channels-last `x` (N, 3, H, W) and `weight` (O, 3, 3, 3)."""
-    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+def convolves_pixels(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether `conv_pixels` takes channels-last `x` (N, 3, H, W), `weight` (O, 3, 3, 3) and the
+    `others`, vectors."""
+    if not plain(*others) or weight.dtype != torch.float32 or weight.device.type != "cpu":
         return False
     shape, c_out = layout(x), len(weight)
     if shape is None or shape[1:] != (3, 1) or x.ndim != 4:
@@ -141,7 +144,7 @@ def conv_pixels(
 ) -> Tensor:
     """3 × 3 convolution of γ·`x` + β (N, 3, H, W), not padded, stride 1: (N, O, H − 2, W − 2)."""
     (n, _, h, w), c_out = x.shape, len(weight)
-    y = torch.empty((n, c_out, h - 2, w - 2), memory_format=torch.channels_last)
+    y = empty((n, c_out, h - 2, w - 2))
     call("conv_pixels", x, weight.contiguous(), gamma, beta, bias, n, h, w, c_out, y)
     return y
 
@@ -151,7 +154,8 @@ def conv_pixels_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to kernel, bias, γ and β, from `g` = dL/dy."""
     (n, _, h, w), c_out = x.shape, g.shape[1]
-    weight, g = weight.contiguous(), g.contiguous(memory_format=torch.channels_last)
+    x, g = (v.contiguous(memory_format=torch.channels_last) for v in (x, g))
+    weight = weight.contiguous()
     grads = torch.empty_like(weight), g.new_empty(c_out), g.new_empty(3), g.new_empty(3)
     call("conv_pixels_gradient", x, weight, gamma, beta, g, n, h, w, c_out, *grads)
     return grads
@@ -174,6 +178,6 @@ def whiten(x: Tensor, mean: Tensor, filters: Tensor) -> Tensor:
         filters: (2K, 3, 3, 3), K ≤ 16 and their negatives.
     """
     n, _, h, w = x.shape
-    y = torch.empty((n, len(filters), h, w), memory_format=torch.channels_last)
+    y = empty((n, len(filters), h, w))
     call("whiten", x, mean, filters.contiguous(), n, h, w, len(filters) // 2, y)
     return y

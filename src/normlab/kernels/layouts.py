@@ -1,5 +1,7 @@
 """How tensors lie in memory, as far as the compiled passes care."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,26 @@ def _arrangement(x: Tensor) -> tuple[int, int, int] | None:
     if last:
         return size // channels, channels, 1
     return (x.shape[0], channels, pixels) if x.is_contiguous() else None
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Room for `shape` (N, C, H, W), channels-last, whatever PyTorch's defaults are."""
+    return torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether all that are not None are float32, in this memory, and without gaps."""
+    for v in tensors:  # a loop: on small layers most of the time is Python's
+        if v is not None and not (v.dtype is torch.float32 and v.is_cpu and v.is_contiguous()):
+            return False
+    return True
+
+
+def as_saved(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """`x` (N, C, *) as it lay when `layout` said `shape`: hooks on saved tensors may copy it."""
+    if _arrangement(x) == shape:
+        return x
+    return x.contiguous() if shape[2] > 1 else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def like(g: Tensor, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from normlab.kernels.layouts import plain
 from normlab.kernels.library import available, call, enabled
 
 LEAST = 1 << 20  # multiplications of a product that is worth the call
@@ -23,6 +24,7 @@ def multiplies(a: Tensor, b: Tensor) -> bool:
         and a.is_cpu
         and b.is_cpu
         and a.ndim == b.ndim == 2
+        and a.shape[1] == b.shape[1]
         and len(a) * b.numel() >= LEAST
         and type(a) is Tensor
         and enabled()
@@ -38,15 +40,18 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return linear(a, b, bias)
 
 
-def trains(x: Tensor, weight: Tensor) -> bool:
-    """Whether `dense` of `x` (N, I) and `weight` (O, I) is faster than PyTorch's layer."""
-    return multiplies(x, weight) or (
+def trains(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether `dense` takes `x` (N, I), `weight` (O, I) and `bias` (O,), faster than PyTorch."""
+    if multiplies(x, weight):
+        return plain(bias)
+    return (
         x.dtype is weight.dtype is torch.float32
         and x.is_cpu
         and weight.is_cpu
         and x.ndim == 2
         and type(x) is Tensor
         and enabled()
+        and plain(bias)
         and _pass(x, weight) is not None
     )
 
@@ -79,7 +84,9 @@ def dense_gradients(
 def _pass(x: Tensor, weight: Tensor) -> str | None:
     """The compiled pass for such shapes; None where oneDNN or PyTorch are as fast."""
     n, (c_out, c_in) = x.shape[0], weight.shape
-    if not n or c_in % 32 or not available() or not x.is_contiguous() or not weight.is_contiguous():
+    if not n or c_in % 32 or x.shape[1] != c_in or not available():
+        return None
+    if not x.is_contiguous() or not weight.is_contiguous():
         return None
     if n * c_out * c_in < LEAST:
         return "small_dense"

@@ -204,7 +204,7 @@ INLINE void store_input(vec rows[SPAN][SPAN], i64 step, cell *V) {
 }
 
 /* V = B' x B of `count` tiles from `first`, in strips of `room` rows. `over_tiles`: for a product that sums
- * over the tiles, not the channels. Behind the last of an odd number comes a tile of zeros. */
+ * over the tiles, not the channels. DEPTH tiles at a time, the last ones filled up with zeros. */
 INLINE void transform_input(const float *x, const grid_t *s, i64 C, i64 first, int count, i64 room,
                             int over_tiles, const float *zeros, cell *V) {
     place_t place = place_of(s, first);
@@ -442,7 +442,7 @@ static void transform_back(const float *D, i64 O, i64 I, i64 first, float *dw) {
 
 /* M (rows x one vector of columns, or `two`) = V (rows x I) U (I x columns), `height` rows at a time
  * from row r on while more than `rest` are left, the last ones rounded up; V in strips of TILES rows.
- * The last rows ask for the columns that come next. Returns the row that follows. */
+ * The last rows ask for the PAIR of columns that comes next. Returns the row that follows. */
 INLINE int product_of(const cell *V, const cell *u0, const cell *u1, int r, int rows, int rest, i64 I,
                       float *m0, float *m1, int height, int two) {
     for (; r < rows - rest; r += height) {
@@ -452,9 +452,9 @@ INLINE int product_of(const cell *V, const cell *u0, const cell *u1, int r, int 
             const cell *v = V + at(r, first, TILES);
             for (int i = 0; i < 8; i += DEPTH, a0 += DEPTH * STRIP, a1 += DEPTH * STRIP) {
                 factors b0 = factors_at(a0), b1 = two ? factors_at(a1) : b0;
-                if (two && r + height >= rows) {
-                    __builtin_prefetch(a0 + 2 * I * STRIP, 0, 2);
-                    __builtin_prefetch(a1 + 2 * I * STRIP, 0, 2);
+                if (PAIR >= STRIP && two && r + height >= rows) {
+                    __builtin_prefetch(a0 + PAIR * I, 0, 2);
+                    if (PAIR > STRIP) __builtin_prefetch(a1 + PAIR * I, 0, 2);
                 }
                 UNROLL for (int k = 0; k < height; k++) {
                     factors a = repeat(v + k * STRIP + i);
@@ -577,11 +577,11 @@ int CONV3X3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64
 }
 
 /* Tiles whose transforms are kept for one product over them: the more, the fewer passes over D. A thread
- * `alone` has them in a cache of its own; beside a large D they take at most half of what it takes. Rows
- * are odd in number, since the points of a tile lie so many apart, and must not meet in one set of the
- * cache. */
+ * `alone` keeps 3 MiB of them; all threads together, half of what a large D takes, so that both stay in
+ * the last cache. Of either at least TILES rows and at most 128. They are odd in number, since the points
+ * of a tile lie so many apart, and must not meet in one set of the cache. */
 static i64 room_for(i64 I, i64 O, int alone) {
-    i64 rows = alone ? 3 * (1 << 18) / (POINTS * (I + O)) : I * O / (2 * (I + O)); /* 3 MiB */
+    i64 rows = alone ? 3 * (1 << 18) / (POINTS * (I + O)) : I * O / (2 * (I + O));
     return (max64(TILES, min64(rows, 128)) | 1) * DEPTH;
 }
 

@@ -174,6 +174,7 @@ def part_gradient(
     processes' gradients adds up these, too. The other arguments are those of `kernels.gradient`.
     """
     if shape is not None:
+        x = kernels.as_saved(x, shape)
         g = kernels.like(g, x)
         batch = x, shape, g, mean, var, weight, eps
         sums, weight_grad, bias_grad = kernels.part_sums(*batch, bias=bias, relu=relu)
@@ -202,7 +203,7 @@ class _GhostNormalize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: "BatchNorm"
     ) -> Tensor:
-        compiled, pieces = norm.is_float32(), norm.pieces(x)
+        compiled, pieces = norm.is_plain(), norm.pieces(x)
         ctx.shapes = [kernels.layout(piece) if compiled else None for piece in pieces]
         outputs, ctx.moments = [], []
         for piece, shape in zip(pieces, ctx.shapes, strict=True):
@@ -231,8 +232,8 @@ class _GhostNormalize(torch.autograd.Function):
             if shape is None or torch.is_grad_enabled():
                 grads.append(gradient(piece, part, mean, var, weight, ctx.norm.eps))
             else:
-                eps = ctx.norm.eps
-                grads.append(kernels.gradient(piece, shape, part, mean, var, weight, eps))
+                batch = kernels.as_saved(piece, shape), shape, part, mean, var, weight
+                grads.append(kernels.gradient(*batch, ctx.norm.eps))
         dx, dw, db = zip(*grads, strict=True)
         return (
             torch.cat(dx),
@@ -258,11 +259,11 @@ class _BatchNormalize(torch.autograd.Function):
         shape, count = kernels.layout(x), x.numel() // x.shape[1]
         group = norm.partners()
         if group is not None:
-            shape = shape if norm.is_float32() else None
+            shape = shape if norm.is_plain() else None
             mean, var, count = norm.join(group, x, *part_moments(x, shape))
             apply = normalize if shape is None else kernels.normalize
             y = apply(x, mean, var, weight, bias, norm.eps)
-        elif shape is not None and norm.is_float32():
+        elif shape is not None and norm.is_plain():
             running = norm.running(count)
             y, mean, var = kernels.batch_norm(x, shape, weight, bias, norm.eps, running)
         else:
@@ -292,7 +293,7 @@ class _BatchNormalize(torch.autograd.Function):
         elif shape is None:
             dx, dw, db = gradient(x, g, mean, var, weight, eps)
         else:
-            x_grad = ctx.needs_input_grad[0]
+            x, x_grad = kernels.as_saved(x, shape), ctx.needs_input_grad[0]
             dx, dw, db = kernels.gradient(x, shape, g, mean, var, weight, eps, x_grad=x_grad)
         return dx, None if weight is None else dw, db if has_bias else None, None
 
@@ -387,8 +388,9 @@ class BatchNorm(TorchBatchNorm):
             raise UserError(f"unknown convention {convention!r}: choose one of {known}")
         self.convention = CONVENTIONS[convention]
         self.num_features = num_features
-        self.momentum = self.convention.momentum if momentum is None else momentum
-        self.eps = self.convention.eps if eps is None else eps
+        # Plain numbers, as the compiled passes take them: NumPy's are none.
+        self.momentum = float(self.convention.momentum if momentum is None else momentum)
+        self.eps = float(self.convention.eps if eps is None else eps)
         self.affine = scale or center
         self.track_running_stats = track_running_stats
         self.frozen = False
@@ -458,7 +460,7 @@ class BatchNorm(TorchBatchNorm):
         if x.dtype in HALF:
             return self.standardize(x.float()).to(x.dtype)
         shape = kernels.layout(x)
-        if shape is not None and self.is_float32() and self.partners() is None:
+        if shape is not None and self.is_plain() and self.partners() is None:
             running = self.running(x.numel() // self.num_features)
             return kernels.batch_norm(x, shape, None, None, self.eps, running)[0]
         with torch.no_grad():
@@ -494,16 +496,23 @@ class BatchNorm(TorchBatchNorm):
 
     def compiled(self, x: Tensor) -> bool:
         """Whether the compiled kernels take `x` and this layer's state."""
-        return kernels.layout(x) is not None and self.is_float32()
+        return kernels.layout(x) is not None and self.is_plain()
 
-    def is_float32(self) -> bool:
-        """Whether γ, β and the running statistics, as far as there are any, are all float32."""
+    def is_plain(self) -> bool:
+        """Whether γ, β and the running statistics, as far as there are any, are as the compiled
+        passes take them: float32, in the processor's memory and without gaps.
+        """
         state = vars(self)  # found faster here than as attributes
         weights, buffers = state["_parameters"], state["_buffers"]
-        for v in (weights["weight"], weights["bias"], buffers["running_mean"]):
-            if v is not None and v.dtype is not torch.float32:
-                return False
-        return True
+        if "weight" not in weights or "bias" not in weights:  # parametrised, or pruned
+            return False
+        batches = buffers["num_batches_tracked"]
+        return (batches is None or (batches.dtype is torch.int64 and batches.is_cpu)) and (
+            kernels.plain(
+                *(weights["weight"], weights["bias"]),
+                *(buffers["running_mean"], buffers["running_var"]),
+            )
+        )
 
     def _normalize_running(self, x: Tensor) -> Tensor:
         fast = self.compiled(x) and not torch.is_grad_enabled()

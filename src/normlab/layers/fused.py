@@ -70,6 +70,7 @@ class _ReluDropoutBatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         h, weight, mean, var = ctx.saved_tensors
+        h = kernels.as_saved(h, ctx.shape)
         batch = h, ctx.shape, g, mean, var, weight, ctx.eps
         if ctx.group is None:
             grads = kernels.gradient(*batch, keep_scale=ctx.scale)
@@ -161,6 +162,7 @@ class _BatchNormRelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, var = ctx.saved_tensors
+        x = kernels.as_saved(x, ctx.shape)
         batch = x, ctx.shape, g, mean, var, weight, ctx.eps
         affine: Any = {"bias": bias, "relu": True, "x_grad": ctx.needs_input_grad[0]}
         if ctx.group is None:
@@ -180,10 +182,10 @@ def norm_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d) -> Tensor:
     so that their gradients follow from that of the kernel, and the gradient with respect to the
     image, as costly as the convolution itself, is never computed.
     """
-    if conv.bias is None or not _convolves_input(conv, x):
+    if conv.bias is None or not x.numel() or not _convolves_input(conv, x):
         return conv(norm(x))  # type: ignore[no-any-return]
     gamma = beta = None
-    if _batch_normalizes(norm) and norm.is_float32() == (x.dtype is torch.float32):
+    if _batch_normalizes(norm) and norm.is_plain() == (x.dtype is torch.float32):
         norm.check(x)
         x, gamma, beta = norm.standardize(x), norm.weight, norm.bias
     else:
@@ -229,7 +231,7 @@ class _ConvOfInput(torch.autograd.Function):
         ctx.save_for_backward(x, weight, gamma, beta)
         ctx.stride, ctx.dilation = stride, dilation
         plain = (*stride, *dilation) == (1, 1, 1, 1)
-        ctx.compiled = plain and kernels.convolves_pixels(x, weight)
+        ctx.compiled = plain and kernels.convolves_pixels(x, weight, bias, gamma, beta)
         if ctx.compiled:
             return kernels.conv_pixels(x, weight, bias, gamma, beta)
         if beta is not None:
@@ -267,7 +269,7 @@ def conv_pool(x: Tensor, conv: nn.Module, pool: nn.Module) -> Tensor:
         or conv.padding != (1, 1)
         or not isinstance(pool, MaxPool2d)
         or not pool.compiled(x)
-        or not kernels.convolves(x, conv.weight)
+        or not kernels.convolves(x, conv.weight, conv.bias)
         or _hooked(conv)
         or _hooked(pool)
     ):
@@ -340,7 +342,7 @@ def _batch_normalizes(norm: nn.Module) -> TypeGuard[BatchNorm]:
 def _matrix(x: Tensor, norm: BatchNorm) -> tuple[int, int, int] | None:
     """How `x` lies, where the compiled passes take it and `norm`, and it is a matrix."""
     shape = kernels.layout(x)
-    fits = shape is not None and shape[2] == 1 and norm.is_float32()
+    fits = shape is not None and shape[2] == 1 and norm.is_plain()
     return shape if fits else None
 
 

@@ -69,7 +69,7 @@ def conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None, tiles: kernels.Tiles = kernels.OF_TWO
 ) -> Tensor:
     """conv2d(x, weight, bias, padding=1) for 3 × 3 kernels, compiled where that applies."""
-    if not kernels.convolves(x, weight):
+    if not kernels.convolves(x, weight, bias):
         return conv2d(x, weight, bias, padding=1)
     if not torch.is_grad_enabled():  # an autograd function costs time even where there is none
         return kernels.conv3x3(x, weight, bias, tiles)
@@ -109,7 +109,7 @@ class Dense(nn.Linear):
         """(N, I) → (N, O)."""
         if not torch.is_grad_enabled():
             return kernels.product(x, self.weight, self.bias)
-        if not kernels.trains(x, self.weight):
+        if not kernels.trains(x, self.weight, self.bias):
             return super().forward(x)
         y: Tensor = _Dense.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return y

@@ -47,10 +47,12 @@ def _create(folder: Path) -> Path:
 
 
 def _create_numbered(runs: Path, recipe: str) -> Path:
-    """Take the next number. A reservation `.NNNN` keeps two processes from taking the same one."""
+    """Take the next number. A reservation `.NNNN` keeps two processes from taking the same one;
+    that of a killed process stays, and its number is not used."""
     runs.mkdir(parents=True, exist_ok=True)
     while True:
-        number = max((n for n, _ in _numbered(runs)), default=0) + 1
+        reserved = [int(p.name[1:]) for p in runs.glob(".[0-9]*") if p.name[1:].isdecimal()]
+        number = max([n for n, _ in _numbered(runs)] + reserved, default=0) + 1
         reservation = runs / f".{number:04d}"
         try:
             reservation.mkdir()

@@ -11,9 +11,11 @@ from torch import nn
 from normlab.core.places import read_text
 from normlab.core.records import as_object, checked, read_json
 from normlab.core.tensors import read_tensors
+from normlab.data import ImageData
 from normlab.errors import DataError, UserError, nearest
 from normlab.runs.folders import latest
 from normlab.runs.task import Task
+from normlab.text import listed
 
 WEIGHTS = ("kept", "last", "best", "recalibrated")
 
@@ -122,6 +124,24 @@ class Run:
         result = self.result
         return "last" if result is None else result.get("weights", "last")
 
+    def check_data(self, images: ImageData) -> None:
+        """Refuse data that its network cannot have been made for.
+
+        Raises:
+            DataError: other classes, or images of another size.
+        """
+        task, size = self.task, images.x_test.shape[1:3]
+        if images.class_names != task.class_names:
+            raise DataError(
+                f"data {images.name!r} has other classes ({listed(images.class_names)}) than "
+                f"run {self.path} ({listed(task.class_names)}): give data with the same ones"
+            )
+        if size != (task.image_size, task.image_size):
+            raise DataError(
+                f"data {images.name!r} has images of {size[0]} × {size[1]} pixels, run {self.path} "
+                f"takes {task.image_size} × {task.image_size}: resize them"
+            )
+
     def model(self, weights: str = "kept") -> nn.Module:
         """Return the trained network in evaluation mode.
 
@@ -136,6 +156,8 @@ class Run:
         if weights not in WEIGHTS:
             raise UserError(f"unknown weights {nearest(weights, WEIGHTS)}")
         weights = self.kept if weights == "kept" else weights
+        if weights not in WEIGHTS:  # what `result.json` says may be of anybody
+            raise DataError(f"{self.path / 'result.json'} names unknown weights")
         path = self.path / f"{weights}.safetensors"
         if not path.exists():
             why = "it held out no images to choose by" if self.result else "it is unfinished"

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -185,6 +185,11 @@ class Task:
         if self.changes is not None:
             values["changes"] = asdict(self.changes)
         return values
+
+    def published(self) -> dict[str, Any]:
+        """`as_dict` for files and pages that others get: last parts of paths, no file's name."""
+        start = self.start and replace(self.start, run=Path(self.start.run).name)
+        return replace(self, data=Path(self.data).name, start=start, changes=None).as_dict()
 
     @classmethod
     def from_dict(cls, values: Any, where: object = "this task") -> "Task":

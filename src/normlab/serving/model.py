@@ -44,6 +44,7 @@ class ServedModel:
         sha256: of the ONNX file's content; None where the run itself answers.
         certificate: of the comparison with its run on all test images; None if there was none.
         views: of each picture, see `normlab.evaluation.prediction.run_predictor`.
+        reason: why there was no comparison on all test images; it may name places of this machine.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ServedModel:
     sha256: str | None = None
     certificate: dict[str, Any] | None = None
     views: str = "single"
+    reason: str = ""
 
     def answers(self, images: Pixels) -> list[tuple[NDArray[np.floating], float | None]]:
         """Probabilities (K,) and familiarity, if it is known, of each of N images."""
@@ -79,7 +81,7 @@ def open_served(path: str | Path | None, views: str = "single") -> ServedModel:
     run = open_run(path)
     if views != "single":
         predictor, checked = run_predictor(run, views=views), "the run itself answers"
-        return ServedModel(_name(run), predictor, run.task.as_dict(), checked, views=views)
+        return ServedModel(_name(run), predictor, run.task.published(), checked, views=views)
     if find_spec("onnx") is None:
         raise UserError(f"serving a run needs the package onnx: {install('serve')}")
     return _from_run(run)
@@ -107,7 +109,7 @@ def _from_run(run: "Run") -> ServedModel:
     from normlab.interchange.onnx_graph import certified, described
     from normlab.interchange.writing import checked_against
 
-    model, learnt = run.model(), held_out.read(run)
+    model, learnt, reason = run.model(), held_out.read(run), ""
     try:
         images = _test_images_at_hand(run)
         _, check = checked_against(run, images, run.kept, digest(model.state_dict()))
@@ -115,14 +117,16 @@ def _from_run(run: "Run") -> ServedModel:
         graph, _ = described(run, model, learnt)
         content = graph.SerializeToString()
         onnx = open_onnx(content)
-        checked = f"{_compared_on_samples(run, onnx)}; its test images are not at hand: {error}"
-        certificate = None
+        checked = f"{_compared_on_samples(run, onnx)}; its test images are not at hand"
+        certificate, reason = None, str(error)
     else:
         content, found, _ = certified(run, model, images.x_test, check, learnt)
         onnx, certificate = open_onnx(content), found.as_dict()
         checked = f"compared with its run on all {found.test_images:,} test images: {found}"
     sha256, predictor = hashlib.sha256(content).hexdigest(), onnx_predictor(onnx, run.path)
-    return ServedModel(_name(run), predictor, run.task.as_dict(), checked, sha256, certificate)
+    return ServedModel(
+        *(_name(run), predictor, run.task.published(), checked, sha256, certificate), reason=reason
+    )
 
 
 def _name(run: "Run") -> str:

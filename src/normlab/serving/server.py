@@ -91,7 +91,8 @@ def serve(
     with closing(_listen(host, port)) as listener:
         model = open_served(path, views)
         doubt = model.predictor.doubt
-        say(printable(f"Model {model.name}: {model.checked}."))
+        reason = f": {model.reason}" if model.reason else ""
+        say(printable(f"Model {model.name}: {model.checked}{reason}."))
         if views != "single":
             say(f"Views: {views}.")
         if doubt is None and abstain_at is not None:

@@ -42,6 +42,9 @@ def claim(folder: Path, wanted: Plan, seeds: int | None, parts: Sequence[str]) -
         differing = there.differences(wanted)
         if differing and there.kind == "measured" and not open_study(folder).outcomes:
             there, differing = wanted, []  # nothing was seen yet: what was mended may be begun
+            for name in parts:  # but a repeated run's number is of what it was before
+                for outcome in (folder / name).glob("*.json"):
+                    outcome.unlink()
         if differing:
             raise UserError(
                 f"study {str(folder)!r} was begun with other {'; '.join(differing)}: "

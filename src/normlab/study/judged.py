@@ -134,7 +134,7 @@ class Judged:
         value = self.design.value
         values = [(value(a), value(b)) for a, b in self.pairs(first, other)]
         largest = max((abs(x) for pair in values for x in pair), default=0.0)
-        digits = 12 - (max(0, math.floor(math.log10(largest))) if largest else 0)
+        digits = 12 - (math.floor(math.log10(largest)) if largest else 0)
         return [round(a - b, digits) for a, b in values]
 
 

@@ -148,6 +148,8 @@ class LearningCurve:
         """Whether more pictures would help, in a sentence."""
         gain, low, high = self.gain
         n = self.sizes[-1][0]
+        if len(self.points) < 3:  # two trainings have a line between them, and no spread
+            return "It cannot be said of two trainings: more seeds or sizes would tell"
         told = (
             f"twice as many ({2 * n:,}) would give about {100 * self.doubled.accuracy:.1f} %, "
             f"{100 * gain:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"

@@ -5,6 +5,7 @@ One of the numbers, in its own unit, decides. No deep-learning framework is need
 
 import inspect
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -39,6 +40,7 @@ from normlab.study.plan import Plan, check, tell_arms
 from normlab.study.runner import StudyStopped
 
 LOGS, FILES, REPEAT = "logs", "files", "repeat"
+TIMES = re.compile(r"(?i:time(s|r|stamp)?|seconds?)(?![a-z])")  # in a name; not "sentiment"
 MOST_KEPT = 1 << 20  # bytes of a log's end that come back from another machine
 
 
@@ -72,7 +74,7 @@ class Outcome:
     @property
     def gave(self) -> dict[str, float]:
         """All that the run gave, but for times, which never repeat."""
-        return {k: v for k, v in self.values.items() if "time" not in k and "second" not in k}
+        return {k: v for k, v in self.values.items() if not TIMES.search(k)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +243,7 @@ class Study(Judged):
             for other in names[i + 1 :]:
                 pairs = self.pairs(first, other)
                 whole = [(a, b) for a, b in pairs if not (a.diverged or b.diverged)]
-                if len(whole) > 1 and all(a.gave == b.gave for a, b in whole):
+                if len(whole) > 1 and all(_alike(a, b) for a, b in whole):
                     found.append(
                         f"{first} and {other} gave the same in {len(whole)} pairs, to the last "
                         "digit: does what the arms change reach the run?"
@@ -303,9 +305,14 @@ class Study(Judged):
         """The runs of an arm that have values, if there are two or more and all gave the same."""
         runs = {seed: o for seed, o in self.arm(arm).items() if not o.diverged}
         first = next(iter(runs.values()), None)
-        if len(runs) < 2 or first is None or any(o.gave != first.gave for o in runs.values()):
+        if len(runs) < 2 or first is None or not all(_alike(o, first) for o in runs.values()):
             return None
         return runs
+
+
+def _alike(a: Outcome, b: Outcome) -> bool:
+    """Whether both gave the same; the number that decides counts, be it a time."""
+    return a.value == b.value and a.gave == b.gave
 
 
 def open_repeat(path: Path, design: Measured) -> Outcome | None:

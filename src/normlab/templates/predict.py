@@ -59,7 +59,7 @@ def decode(content):
     tags, key, turn = getattr(image, "tag_v2", {}), image.info.get("transparency", 0), None
     deep, key = image.mode.startswith("I"), np.max(list(key) if isinstance(key, bytes) else key)
     odd = image.mode in ("F", "LAB") or (image.mode == "I" and image.format != "PPM")
-    if odd or key > 255 or (deep and (key or tags.get(262, 1) == 0)):
+    if odd or key > 255 or (deep and ("transparency" in image.info or tags.get(262, 1) == 0)):
         raise ValueError("with values whose white is unclear: save it with 8 bits a channel")
     image.draft(image.mode, [n // times(image) for n in image.size])  # a large JPEG is unpacked
     image.load()  # at a half, a quarter or an eighth
@@ -86,8 +86,8 @@ if __name__ == "__main__":
                 paths[n + 1 : n + 1] = sorted(p for p in inside if p.name[0] != ".")
                 continue
             pairs, doubt = answer(path)
-            print(f"{path}: {doubt}" + ", ".join(f"{name} {p:.1%}" for name, p in pairs[:3]))
+            line, out = ", ".join(f"{name} {p:.1%}" for name, p in pairs[:3]), sys.stdout
         except Exception as error:
-            print(f"{path}: {error}", file=sys.stderr)
-            bad = 1
+            doubt, line, out, bad = "", str(error), sys.stderr, 1
+        print("".join(c if c.isprintable() else "?" for c in f"{path}: {doubt}{line}"), file=out)
     sys.exit(bad)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 from normlab.kernels.layouts import like
 from normlab.kernels.library import Call, enabled, noted
@@ -26,6 +27,18 @@ MOST_KEYS = 64  # of dropout, that a step may draw
 UNSEEN = {"read", "adam"}  # kernels that are given addresses, not the tensors they belong to
 
 Body = Callable[[Tensor, np.random.Generator], Tensor]
+KNOWN = ("normlab.", "torch.")  # where the classes are from that `Captured` was tested with
+
+
+def holds_only_known(model: nn.Module, *others: object) -> bool:
+    """Whether `model`, and the hooks and observers beside it, are of this package or PyTorch's.
+
+    Others may freeze a layer, set its rate, put another one in its place, keep gradients that the
+    next step writes over, or compute with numbers that change after the second step.
+    """
+    classes = {type(o) for o in (*model.modules(), *others)}
+    replaced = any("forward" in vars(m) for m in model.modules())
+    return not replaced and all(c.__module__.startswith(KNOWN) for c in classes)
 
 
 class Captured:
@@ -39,8 +52,9 @@ class Captured:
 
     Of the fast networks, whose last layer is PyTorch's, calls stand for all before it.
 
-    What a call returns holds until the next one, and has one backward pass. In between, the model
-    changes by its own passes and by optimisers, in place.
+    What a call returns, and each gradient, holds until the next one; there is one backward pass.
+    In between, the model changes by its own passes and by optimisers, in place;
+    `holds_only_known` says where nothing else can happen.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -76,6 +90,7 @@ class Captured:
     def _is_watched(self) -> bool:
         return (
             any(self._hooks)
+            or _has_any_global_hook()  # type: ignore[no-untyped-call]
             or any(t._backward_hooks or t._post_accumulate_grad_hooks for t in self._state)
             or not (enabled() and torch.is_grad_enabled())
         )

@@ -10,7 +10,7 @@ import torch
 
 from normlab.core.streams import streams
 from normlab.errors import Interrupted, NonFiniteError
-from normlab.training.captured import Captured
+from normlab.training.captured import Captured, holds_only_known
 from normlab.training.hooks import make_hooks
 from normlab.training.optimisers import set_rate
 from normlab.training.parallel import ParallelStep
@@ -49,7 +49,8 @@ def fit(
         if plan.ranks.size > 1:
             together = ParallelStep(state.model, batches, interrupted)
         take: Callable[..., tuple[float, int]] = together or train_step
-        model = state.model if together else Captured(state.model)
+        captured = not together and holds_only_known(state.model, *hooks, *observers)
+        model = Captured(state.model) if captured else state.model
         rngs = streams(plan.seed, "dropout", numbers=range(state.step, steps))
         for step, rng in enumerate(rngs, state.step):
             if state.stopped:

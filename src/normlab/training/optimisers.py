@@ -86,7 +86,7 @@ class Adam(Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state["step"] = torch.zeros((), device=p.device)
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
                 values = p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
                 if kernels.adapts(*values[:4]):

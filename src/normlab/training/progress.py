@@ -32,13 +32,16 @@ class Lines:
     def __init__(self, file: TextIO | None = None) -> None:
         self.file = file
         self.epochs = 0
-        self.seconds = 0.0
+        self.seconds: float | None = None  # at the end of the epoch that was told last
 
     def before_training(self, plan: Plan) -> None:
-        self.epochs, self.seconds = plan.epochs, 0.0
+        self.epochs, self.seconds = plan.epochs, None
         self._print(plan.describe())
 
     def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
+        if self.seconds is None:  # a resumed training has epochs behind it
+            done = state.history[: -1 if batch == batches else None]
+            self.seconds = done[-1]["seconds"] if done else 0.0
         every = -(-self.epochs // MOST_EPOCHS)
         if batch < batches or ((epoch + 1) % every and epoch + 1 < self.epochs):
             return

@@ -175,6 +175,7 @@ def frames(form: str) -> bytes:
         (encode(Image.fromarray(GREY.astype(np.int32)), "tiff"), "mode I"),
         (encode(Image.new("LAB", (4, 4)), "tiff"), "mode LAB"),
         (encode(Image.fromarray(GREY.astype(np.uint16)), transparency=7), "transparent colour"),
+        (encode(Image.fromarray(GREY.astype(np.uint16)), transparency=0), "transparent colour"),
         (encode(Image.fromarray(GREY.astype(np.uint16)), "tiff", tiffinfo={262: 0}), "zero is"),
         (encode(Image.new("1", (7001, 7200))), "7001 × 7200 pixels"),
         (b"", "not a picture"),

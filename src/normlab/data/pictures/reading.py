@@ -338,10 +338,9 @@ def _refuse(image: Image.Image) -> None:
     if image.mode.startswith("I") and _tag(image, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO:
         raise DataError("a 16-bit TIFF whose zero is white; save it as PNG")
     key = image.info.get("transparency")
-    if key is not None and np.max(np.frombuffer(key, np.uint8) if isinstance(key, bytes) else key):
-        deep = image.mode.startswith("I") or (not isinstance(key, bytes) and np.max(key) > 255)
-        if deep:
-            raise DataError("16-bit with a transparent colour; save it with an alpha channel")
+    deep = image.mode.startswith("I") or (not isinstance(key, bytes) and np.max(key or 0) > 255)
+    if key is not None and deep:
+        raise DataError("16-bit with a transparent colour; save it with an alpha channel")
 
 
 def _white(image: Image.Image) -> int:
