@@ -151,6 +151,23 @@ def test_what_cannot_be_done_is_refused(images: normlab.ImageData, tmp_path: Pat
         explore(task, images, steps=7, threads=1)
 
 
+def test_a_walk_that_fails_goes_back() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    before = [p.clone() for p in model.parameters()]
+    calls: list[int] = []
+
+    def fails(m: nn.Module, batch: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        loss: Tensor = m(batch).square().mean()
+        return loss
+
+    with pytest.raises(KeyboardInterrupt):
+        normlab.walk(model, fails, [torch.randn(4, 3)], sizes=[0.1, 0.2])
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 def test_any_model_and_loss_is_walked_and_left_as_it_was() -> None:
     """On a quadratic loss ½·wᵀAw the measures have closed forms."""
     curvature = torch.tensor([1.0, 4.0])

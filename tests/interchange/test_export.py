@@ -99,6 +99,25 @@ def test_onnx_answers_as_the_run(runs: dict[str, Run], name: str, tmp_path: Path
     assert written == ["README.md", "model.onnx", "predict.py", "requirements.txt"]
 
 
+def test_a_model_of_somebody_elses_is_not_written_over(
+    runs: dict[str, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("my.onnx", "my.keras"):
+        path = tmp_path / name
+        path.write_bytes(b"mine")
+        words = [
+            "export",
+            str(runs["notebook"].path),
+            "--out",
+            str(path),
+            "--format",
+            path.suffix[1:],
+        ]
+        assert command(words) == 2
+        assert "without a card that says normlab wrote it" in capsys.readouterr().err
+        assert path.read_bytes() == b"mine"
+
+
 def test_a_file_for_others_names_no_place_of_this_machine(
     runs: dict[str, Run], tmp_path: Path
 ) -> None:

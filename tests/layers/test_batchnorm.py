@@ -311,6 +311,13 @@ def test_ghost_batches_are_layers_on_the_pieces(dtype: torch.dtype) -> None:
     assert int(ghost.num_batches_tracked) == 1
 
 
+@pytest.mark.parametrize("convention", ["keras", "torch"])
+def test_a_ghost_batch_of_one_value_is_refused(convention: str) -> None:
+    with pytest.raises(UserError, match="a piece holds 1 value a channel"):
+        BatchNorm(5, ghost=1, convention=convention)(torch.randn(9, 5))
+    assert BatchNorm(5, ghost=1, convention=convention)(torch.randn(9, 5, 2)).isfinite().all()
+
+
 def test_a_ghost_batch_of_the_whole_batch_is_the_layer_and_a_single_value_joins() -> None:
     x = torch.randn(9, 5)
     for ghost in (9, 20):

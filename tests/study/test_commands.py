@@ -275,6 +275,16 @@ def test_a_metric_may_be_a_time_or_have_one_in_its_name(in_tmp: Path) -> None:
         assert compare(fake(code), metric=metric, out=metric, seeds=3).findings == ()
 
 
+def test_seeds_of_other_pairs_are_refused(in_tmp: Path) -> None:
+    settings: dict[str, Any] = {"seeds": 3, "arms": ["a: norm=1", "b: norm=2, seed_offset=2"]}
+    code = fake("import sys; print(sys.argv[2])")
+    with pytest.raises(UserError, match=r"a and b: pairs would share seeds.*differ by 3 or more"):
+        compare(code, metric=None, out="s", **settings)
+    assert compare(code, metric=None, out="s", **{**settings, "seeds": 2}).complete
+    with pytest.raises(UserError, match="pairs would share seeds"):
+        compare(code, metric=None, out="s", **settings)
+
+
 def test_only_times_are_left_out_of_what_must_repeat() -> None:
     times = ["train_seconds", "time", "wall_time", "runtime", "trainTime", "secondsPerEpoch"]
     for name in (*times, "timestamp", "timer_ms", "Time (s)", "second"):

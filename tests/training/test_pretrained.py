@@ -364,11 +364,27 @@ def test_a_file_says_by_its_name_and_weights_whose_it_is(file: Path, tmp_path: P
         open_pretrained(f"{TINY}={other}")
 
 
+def test_a_file_without_a_tensor_is_not_read_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "empty.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    with pytest.raises(DataError):
+        open_pretrained(f"{TINY}={tmp_path / 'empty.safetensors'}")
+
+
+def test_momentum_and_ghost_batches_are_the_trainings_own() -> None:
+    source = starting_points.open_source("builtin")
+    chosen = starting_points.choose_recipe(source, None, {"norm_momentum": 0.5, "norm_images": 16})
+    assert (chosen.norm.momentum, chosen.norm.images) == (0.5, 16)
+    assert source is not None
+    plain = starting_points.choose_recipe(source, None, {})
+    assert plain.norm == source.task.recipe.norm
+
+
 def test_what_cannot_be_is_refused_before_any_work(file: Path, tmp_path: Path) -> None:
     for options, message in (
         ({"statistics": "adapt"}, "add --epochs"),
         ({"recipe": "fast79"}, "trains the network 'fast'"),
         ({"norm": "group"}, "cannot be changed"),
+        ({"norm_epsilon": 0.5}, "cannot be changed"),
         ({"architecture": "resnet18"}, "cannot be changed"),
     ):
         with pytest.raises(UserError, match=message):

@@ -112,6 +112,9 @@ class Checkup(_Base):  # type: ignore[misc]
         if self.checkup is not None:
             self.checkup.close()
 
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        self.on_fit_end(trainer, module)
+
 
 class History(_Base):  # type: ignore[misc]
     """Write what is logged of each epoch to `history.jsonl`, as `normlab train` does.

@@ -90,14 +90,14 @@ def settings(threads: int, device: torch.device) -> Iterator[None]:
     threads_before = torch.get_num_threads()
     deterministic_before = torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
+    kernels.flush_denormals(True)
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
+        kernels.flush_denormals(False)
         torch.set_num_threads(threads_before)
-        torch.set_flush_denormal(False)
         if device.type == "cuda":  # else nothing changed, and the call imports PyTorch's compiler
             torch.use_deterministic_algorithms(deterministic_before)

@@ -284,16 +284,18 @@ def walk_along(
     norm = gradient.norm().item()
     losses, changes = [loss], []
     directions = torch.split(gradient, [p.numel() for p in parameters])
-    for size in sizes:
+    try:
+        for size in sizes:
+            with torch.no_grad():
+                for p, h, g in zip(parameters, home, directions, strict=True):
+                    p.copy_(h - size * g.view(p.shape))
+            there, new = gradient_of(model)
+            losses.append(there)
+            changes.append((new - gradient).norm().item())
+    finally:
         with torch.no_grad():
-            for p, h, g in zip(parameters, home, directions, strict=True):
-                p.copy_(h - size * g.view(p.shape))
-        there, new = gradient_of(model)
-        losses.append(there)
-        changes.append((new - gradient).norm().item())
-    with torch.no_grad():
-        for p, h in zip(parameters, home, strict=True):
-            p.copy_(h)
+            for p, h in zip(parameters, home, strict=True):
+                p.copy_(h)
     return {
         "range": max(losses) - min(losses),
         "change": max(changes) / norm,

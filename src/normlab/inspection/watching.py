@@ -261,6 +261,8 @@ class Watch:
             x, y = first_tensor([*inputs, *named.values()]), first_tensor([output])
             if x is None or y is None or not (x.is_floating_point() and y.is_floating_point()):
                 return
+            if not (x.numel() and y.numel()):  # of no image, as of a picture without a region
+                return
             layer.calls += 1
             with torch.no_grad():
                 for side, t in zip(layer.sides, (x, y), strict=True):

@@ -21,7 +21,7 @@ def _mark(model: Path) -> str:
 
 
 def check_place(model: Path) -> None:
-    """Refuse to write over somebody's README, or over the files beside another model.
+    """Refuse to write over somebody's model or README, or over the files beside another model.
 
     Raises:
         UserError: such a file is beside `model`.
@@ -31,6 +31,11 @@ def check_place(model: Path) -> None:
     alone = model.suffix == ".html" and not os.path.lexists(model.with_name(NAME))
     if alone and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{str(folder)!r} has files in it: choose a folder of its own for --out")
+    if os.path.lexists(model) and not os.path.lexists(model.with_name(NAME)):
+        raise UserError(
+            f"{str(model)!r} is there, without a card that says normlab wrote it: choose another "
+            "--out, or move it away"
+        )
     if model.suffix == ".onnx":
         ours |= dict.fromkeys(companions.NAMES, companions.mark(model.name))
     for name, mark in ours.items():
@@ -96,7 +101,7 @@ def card(
             f"Data: {markdown(Path(task.data).name)} (SHA-256 {task.data_sha256}).",
             "",
             f"Recipe: {settings}; seed {task.seed}."
-            + (f" Started from {markdown(str(task.start))}." if task.start else ""),
+            + (f" Started from {markdown(str(task.start.published()))}." if task.start else ""),
             "",
             "## Scores",
             "",
@@ -109,7 +114,7 @@ def card(
             "## Limits",
             "",
             *(f"- {limit}" for limit in evaluation.limits),
-            f"- {_when_sure(evaluation)}",
+            f"- {_when_sure(evaluation, tells_unlike=model.suffix != '.keras')}",
             "",
             "## Certificate",
             "",
@@ -152,14 +157,14 @@ def _calibrated(evaluation: Evaluation) -> str:
     )
 
 
-def _when_sure(evaluation: Evaluation) -> str:
+def _when_sure(evaluation: Evaluation, *, tells_unlike: bool) -> str:
     doubt = evaluation.doubt
     if doubt is None:
         return "It always answers with one of its classes, whatever the picture shows."
     told = (
         f"Its probabilities have the temperature {doubt.temperature:.3f}, from held-out pictures."
     )
-    if evaluation.familiarity is not None and doubt.tells_unlike:
+    if tells_unlike and evaluation.familiarity is not None and doubt.tells_unlike:
         told += (
             f" Below a `familiarity` of {doubt.least_familiarity:.4f}, which 5 % of pictures like "
             "its own have, a picture is unlike those it was trained on: do not trust the answer. "
@@ -192,6 +197,8 @@ CLASSES = {names}
 
 def read(path):
     picture = ImageOps.exif_transpose(Image.open(path))
+    if picture.mode.startswith("I"):
+        raise ValueError("more than 8 bits a channel: save it with 8")
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

@@ -190,8 +190,8 @@ def export_run(
     built = FORMATS[file_format].build(job)
     text = card(path, run, evaluation, built.certificate, built.unfolded)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = {path.with_name(name): content for name, content in built.files.items()}
-    files[path.with_name(NAME)] = utf8(text)
+    files = {path.with_name(NAME): utf8(text)}  # first: it says that the others are ours
+    files |= {path.with_name(name): content for name, content in built.files.items()}
     for place, content in files.items():
         write_atomic(place, content)
     sizes = {place: len(content) for place, content in files.items()}

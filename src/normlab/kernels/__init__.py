@@ -62,6 +62,7 @@ __all__ = [
     "dense",
     "dense_gradients",
     "disabled",
+    "flush_denormals",
     "gradient",
     "has_bfloat16",
     "layout",
@@ -333,6 +334,17 @@ def right(logits: Tensor, labels: Tensor) -> int:
     count = torch.empty((), dtype=torch.int64, device="cpu")
     call("right", logits, labels, *logits.shape, count)
     return int(count)
+
+
+def flush_denormals(on: bool) -> None:
+    """Take denormals for zero, or not, in all of PyTorch's threads; without kernels in this one.
+
+    `torch.set_flush_denormal` is about the thread that calls it; others have what it had when they
+    began, so that bits would depend on what ran before.
+    """
+    torch.set_flush_denormal(on)
+    if available():
+        call("flush", int(on))
 
 
 def _doubles(size: int) -> Tensor:

@@ -26,6 +26,11 @@
 #define LARGE (1 << 22)   /* values, 16 MiB: outputs from here on are streamed past the caches */
 
 #define FAR (1 << 18)     /* values of a parameter: from here on no cache holds it for a step */
+#if defined(__aarch64__)
+#define FLUSH (1u << 24)  /* of FPCR: denormals that are read, and that are written */
+#else
+#define FLUSH 0x8040u     /* the same of MXCSR */
+#endif
 #define FETCHED 256       /* values: so far before it is read, it is asked for */
 
 #define SIMD _Pragma("omp simd") /* GCC need not ask whether the vectors overlap */
@@ -459,7 +464,7 @@ int normlab_normalize(const float *x, const float *mean, const float *var, const
 }
 
 /* Which signatures these are: a library of another number, from an older build, is not used. */
-int normlab_interface(void) { return 11; }
+int normlab_interface(void) { return 12; }
 
 /* Whether convolutions with products of bfloat16 are here and run on this processor. */
 int normlab_bfloat16(void) {
@@ -468,6 +473,26 @@ int normlab_bfloat16(void) {
 #else
     return 0;
 #endif
+}
+
+/* Whether denormals are taken for zero, in each of the threads: those that are there already keep what
+ * they had when they began. */
+int normlab_flush(int on, int threads) {
+#if defined(__SSE__)
+#pragma omp parallel num_threads(threads)
+    _mm_setcsr(on ? _mm_getcsr() | FLUSH : _mm_getcsr() & ~FLUSH);
+#elif defined(__aarch64__)
+#pragma omp parallel num_threads(threads)
+    {
+        uint64_t control;
+        __asm__ volatile("mrs %0, fpcr" : "=r"(control));
+        control = on ? control | FLUSH : control & ~(uint64_t)FLUSH;
+        __asm__ volatile("msr fpcr, %0" : : "r"(control));
+    }
+#else
+    (void)on, (void)threads;
+#endif
+    return 0;
 }
 
 /* Batch normalisation in training, of x, N x C x S, into y:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-INTERFACE = 11  # as in kernels.c: raised there and here whenever a signature changes
+INTERFACE = 12  # as in kernels.c: raised there and here whenever a signature changes
 
 
 class _Off(threading.local):
@@ -69,6 +69,7 @@ _STRUCTS = {  # the arguments of those that get them as one struct, as `struct` 
     "gradient": "PPPPPPf if qqq PPP i",
 }
 _SIGNATURES = {
+    "flush": [_INT, _INT],
     "relu_dropout": [_POINTER, *_DROPS, _LONG, _POINTER, _INT],
     "relu_dropout_gradient": [*[_POINTER] * 2, _FLOAT, _LONG, _POINTER, _INT],
     "normalize": [*[_POINTER] * 5, _FLOAT, *_SHAPE, _INT, _POINTER, _INT],

@@ -4,6 +4,8 @@
 
 #if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__SSE__)
+#include <xmmintrin.h>
 #endif
 #include <stdint.h>
 #include <stdlib.h>

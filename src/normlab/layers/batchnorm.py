@@ -559,6 +559,11 @@ class BatchNorm(TorchBatchNorm):
                 f"a training batch of shape {tuple(x.shape)} holds 1 value a channel, too "
                 "few for a variance: use a batch of two or more, or .eval() or .freeze()"
             )
+        if self.ghost == 1 and self.has_ghosts() and x.numel() == len(x) * self.num_features:
+            raise UserError(
+                f"ghost=1 and an input of shape {tuple(x.shape)}: a piece holds 1 value a channel, "
+                "too few for a variance: choose 2 or more"
+            )
 
     def reset_parameters(self) -> None:
         """γ to 1, β to 0, and the running statistics to where they began."""

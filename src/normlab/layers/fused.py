@@ -182,7 +182,7 @@ def norm_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d) -> Tensor:
     so that their gradients follow from that of the kernel, and the gradient with respect to the
     image, as costly as the convolution itself, is never computed.
     """
-    if conv.bias is None or not x.numel() or not _convolves_input(conv, x):
+    if conv.bias is None or not _convolves_input(conv, x) or not x.numel():
         return conv(norm(x))  # type: ignore[no-any-return]
     gamma = beta = None
     if _batch_normalizes(norm) and norm.is_plain() == (x.dtype is torch.float32):

@@ -71,6 +71,10 @@ class Start:
     penalty: float | None = None
     origin: Origin | None = None
 
+    def published(self) -> "Start":
+        """The same for others: of the folder the last part of its path."""
+        return replace(self, run=Path(self.run).name)
+
     def __str__(self) -> str:
         statistics = {"keep": "kept", "adapt": "adapting", "recalibrate": "recalibrated, then kept"}
         body = "frozen" if self.freeze else "learning on"
@@ -188,7 +192,7 @@ class Task:
 
     def published(self) -> dict[str, Any]:
         """`as_dict` for files and pages that others get: last parts of paths, no file's name."""
-        start = self.start and replace(self.start, run=Path(self.start.run).name)
+        start = self.start and self.start.published()
         return replace(self, data=Path(self.data).name, start=start, changes=None).as_dict()
 
     @classmethod

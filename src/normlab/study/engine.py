@@ -30,6 +30,7 @@ def claim(folder: Path, wanted: Plan, seeds: int | None, parts: Sequence[str]) -
     """
     sweep(folder, plans.FILE)
     there: Plan | None = plans.load(folder)
+    begun = there
     if there is None:
         if any(p.name != LOCK for p in folder.iterdir()):
             raise UserError(f"folder {str(folder)!r} holds no study: choose a new one for --out")
@@ -53,12 +54,25 @@ def claim(folder: Path, wanted: Plan, seeds: int | None, parts: Sequence[str]) -
         design = there
         if seeds is not None and seeds != there.seeds:
             design = there.extended(seeds, open_study(folder).pairs_seen)
+    if design is not begun:
+        _refuse_shared_seeds(design)
     sweep(folder)
     plans.save(folder, design)  # before all else: a folder without it is taken for somebody's own
     for name in parts:
         make_folder(folder / name)
         sweep(folder / name)
     return design
+
+
+def _refuse_shared_seeds(design: Plan) -> None:
+    """Pairs are independent only if no run's seed is that of another pair, too."""
+    offsets = {arm.name: arm.seed_offset for arm in design.arms}
+    for first, other in design.contrasts:
+        if 0 < abs(offsets[first] - offsets[other]) < design.seeds:
+            raise UserError(
+                f"{first} and {other}: pairs would share seeds, since each has {design.seeds} of "
+                f"them: let their seed_offset differ by {design.seeds} or more, in a new --out"
+            )
 
 
 def do_missing(

@@ -189,7 +189,10 @@ def fit_names(
 
 def _unwrapped(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights = dict(found)
-    while prefix := next((w for w in WRAPPERS if all(k.startswith(w) for k in weights)), None):
+    while weights:
+        prefix = next((w for w in WRAPPERS if all(k.startswith(w) for k in weights)), None)
+        if prefix is None:
+            break
         weights = {k.removeprefix(prefix): v for k, v in weights.items()}
     return weights
 

@@ -107,13 +107,15 @@ def choose_recipe(run: Run | None, recipe: str | Recipe | None, changes: dict[st
             "or none for the run's own"
         )
     fixed = theirs.settings()
-    for key in ("norm", "norm_position", "architecture"):
+    for key in ("norm", "norm_position", "norm_epsilon", "architecture"):
         if changes.get(key, fixed[key]) != fixed[key]:
             raise UserError(
                 f"{key}={changes[key]!r}: run {run.path} has {fixed[key]!r}, which "
                 "cannot be changed in a trained network: leave it out"
             )
-    return replace(chosen, norm=theirs.norm)
+    free = {"norm_momentum": "momentum", "norm_images": "images"}  # no weight depends on these
+    own = {name: getattr(chosen.norm, name) for key, name in free.items() if key in changes}
+    return replace(chosen, norm=replace(theirs.norm, **own))
 
 
 def size_of(run: Run | None) -> int | None:

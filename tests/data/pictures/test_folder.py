@@ -249,6 +249,17 @@ def test_parquet_with_the_names_of_hugging_face(root: Path) -> None:
     assert of_class(data, "test", "ape") == {pixels(4).tobytes()}
 
 
+def test_a_numbered_file_that_is_missing_is_named(root: Path) -> None:
+    folder, names = root / "sample", ["cat", "dog"]  # a data set of normlab's has that name, too
+    for n in (0, 1):
+        parquet(folder / f"train-0000{n}-of-00002.parquet", "img", [0, 1], names, 2 * n)
+    parquet(folder / "test-00000-of-00001.parquet", "img", [1, 0], names, 4)
+    assert load(folder, image_size=16).name == "sample/"
+    (folder / "train-00001-of-00002.parquet").rename(root / "elsewhere.parquet")
+    with pytest.raises(DataError, match=r"lacks train-00001-of-00002\.parquet, one of 2 files"):
+        load(folder, image_size=16)
+
+
 def test_one_parquet_file_of_plain_bytes_and_labels(root: Path) -> None:
     parquet(root / "a.parquet", "image", [2, 10, 2, 10, 2], [], 0)
     data = load(root / "a.parquet", image_size=16)

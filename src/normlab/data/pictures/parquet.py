@@ -9,6 +9,7 @@ a few kilobytes of parquet can claim gigabytes by naming one picture often.
 
 import json
 import re
+from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from normlab.text import shown
 
 PICTURE_COLUMNS = ("img", "image")
 SECONDS = 600.0  # for one file
+MOST = 100_000  # files of a set
+SHARD = re.compile(r"-(\d+)-of-(\d+)(?=\.)")
 
 # What all files together may unpack to: this many times their size, or this many bytes. Pictures
 # are compressed already, so real ones do not shrink further.
@@ -56,7 +59,9 @@ def read_parquet(path: Path, *, image_size: int | None = None) -> tuple[Collecti
             f"{shown(path)} has {', '.join(shown(file.name) for file in files)}; "
             "give train*.parquet and test*.parquet and no others, or one file"
         )
-    collection = Collection(name=shown(path.resolve().name), classes=[])
+    _refuse_missing(path, files)
+    name = shown(path.resolve().name)  # of a folder with a slash: no data set's name looks so
+    collection = Collection(name=f"{name}/" if path.is_dir() else name, classes=[])
     contents: list[bytes] = []
     statuses = [file.stat() for file in files]
     budget = max(MAX_UNSUSPECTED, MAX_RATIO * sum(status.st_size for status in statuses))
@@ -69,6 +74,27 @@ def read_parquet(path: Path, *, image_size: int | None = None) -> tuple[Collecti
     size = choose_size(collection, contents, image_size)
     decoded = decode(path, json.dumps(key), contents, size, collection.summary())
     return collection, decoded
+
+
+def _refuse_missing(path: Path, files: Sequence[Path]) -> None:
+    """Refuse a part of a set whose files are numbered `-00000-of-00002`.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    if not path.is_dir():
+        return  # named alone, it is wanted alone
+    there = {file.name for file in files}
+    for file in files:
+        if shard := SHARD.search(file.name):
+            begin, end = file.name[: shard.start()], file.name[shard.end() :]
+            digits, count = len(shard[1]), int(shard[2])
+            named = (f"{begin}-{n:0{digits}}-of-{shard[2]}{end}" for n in range(min(count, MOST)))
+            if missing := [name for name in named if name not in there]:
+                raise DataError(
+                    f"{shown(path)} lacks {shown(missing[0])}, one of {count:,} files: "
+                    "bring it back, or name the one file that is to be read"
+                )
 
 
 def _part(file: Path) -> str | None:
