@@ -15,7 +15,7 @@ from networks import pictures, settle
 from normlab.__main__ import run as command
 from normlab.core.tensors import read_tensors
 from normlab.errors import UserError
-from normlab.evaluation.forward import normalizers, untouched
+from normlab.evaluation.forward import logits_of, mixed, normalizers, untouched
 from normlab.evaluation.population import Moments, pool, population_moments, set_statistics
 from normlab.evaluation.scores import three_way
 from normlab.models import NotebookNet
@@ -69,12 +69,34 @@ def test_population_moments_are_those_of_all_values_pooled(sample: normlab.Image
     model = NotebookNet(seed=3).train()
     images = sample.x_train[:24]
     found = population_moments(model, images, batch_size=10)
-    expected = definition(model, images, [10, 10, 4])
+    expected = definition(model, images[mixed(24)], [10, 10, 4])
     assert found.keys() == expected.keys()
     for name, (mean, var, count) in expected.items():
         assert found[name].count == count
         torch.testing.assert_close(found[name].mean, mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found[name].var, var, rtol=1e-4, atol=1e-6)
+
+
+def test_images_sorted_by_class_have_the_statistics_of_all() -> None:
+    """A batch of one class, normalised by itself, has lost what tells the class."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 40, (500, 8, 8, 3))
+    x = np.concatenate([noise[:250], noise[250:] + 200]).astype(np.uint8)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4))
+    found = population_moments(model, x, batch_size=250)
+    shuffled = population_moments(model, x[rng.permutation(500)], batch_size=250)
+    for name, m in shuffled.items():
+        torch.testing.assert_close(found[name].mean, m.mean, rtol=0.05, atol=0.02)
+        torch.testing.assert_close(found[name].var, m.var, rtol=0.05, atol=0.01)
+
+
+def test_each_image_gets_its_own_answer_back() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Linear(192, 4))
+    x = pictures(30, size=8)
+    found = logits_of(model, x, 30, own_statistics=True)
+    with torch.no_grad():
+        expected = model.train()(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_pooling_is_the_law_of_total_variance() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from normlab.core.ranks import ALONE, Ranks
+from normlab.core.streams import stream
 from normlab.data.augment import VIEWS, to_input, views_of
 from normlab.data.batches import EVALUATION_BATCH, batch_bounds
 from normlab.errors import NormlabError, UserError
@@ -91,7 +92,8 @@ def logits_of(
         views: with more than one view of an image (see `views_of`), the weighted mean of their
             logits. `unsure`: those of `shift` for the quarter of the images whose best class has
             the lowest probability from a single view, and the single view for all others.
-        own_statistics: normalise each batch by its own statistics instead of the running ones.
+        own_statistics: normalise each batch by its own statistics instead of the running ones; its
+            images are `mixed`.
         ranks: processes that have the same model and images: each answers its share of the batches,
             and all get all the answers.
 
@@ -123,12 +125,22 @@ def logits_of(
     kind: Any = {"views": views, "own_statistics": own_statistics, "ranks": ranks}
     run_batches(model, images, batch_size, **kind, take=take)
     if ranks.size == 1:
-        return torch.cat(list(parts.values()))
-    shape = ranks.numbers.gather(torch.tensor([p.shape[1] for p in parts.values()][:1] or [0]))
-    together = torch.zeros(count(images), int(shape.max()))
-    for first, part in parts.items():
-        together[first : first + len(part)] = part
-    return ranks.sum(together)  # to every row the others add zeros: the bits stay
+        together = torch.cat(list(parts.values()))
+    else:
+        shape = ranks.numbers.gather(torch.tensor([p.shape[1] for p in parts.values()][:1] or [0]))
+        together = torch.zeros(count(images), int(shape.max()))
+        for first, part in parts.items():
+            together[first : first + len(part)] = part
+        together = ranks.sum(together)  # to every row the others add zeros: the bits stay
+    return together[np.argsort(mixed(len(together)))] if own_statistics else together
+
+
+def mixed(total: int) -> NDArray[np.int64]:
+    """The order (N,) in which images share batches that are normalised by their own statistics.
+
+    As they lie they may be sorted by class; a batch of one class has not the statistics of all.
+    """
+    return stream(0, "mixed").permutation(total)
 
 
 def see_again(
@@ -200,6 +212,7 @@ def run_batches(
 
     Args:
         views: `take` is given one answer for each view of the images (see `views_of`).
+        own_statistics: batches are of `mixed` images, and `take` is given the place there.
     """
     total = count(images)
     if own_statistics and min(total, batch_size) < 2:
@@ -213,17 +226,23 @@ def run_batches(
         if own_statistics:
             for layer in normalizers(model).values():
                 layer.train()
+        order = mixed(total) if own_statistics else None
         for a, b in ranks.mine(batch_bounds(total, batch_size, join_single=own_statistics)):
-            take(_answers(model, images, a, b, device, views), a)
+            rows = slice(a, b) if order is None else order[a:b]
+            take(_answers(model, images, rows, device, views), a)
 
 
 def _answers(
-    model: nn.Module, images: Images, a: int, b: int, device: torch.device, views: str
+    model: nn.Module,
+    images: Images,
+    rows: slice | NDArray[np.int64],
+    device: torch.device,
+    views: str,
 ) -> list[Any]:
     try:
         if isinstance(images, Mapping):
-            return [model(**{name: value[a:b].to(device) for name, value in images.items()})]
-        part = images[a:b]
+            return [model(**{name: value[rows].to(device) for name, value in images.items()})]
+        part = images[rows]
         x = part.to(device) if isinstance(part, Tensor) else to_input(part, device)
         return [model(seen) for seen in (views_of(x, views) if views != "single" else [x])]
     except NormlabError:
