@@ -61,6 +61,20 @@ def test_the_file_holds_eight_bits_and_tells_its_cost(exported: Any, run: normla
     assert "McNemar" in card
 
 
+def test_doubt_that_was_measured_in_float32_is_not_told(tmp_path: Path) -> None:
+    run = normlab.train(
+        "fast79", out=tmp_path / "r", data="sample", epochs=2, threads=1, validation=0.2
+    )
+    plain = export_run(run, tmp_path / "plain" / "model.onnx")
+    eight = export_run(run, tmp_path / "eight" / "model.onnx", int8=True, max_loss=0.5)
+    assert "doubt" in open_onnx(plain.path).metadata
+    model = open_onnx(eight.path)
+    assert not {"doubt", "rule"} & model.metadata.keys()
+    assert [output.name for output in model.session.get_outputs()] == ["probabilities"]
+    assert "was not measured in eight bits" in eight.card.read_text("utf-8")
+    assert "was not measured" not in plain.card.read_text("utf-8")
+
+
 def test_pictures_of_any_size_are_answered(exported: Any) -> None:
     model = open_onnx(exported.path)
     picture = np.random.default_rng(0).integers(0, 256, (1, 90, 41, 3), np.uint8)

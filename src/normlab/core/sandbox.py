@@ -33,6 +33,9 @@ _ENVIRONMENT = {
 _KEPT = 32 << 20
 
 
+TAKES = "takes "  # how what is said of a limit begins
+
+
 class LimitError(DataError):
     """A function took too much memory or time, or its process died."""
 
@@ -135,7 +138,7 @@ class Worker:
             self.close()
             if self._late:
                 most = "it may" if seconds is None else f"the {seconds:g} s it may take"
-                raise LimitError(f"takes longer than {most}") from None
+                raise LimitError(f"{TAKES}longer than {most}") from None
             raise self._death(process) from None
         except BaseException:  # Ctrl-C, between two messages
             self.close()
@@ -149,14 +152,16 @@ class Worker:
             result: T = value
             return result
         if isinstance(value, MemoryError):
-            raise LimitError(f"takes more than the {self.memory >> 20:,} MiB of memory it may take")
+            raise LimitError(
+                f"{TAKES}more than the {self.memory >> 20:,} MiB of memory it may take"
+            )
         raise value
 
     def _death(self, process: "subprocess.Popen[bytes]") -> LimitError:
         code = process.returncode
         if code == -signal.SIGPROF:
             seconds = f"{self.cpu_seconds:g} s"
-            return LimitError(f"takes longer than the {seconds} of processor time it may take")
+            return LimitError(f"{TAKES}longer than the {seconds} of processor time it may take")
         try:
             died_of = signal.Signals(-code)
         except ValueError:

@@ -34,7 +34,7 @@ from torch.utils.hooks import RemovableHandle
 from normlab.core.files import LOCK, write_json
 from normlab.core.machine import describe_host
 from normlab.errors import UserError
-from normlab.evaluation.forward import first_tensor, untouched
+from normlab.evaluation.forward import apart, first_tensor, untouched
 from normlab.inspection.activations import (
     BINS,
     DEAD,
@@ -308,7 +308,12 @@ class Watch:
         inputs, named = self.probe
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         try:
-            with untouched(self.model), random_streams(device), torch.no_grad():
+            with (
+                untouched(self.model),
+                apart(self.model),  # other processes are at something else
+                random_streams(device),
+                torch.no_grad(),
+            ):
                 self.model.train()(*inputs, **named)
         except Exception as e:  # somebody else's forward may refuse a smaller batch
             self.drifts = False

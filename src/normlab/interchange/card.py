@@ -114,7 +114,7 @@ def card(
             "## Limits",
             "",
             *(f"- {limit}" for limit in evaluation.limits),
-            f"- {_when_sure(evaluation, tells_unlike=model.suffix != '.keras')}",
+            f"- {_when_sure(evaluation, certificate, tells_unlike=model.suffix != '.keras')}",
             "",
             "## Certificate",
             "",
@@ -157,10 +157,15 @@ def _calibrated(evaluation: Evaluation) -> str:
     )
 
 
-def _when_sure(evaluation: Evaluation, *, tells_unlike: bool) -> str:
+def _when_sure(evaluation: Evaluation, certificate: Certificate, *, tells_unlike: bool) -> str:
     doubt = evaluation.doubt
     if doubt is None:
         return "It always answers with one of its classes, whatever the picture shows."
+    if certificate.cost is not None:
+        return (
+            f"Its probabilities have the temperature {doubt.temperature:.3f}, from held-out "
+            "pictures. When to doubt an answer was not measured in eight bits: it always gives one."
+        )
     told = (
         f"Its probabilities have the temperature {doubt.temperature:.3f}, from held-out pictures."
     )

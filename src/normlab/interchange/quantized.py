@@ -59,11 +59,12 @@ def certified(
         CertificateError: it loses more accuracy, or reads pictures otherwise than training does.
     """
     size = run.task.image_size
-    whole, unfolded = onnx_graph.network(run, model, learnt)
+    # Its temperature, but nothing of when to doubt: that was measured of answers in float32.
+    whole, unfolded = onnx_graph.network(run, model, learnt and (learnt[0], None))
     calibration, trial = _two_samples(images.x_train)
     kept, network = _decide(whole, calibration, trial)
     before, graph = (
-        onnx_graph.described_as(run, with_reading(g, size), unfolded, learnt)
+        onnx_graph.described_as(run, with_reading(g, size), unfolded, None)
         for g in (whole, network)
     )
     plain, eight = (open_onnx(g.SerializeToString(), threads=1) for g in (before, graph))
@@ -123,12 +124,8 @@ def quantize(
 
 
 def _tail(network: onnx.ModelProto) -> list[str]:
-    """The softmax, and what computes familiarity: their results would be steps of 1/255."""
-    return [
-        node.name
-        for node in network.graph.node
-        if "probabilities" in node.output or node.name.startswith("familiarity")
-    ]
+    """The softmax: its results would be steps of 1/255."""
+    return [node.name for node in network.graph.node if "probabilities" in node.output]
 
 
 def _batches(images: NDArray[np.uint8]) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -247,6 +248,28 @@ def test_parquet_with_the_names_of_hugging_face(root: Path) -> None:
     assert data.class_names == ("zebra", "ape")
     assert of_class(data, "train", "zebra") == {pixels(0).tobytes(), pixels(3).tobytes()}
     assert of_class(data, "test", "ape") == {pixels(4).tobytes()}
+
+
+def test_a_picture_that_could_not_be_read_is_tried_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one whose file has not changed: the reason may have been a right, or time."""
+    for name in ("cat", "horse"):
+        (root / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (16, 16), (40 * i, 0, len(name))).save(root / name / f"{i}.png")
+    read = decoding.Readers._read
+
+    def refused(self: Any, size: int, source: Path) -> Any:
+        wrong = source.name == "3.png" and source.parent.name == "cat"
+        return (None, b"", "it took too long", -1) if wrong else read(self, size, source)
+
+    monkeypatch.setattr(decoding.Readers, "_read", refused)
+    with pytest.raises(DataError, match="1 problem"):
+        load(root, image_size=16)
+    monkeypatch.setattr(decoding.Readers, "_read", read)
+    data = load(root, image_size=16)
+    assert len(data.y_train) + len(data.y_test) == 8
 
 
 def test_a_numbered_file_that_is_missing_is_named(root: Path) -> None:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from normlab.core.bars import transient_bar
 from normlab.core.cores import cores
-from normlab.core.sandbox import LimitError, Worker
+from normlab.core.sandbox import TAKES, LimitError, Worker
 from normlab.data.cache import cache_folder, write_cache, writing
 from normlab.data.pictures.reading import dimensions, fingerprint, read_measured, to_square
 from normlab.data.pictures.sizes import SIZES
@@ -78,11 +78,12 @@ def decode(
     where = hashlib.sha256(f"{os.path.realpath(place)!r} {size}".encode()).hexdigest()
     name = f"pictures-{where[:16]}"
     key = f"{_VERSION} {size} {key}"
-    if (found := _read(cache_folder() / name, key)) is not None:
+    found = _read(cache_folder() / name, key)
+    if found is not None and not _mended(found, sources, size):
         return found
     with writing(_to_stderr, name) as work:
         found = _read(cache_folder() / name, key)  # another process may have been first
-        if found is None:
+        if found is None or _mended(found, sources, size):
             if told:
                 _to_stderr(told)
             found = _decode_all(sources, size, work / "pixels.npy")
@@ -90,6 +91,19 @@ def decode(
             write_cache({**arrays, "sha256": _check(found, key)}, work, cache_folder() / name)
         # Mapped from where it stays: the working folder goes.
         return _read(cache_folder() / name, key) or found
+
+
+def _mended(found: Decoded, sources: Sequence[Path | bytes], size: int) -> bool:
+    """Whether a picture that could not be read can be now: a right may have been missing, say.
+
+    Those that took too much time or memory are not tried again, which would take it each time.
+    """
+    pairs = zip(sources, found.problems, strict=True)
+    bad = [source for source, problem in pairs if problem and not problem.startswith(TAKES)]
+    if not bad:
+        return False
+    with Readers() as readers:
+        return any(pixels is not None for pixels, *_ in readers.read(bad, size))
 
 
 class Readers:
