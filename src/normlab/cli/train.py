@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +140,9 @@ def train(
         from normlab.training.tensorboard import TensorBoard
 
         observers.append(TensorBoard())
-    install_seconds = os.environ.get("NORMLAB_INSTALL_SECONDS")
+    install_seconds = None
+    with suppress(ValueError):  # of `make run`; anything else that is there is no reason to fail
+        install_seconds = float(os.environ.get("NORMLAB_INSTALL_SECONDS", ""))
     with observer if isinstance(observer, AbstractContextManager) else nullcontext():
         if resume is not None:
             run = go_on(
@@ -176,7 +178,7 @@ def train(
                 settings=given_settings(settings),
             )
     if rank == 0:
-        _close(run, float(install_seconds) if install_seconds else None, as_json)
+        _close(run, install_seconds, as_json)
 
 
 def _refuse_with_resume(context: click.Context) -> None:
