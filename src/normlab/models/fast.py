@@ -228,3 +228,4 @@ deeper = partial(FastNet, stages=((16,), (32,), (64,), (128,), (128, 128)))  # f
 wide = partial(FastNet, components=16, stages=((32, 32), (128, 128), (128, 128)))
 wider = partial(FastNet, components=16, stages=((64, 64), (256, 256), (256, 256)))
 widest = partial(FastNet, components=16, stages=((128,) * 3, (384,) * 3, (384,) * 3))
+huge = partial(FastNet, components=16, stages=((128,) * 3, (512,) * 3, (512,) * 3))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from normlab.errors import UserError, nearest
-from normlab.recipes.fast import fast79, fast84, fast90, fast94, fast95
+from normlab.recipes.fast import fast79, fast84, fast90, fast94, fast95, fast96
 from normlab.recipes.notebook import notebook, notebook_plain
 from normlab.recipes.paper import paper_sigmoid
 from normlab.recipes.pictures import pictures
@@ -20,6 +20,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "fast90": fast90,
     "fast94": fast94,
     "fast95": fast95,
+    "fast96": fast96,
     "notebook": notebook,
     "notebook-plain": notebook_plain,
     "paper-sigmoid": paper_sigmoid,

@@ -26,6 +26,7 @@ MODELS: Registry[Any] = Registry(
         "fast-wide": "normlab.models.fast:wide",
         "fast-wider": "normlab.models.fast:wider",
         "fast-widest": "normlab.models.fast:widest",
+        "fast-huge": "normlab.models.fast:huge",
         "sigmoid": "normlab.models.sigmoid:SigmoidNet",
         "timm": "normlab.models.timm_net:TimmNet",
     },

@@ -181,7 +181,10 @@ PARTS: dict[str, Mapping[str, type[Any]]] = {
 ORDINARY: dict[str, Any] = {"logit_scale": 1.0, "norm_momentum": 0.99}
 USUAL: dict[str, dict[str, Any]] = {
     name: {"logit_scale": 1 / 3, "norm_momentum": 0.6}
-    for name in ("fast", "fast-deep", "fast-deeper", "fast-wide", "fast-wider", "fast-widest")
+    for name in (
+        *("fast", "fast-deep", "fast-deeper"),
+        *("fast-wide", "fast-wider", "fast-widest", "fast-huge"),
+    )
 }
 USUAL["timm"] = {"logit_scale": 1.0, "norm_momentum": 0.9}
 
