@@ -114,8 +114,8 @@ def choose_recipe(run: Run | None, recipe: str | Recipe | None, changes: dict[st
                 "cannot be changed in a trained network: leave it out"
             )
     free = {"norm_momentum": "momentum", "norm_images": "images"}  # no weight depends on these
-    own = {name: getattr(chosen.norm, name) for key, name in free.items() if key in changes}
-    return replace(chosen, norm=replace(theirs.norm, **own))
+    kept = {name: getattr(chosen.norm, name) for key, name in free.items() if key in changes}
+    return replace(chosen, norm=replace(theirs.norm, **kept))
 
 
 def size_of(run: Run | None) -> int | None:
