@@ -169,6 +169,25 @@ def test_a_long_training_keeps_about_a_hundred_samples(tmp_path: Path) -> None:
     assert set(np.diff(seen.steps[-20:])) == {watch.every}
 
 
+def test_a_layer_that_is_given_no_image_is_passed_by(tmp_path: Path) -> None:
+    """As the head of a detector, where a picture has no region."""
+
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm1d(3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x).sum() + self.head(x[:0]).sum()  # type: ignore[no-any-return]
+
+    model = Detector().train()
+    with normlab.watch(model, tmp_path / "w", every=1) as watch:
+        for _ in range(2):
+            loss = model(torch.randn(4, 3))
+            loss.backward()
+            watch.step(loss)
+
+
 @pytest.mark.parametrize(
     "norm",
     [

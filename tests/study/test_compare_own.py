@@ -108,6 +108,26 @@ def test_a_study_decides_on_groups_that_it_did_not_train_on(tmp_path: Path) -> N
         normlab.compare(arms=arms, **settings)
 
 
+def test_held_out_pictures_do_not_judge_a_run_that_learnt_from_them(
+    folder: Path, in_tmp: Path
+) -> None:
+    learnt: dict[str, Any] = {"epochs": 1, "least_steps": 0, "threads": 1}
+    normlab.train(data=folder, out=in_tmp / "at 32", image_size=32, **learnt)
+    normlab.train(data=folder, out=in_tmp / "at 16", image_size=16, **learnt)
+    for name in ("at 32", "at 16"):
+        with pytest.raises(
+            UserError, match=r"arm 'start' starts from run .*learnt from the pictures"
+        ):
+            normlab.compare(
+                arms=["plain: epochs=1", f"start: epochs=1, from={in_tmp / name}"],
+                out=in_tmp / "s",
+                data=folder,
+                image_size=32,
+                threads=1,
+            )
+    assert not (in_tmp / "s").exists()
+
+
 def test_an_outcome_that_is_none_is_refused() -> None:
     with pytest.raises(UserError, match="outcome=luck: choose one of accuracy"):
         make_design(outcome="luck")

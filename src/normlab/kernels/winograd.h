@@ -73,6 +73,15 @@ INLINE void put(cell *p, vec v) { store(p, v); }
 INLINE void put_rows(cell *p, const vec rows[DEPTH]) { store(p, rows[0]); }
 #endif
 
+/* Write DEPTH rows at SPAN points that lie `step` apart. */
+INLINE void put_points(vec rows[DEPTH][SPAN], i64 step, cell *to) {
+    UNROLL for (int j = 0; j < SPAN; j++) {
+        vec together[DEPTH];
+        UNROLL for (int k = 0; k < DEPTH; k++) together[k] = rows[k][j];
+        put_rows(to + j * step, together);
+    }
+}
+
 typedef struct {
     i64 N, H, W, down, across; /* down x across tiles an image */
 } grid_t;
@@ -230,11 +239,7 @@ INLINE void transform_input(const float *x, const grid_t *s, i64 C, i64 first, i
             UNROLL for (int i = 0; i < SPAN; i++) {
                 vec r[DEPTH][SPAN];
                 UNROLL for (int k = 0; k < DEPTH; k++) input_side(rows[k][i], r[k]);
-                UNROLL for (int j = 0; j < SPAN; j++) {
-                    vec both[DEPTH];
-                    UNROLL for (int k = 0; k < DEPTH; k++) both[k] = r[k][j];
-                    put_rows(V + deep(t, c, room) + (SPAN * i + j) * step, both);
-                }
+                put_points(r, step, V + deep(t, c, room) + SPAN * i * step);
             }
         }
     }
@@ -372,11 +377,7 @@ static void transform_gradient(const float *g, const uint8_t *which, const grid_
             UNROLL for (int i = 0; i < SPAN; i++) {
                 vec r[DEPTH][SPAN];
                 UNROLL for (int k = 0; k < DEPTH; k++) gradient_side(rows[k][i], r[k]);
-                UNROLL for (int j = 0; j < SPAN; j++) {
-                    vec both[DEPTH];
-                    UNROLL for (int k = 0; k < DEPTH; k++) both[k] = r[k][j];
-                    put_rows(U + deep(t, c, room) + (SPAN * i + j) * room * C, both);
-                }
+                put_points(r, room * C, U + deep(t, c, room) + SPAN * i * room * C);
             }
         }
     }
@@ -406,11 +407,7 @@ static void transform_kernel(const float *w, i64 O, i64 I, int turned, i64 first
             UNROLL for (int i = 0; i < SPAN; i++) {
                 vec r[DEPTH][SPAN];
                 UNROLL for (int k = 0; k < DEPTH; k++) kernel_side(at_rows[k][i], r[k]);
-                UNROLL for (int j = 0; j < SPAN; j++) {
-                    vec both[DEPTH];
-                    UNROLL for (int k = 0; k < DEPTH; k++) both[k] = r[k][j];
-                    put_rows(out + (SPAN * i + j) * apart(I, O) + DEPTH * c, both);
-                }
+                put_points(r, apart(I, O), out + SPAN * i * apart(I, O) + DEPTH * c);
             }
         }
     }

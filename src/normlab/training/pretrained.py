@@ -189,10 +189,9 @@ def fit_names(
 
 def _unwrapped(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights = dict(found)
-    while weights:
-        prefix = next((w for w in WRAPPERS if all(k.startswith(w) for k in weights)), None)
-        if prefix is None:
-            break
+    while prefix := next(
+        (w for w in WRAPPERS if weights and all(k.startswith(w) for k in weights)), None
+    ):
         weights = {k.removeprefix(prefix): v for k, v in weights.items()}
     return weights
 
