@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGE = DOCS / "learn" / "batch-normalisation.md"
 RAW = re.compile(r"\[([^\]]+)\]\(\.\./results/([^\s)]+) \"([^\"]+)\"\)")
+LEVEL = re.compile(r"([\d.]+) % interval\s+\[[^\]]+\]\(\.\./results/(\S+) \"([^\"]+)\.interval\.0")
 WIDGETS = ("computes", "two", "training", "shift", "smooth", "scale", "fold", "pairs")
 
 
@@ -39,6 +40,14 @@ def test_every_quoted_figure_is_the_raw_one() -> None:
         rows = file.endswith(".jsonl")
         raw = [*map(json.loads, text_of.splitlines())] if rows else json.loads(text_of)
         assert format(value(raw, path), form) == text.replace("−", "-"), (file, how)
+
+
+def test_every_interval_has_the_level_of_its_study() -> None:
+    found = LEVEL.findall(PAGE.read_text(encoding="utf-8"))
+    assert len(found) >= 4
+    for text, file, comparison in found:
+        raw = json.loads((DOCS / "results" / file).read_text(encoding="utf-8"))
+        assert f"{100 * (1 - value(raw, f'{comparison}.level')):.3g}" == text, (file, comparison)
 
 
 def test_what_the_page_ships_is_small() -> None:
