@@ -1,4 +1,4 @@
-// The page on batch normalisation: seven pictures to move. Plain JavaScript; nothing is fetched.
+// The page on batch normalisation: eight pictures to move. Plain JavaScript; nothing is fetched.
 (() => {
   "use strict";
   const data = window.normlabData, $ = (id) => document.getElementById(id);
@@ -170,7 +170,7 @@
         const most = shift.reduce((best, s, i) => (Math.abs(s) > Math.abs(shift[best]) ? i : best), 0);
         said.textContent = stored
           ? "Evaluation: μ and σ² are stored numbers. Only the picture that you move changes; the others stay where they are."
-          : shift[most] === 0 ? "" : `You moved picture ${most + 1}, the ${rows[most].name}. μ ${shift[most] > 0 ? "rises" : "falls"} with it, so the outputs of the seven others move ${shift[most] > 0 ? "left" : "right"}, although their own values have not changed. The ringed value is the ${rows[0].name}'s.`;
+          : shift[most] === 0 ? "" : `You moved picture ${most + 1}, the ${rows[most].name}. μ ${shift[most] > 0 ? "rises" : "falls"} with it, so most outputs of the seven others move ${shift[most] > 0 ? "left" : "right"}, although their own values have not changed. The ringed value is the ${rows[0].name}'s.`;
       } else if (what === "out") light(3);
     }
     const d0 = { mean: raw.reduce((s, v) => s + v, 0) / M };
@@ -283,7 +283,7 @@
       const b = score(known[key("batch")]).right, r = known[key("running")], rr = r ? score(r) : null;
       const lone = content === "same" || size === 1;
       let text;
-      if (lone) text = `Each picture is alone with itself. The last two normalisations then see one value a channel: x − μ is 0, so they hand on β, whatever the picture. Every picture gets the same answer, and ${b} of ${T} happen to have that class.${content === "same" && size > 1 ? ` ${size} copies of one picture are no better than one: it is variety that a batch needs, not number.` : ""} Deep-learning libraries refuse such a batch in training.`;
+      if (lone) text = `Each picture is alone with itself. The last two normalisations then see one value a channel: x − μ is 0, so they hand on β, whatever the picture. Every picture gets the same answer, and ${b} of ${T} happen to have that class.${content === "same" && size > 1 ? ` ${size} copies of one picture are no better than one: it is variety that a batch needs, not number.` : ""}${size === 1 ? " PyTorch and normlab refuse such a batch in training." : ""}`;
       else if (content === "class") text = `Batches of one class${size > T / K ? ` (there are only ${T / K} pictures of each)` : ""}: what all pictures of a class have in common is their mean, and the mean is subtracted. The network loses what it should see: ${b} of ${T}.`;
       else if (size < 16) text = `With ${size} pictures the mean and variance are a rough guess, another one for each batch: noise in every output.`;
       else text = `Mixed batches of ${size}: the batch's statistics are close to those of the training set, and so is the score.`;
@@ -437,7 +437,7 @@
     const at = (i) => {
       chart.to(i);
       const [a, b] = ARMS.map(([arm]) => mean(L.arms[arm].range)[i]);
-      said.textContent = `Step ${L.steps[i]}: within the length of one step the loss varies by ${+a.toPrecision(2)} with batch normalisation and by ${+b.toPrecision(2)} without. ${L.steps[i] < 20 ? "In the first 20 steps it is the other way round." : ""}`;
+      said.textContent = `Step ${L.steps[i]}: within the length of one step the loss varies by ${+a.toPrecision(2)} with batch normalisation and by ${+b.toPrecision(2)} without. ${L.steps[i] < 20 ? "So it is in the first 20 steps only." : ""}`;
     };
     const [label, input] = range("Step", { min: 0, max: L.steps.length - 1, step: 1, value: 30, class: "wide", "aria-label": "Step of the training" }, at);
     label.style.flex = "1 1 100%";
