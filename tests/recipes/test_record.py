@@ -1,12 +1,15 @@
 """The record that decides the weights: its parts, its settings, and files of earlier releases."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 import normlab
 from normlab.cli import cli
@@ -15,8 +18,8 @@ from normlab.models import MODELS
 from normlab.recipes import RECIPES, SETTINGS, Recipe, changed_settings, get
 from normlab.recipes.optimizers import OPTIMIZERS
 from normlab.recipes.pictures import fitted, pictures
-from normlab.recipes.record import AUGMENTS
-from normlab.recipes.settings import option_words
+from normlab.recipes.record import AUGMENTS, PARTS
+from normlab.recipes.settings import Setting, option_words, settings_of
 from normlab.training import optimisers
 
 # As the release before wrote them: flat, with numbers that now are settings in the code.
@@ -67,6 +70,51 @@ def test_a_recipe_is_read_as_it_was_written(name: str) -> None:
     recipe = RECIPES[name]()
     assert Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
     assert get("notebook").with_settings(recipe.settings()).settings() == recipe.settings()
+
+
+@pytest.mark.parametrize("kind", [Recipe, *(k for kinds in PARTS.values() for k in kinds.values())])
+def test_every_number_of_a_recipe_is_a_setting(kind: Any) -> None:
+    """What is none has no range, no option, and is lost on the way through a file."""
+    values = {f.name for f in fields(kind) if f.init}
+    assert values - {"name", *PARTS} == settings_of(kind).keys() - {"name"}
+
+
+def values_of(s: Setting) -> st.SearchStrategy[Any]:
+    """Some values in the range of a setting, all kinds of them."""
+    some: dict[type, Any] = {
+        bool: (False, True),
+        int: range(21),
+        float: [k / 97 for k in range(98)],
+        str: s.names or ("resnet18",),
+    }
+    allowed = st.sampled_from([value for value in some[s.kind] if s.allowed(value)])
+    return st.none() | allowed if s.optional else allowed
+
+
+@given(st.data())
+def test_any_recipe_is_read_as_it_was_written(data: st.DataObject) -> None:
+    """With every kind of every part, and values that no recipe has."""
+    parts: dict[str, Any] = {}
+    for part, kinds in PARTS.items():
+        kind = data.draw(st.sampled_from(list(kinds.values())))
+        parts[part] = {key: data.draw(values_of(s)) for key, s in settings_of(kind).items()}
+        if part == "model":
+            parts[part] |= {} if parts[part]["name"] == "timm" else {"architecture": None}
+        parts[part] = kind(**parts[part])
+    own = {key: data.draw(values_of(s)) for key, s in settings_of(Recipe).items()}
+    own |= {} if own["epochs"] or own["least_steps"] else {"head": "fitted"}
+    own |= {} if own["validation"] else {"patience": None}
+    recipe = Recipe(name="any", **parts, **own)
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
+    assert get("notebook").with_settings(recipe.settings()).settings() == recipe.settings()
+
+
+def test_a_way_to_zero_ends_nowhere_else() -> None:
+    values = get("fast79").override(schedule="to_zero").as_dict()
+    assert values["schedule"]["end"] == 0
+    values["schedule"]["end"] = 0.3
+    with pytest.raises(normlab.UserError, match=r"schedule_end=0\.3: to_zero has no such setting"):
+        Recipe.from_dict(values)
 
 
 @pytest.mark.parametrize("name", FLAT)

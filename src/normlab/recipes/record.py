@@ -400,7 +400,7 @@ def _flat(part: str, values: dict[str, Any]) -> dict[str, Any]:
     names: dict[str, str] = {"name": part} if len(PARTS[part]) > 1 else {}
     for kind in PARTS[part].values():
         names |= {key: s.name for key, s in settings_of(kind).items()}
-    if part == "schedule" and values.get("name") == ToZero.name:
+    if part == "schedule" and values.get("name") == ToZero.name and values.get("end") == 0:
         values = {key: value for key, value in values.items() if key != "end"}
     return {names.get(key, f"{part}.{key}"): value for key, value in values.items()}
 

@@ -1,6 +1,6 @@
 """How the learning rate changes over a training. A schedule is a formula and its numbers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from normlab.recipes.settings import in_range, setting
@@ -51,7 +51,7 @@ class ToZero(Triangle):
     """
 
     name: ClassVar[str] = "to_zero"
-    end: float = 0.0
+    end: float = field(default=0.0, init=False)
 
 
 Schedule = Constant | Triangle
