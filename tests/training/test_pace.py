@@ -165,6 +165,13 @@ def test_a_cool_down_ends_without_the_hook_that_began_it(images: normlab.ImageDa
     assert (state.step, state.stopped) == (3, True)
 
 
+@pytest.mark.parametrize("length", ["epochs", "least_steps"])
+def test_minutes_and_another_length_are_refused(in_tmp: Path, length: str) -> None:
+    with pytest.raises(UserError, match=rf"minutes=0\.25 .* {length}=3: leave one of them out"):
+        normlab.train(data=noise(), threads=1, minutes=0.25, settings={length: 3})
+    assert not (in_tmp / "runs").exists()
+
+
 @pytest.mark.soak
 def test_time_that_is_up_in_the_first_epoch_leaves_a_whole_run(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch

@@ -99,7 +99,8 @@ def train(
         record: keep what each layer sees, or those of these names, for `normlab inspect`.
         three_way: score the validation images of each epoch with three kinds of statistics.
         minutes: what all of it may take, data and scores included. A few steps are measured, then
-            the size of pictures, the network and the number of steps are planned to fill the time.
+            the size of pictures, the network and the number of steps are planned to fill the time;
+            so it goes with neither `epochs` nor `least_steps`.
         observers: told after each step, in rank 0.
         wait: seconds that one process waits for another.
         settings: of the recipe, to replace; here None is a value.
@@ -129,6 +130,12 @@ def train(
             where = resolve_device(device, ranks.local[0] if ranks.size > 1 else None)
             if minutes is not None and not 0 < minutes < math.inf:
                 raise UserError(f"minutes={minutes}: choose a number above 0")
+            for name in ("epochs", "least_steps") if minutes is not None else ():
+                if name in wanted:
+                    raise UserError(
+                        f"minutes={minutes:g} decides how long the training is, and so does "
+                        f"{name}={wanted[name]}: leave one of them out"
+                    )
             if not 0 <= seed < 2**63:
                 raise UserError(f"seed={seed}: choose a whole number from 0 to 2⁶³ − 1")
             started = time.perf_counter()

@@ -53,7 +53,8 @@ if TYPE_CHECKING:
 @click.option(
     "--minutes",
     type=float,
-    help="What all of it may take: size, network and length are planned to fill it.",
+    help="What all of it may take, in place of --epochs: size, network and length are planned to "
+    "fill it.",
 )
 @click.option("--freeze", is_flag=True, help="With --from: only the output layer learns.")
 @click.option("--statistics", help="With --from: keep, adapt or recalibrate the normalisers'.")
