@@ -23,7 +23,6 @@ from normlab.data import load
 from normlab.inspection.recording import Recorder
 from normlab.runs import Task
 from normlab.training import checkpoint
-from normlab.training.hooks import make_hooks
 from normlab.training.loop import fit
 from normlab.training.preparation import make_plan, new_state
 
@@ -31,21 +30,18 @@ SAVES = 5
 
 
 class Timed:
-    """A hook or an observer whose processor seconds are added up."""
+    """An observer whose processor seconds are added up."""
 
     def __init__(self, inner: Any) -> None:
         self.inner, self.seconds = inner, 0.0
 
-    def before_training(self, *arguments: Any) -> None:
-        self.inner.before_training(*arguments)
+    def before_training(self, plan: Any) -> None:
+        self.inner.before_training(plan)
 
     def after_step(self, *arguments: Any) -> None:
         began = time.process_time()
         self.inner.after_step(*arguments)
         self.seconds += time.process_time() - began
-
-    def after_training(self, *arguments: Any) -> None:
-        self.inner.after_training(*arguments)
 
 
 def measure(name: str, epochs: int | None, data: str) -> dict[str, Any]:
@@ -58,9 +54,9 @@ def measure(name: str, epochs: int | None, data: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, settings(1, device):
         plan = make_plan(task, images, 1, Path(folder))
         state = new_state(task, images, device)
-        recorder, kept = Timed(Recorder()), Timed(checkpoint.Checkpoints(Path(folder)))
+        recorder, kept = Timed(Recorder()), Timed(checkpoint.Checkpoints(Path(folder), state))
         began = time.process_time()
-        fit(plan, state, device, (recorder,), hooks=[*make_hooks(plan), kept])
+        fit(plan, state, device, (recorder, kept))
         total = time.process_time() - began - recorder.seconds - kept.seconds
         saves = []
         for _ in range(SAVES):

@@ -179,6 +179,8 @@ class Torture:
             # Finished: nothing is left to resume, or no more than its report.
             assert leftovers.wait() in (0, 2), leftovers.lines
         check_same(self.whole, out)
+        sampled = [np.load(run / "recording.npz")["step"].tolist() for run in (self.whole, out)]
+        assert sampled[0] == sampled[1]
         shutil.rmtree(out)
 
     def kill_run(self, kills: int) -> None:

@@ -18,7 +18,6 @@ from normlab import recipes
 from normlab.evaluation.forward import logits_of
 from normlab.recipes import Recipe
 from normlab.training.checkpoint import Checkpoints
-from normlab.training.hooks import make_hooks
 from normlab.training.loop import fit
 from normlab.training.optimisers import make_optimizer
 from normlab.training.preparation import make_plan, new_state
@@ -55,7 +54,6 @@ def _train(options: Options, recipe: Recipe, seed: int) -> Notes:
         state.optimizer = make_optimizer(recipe.optimizer, state.model)
     state.seconds = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as scratch:
-        kept = Checkpoints(Path(scratch), saved_at=state.seconds)
-        fit(plan, state, CPU, hooks=[*make_hooks(plan), kept])
+        fit(plan, state, CPU, (Checkpoints(Path(scratch), state),))
     right = logits_of(state.model, images.x_test).argmax(1).numpy() == images.y_test
     return {"seconds": state.seconds, "seed": seed, "test_accuracy": float(right.mean())}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 import normlab
+import normlab.training.checkpoint
 from normlab import recipes
 from normlab.__main__ import run as command
 from normlab.core.environment import settings
@@ -269,6 +270,41 @@ def test_a_resumed_run_goes_on_with_its_recording(
     assert resumed.arrays.keys() == whole.arrays.keys()
     for name in whole.arrays.keys() - {"seconds"}:
         assert np.array_equal(whole.arrays[name], resumed.arrays[name], equal_nan=True), name
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_no_sample_is_lost_between_two_observers(
+    tmp_path: Path,
+    recorded: tuple[Path, State, Recorder],
+    monkeypatch: pytest.MonkeyPatch,
+    first: bool,
+) -> None:
+    """With a checkpoint after every step, and an end before or after the recorder is told of it."""
+    monkeypatch.setattr(normlab.training.checkpoint, "SECONDS_BETWEEN", 0.0)
+
+    def end(state: State) -> None:
+        if state.step == 8:
+            raise SystemExit
+
+    data, folder = few_images(), tmp_path / "run"
+    observers = (Recorder(), After(end))
+    with pytest.raises(SystemExit):
+        normlab.train(
+            "notebook",
+            data=data,
+            out=folder,
+            epochs=3,
+            batch_size=16,
+            threads=1,
+            observers=observers if first else observers[::-1],
+        )
+    normlab.resume(folder, data=data)
+    whole, resumed = read_recording(recorded[0]), read_recording(folder)
+    assert 8 in sampled_steps(15)
+    assert resumed.steps.tolist() == sampled_steps(15)
+    for name in whole.arrays:
+        if not name.endswith(("seconds", "drift")):
+            assert np.array_equal(whole.arrays[name], resumed.arrays[name], equal_nan=True), name
 
 
 def test_a_cut_keeps_all_arrays_of_one_length(recorded: tuple[Path, State, Recorder]) -> None:

@@ -479,11 +479,10 @@ def _finish(
     recipe, folder = run.task.recipe, run.path
     plan = make_plan(run.task, images, machine["threads"], folder, ranks)
     plan = replace(plan, expected=expected, seconds=allowed)
-    hooks = make_hooks(plan, extra)
     if ranks.first:
-        hooks.append(checkpoint.Checkpoints(folder, saved_at=state.seconds))
+        observers = (*observers, checkpoint.Checkpoints(folder, state))
     try:
-        fit(plan, state, device, observers if ranks.first else (), hooks=hooks)
+        fit(plan, state, device, observers if ranks.first else (), hooks=make_hooks(plan, extra))
     except Interrupted as e:
         if ranks.first:
             checkpoint.save(folder, state)

@@ -193,7 +193,7 @@ class Recorder:
     """An observer that probes the model after sampled steps and keeps `recording.npz` up to date.
 
     A resumed run goes on with the file it finds, and ends with the recording that the
-    uninterrupted run would have ended with, but for the seconds.
+    uninterrupted run would have ended with, but for the seconds and the drift of its first step.
 
     Args:
         layers: names of those to keep; None for each normaliser and each weight layer. A resumed

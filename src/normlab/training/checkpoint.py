@@ -6,7 +6,6 @@ number is the position in every stream, the permutation of the images included.
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +16,30 @@ from normlab.core.ranks import Ranks
 from normlab.core.tensors import Tensors, is_finite, read_tensors, write_tensors
 from normlab.errors import DataError
 from normlab.training.optimisers import Optimizer
-from normlab.training.state import Hook, Plan, State, StepResult, Totals
+from normlab.training.state import Plan, State, Totals
 
 CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
 SECONDS_BETWEEN = 45.0
 
 
-@dataclass
-class Checkpoints(Hook):
+class Checkpoints:
     """Writes what must survive: history and best weights each epoch, a checkpoint at times.
 
-    It is the last hook, since what the others add to the history is written, too.
+    It is the last observer: what the others keep of a step is kept before the checkpoint, from
+    which a resumed run repeats no earlier one.
     """
 
-    folder: Path
-    saved_at: float = 0.0
+    def __init__(self, folder: Path, state: State) -> None:
+        self.folder, self.state, self.saved_at = folder, state, state.seconds
 
-    def before_training(self, plan: Plan, state: State) -> None:
-        if state.history and not state.step:  # a fitted head, scored
-            self._write(state, epoch=0)
+    def before_training(self, plan: Plan) -> None:
+        if self.state.history and not self.state.step:  # a fitted head, scored
+            self._write(self.state, epoch=0)
 
-    def after_step(self, state: State, done: StepResult) -> None:
-        if done.ends_epoch:
-            self._write(state, done.epoch + 1)
+    def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
+        if batch == batches:
+            self._write(state, epoch + 1)
         if state.seconds - self.saved_at >= SECONDS_BETWEEN:
             save(self.folder, state)
             self.saved_at = state.seconds
