@@ -333,3 +333,22 @@ def test_a_size_of_pictures_is_a_number_or_auto(
 ) -> None:
     assert run(["train", "--data", "nowhere", "--image-size", size]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--data"],
+        ["compare", "fast79", "--out", "out", "--data"],
+        ["curve", "--out", "out", "--data"],
+        ["data", "check", "--out", "out"],
+        ["import", "model.keras", "--out", "out", "--data"],
+    ],
+)
+def test_no_command_passes_over_a_size_that_the_images_do_not_have(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    assert run([*words, "sample", "--image-size", "16"]) == 2
+    said = "image_size=16: sample has images of 32 × 32 pixels; only pictures from a folder or"
+    assert said in capsys.readouterr().err
+    assert not list(in_tmp.iterdir())

@@ -6,6 +6,7 @@ from pathlib import Path
 from normlab.core.environment import resolve_threads
 from normlab.curation import Check, check, read_pictures
 from normlab.curation.check import Say
+from normlab.data.loading import check_size
 from normlab.errors import UserError
 from normlab.reports.check_page import write_check
 from normlab.training.pretrained import open_pretrained
@@ -52,6 +53,7 @@ def check_data(
     body = None if start is None else open_pretrained(start)
     size = size_of(body) if image_size is None else image_size
     pictures = read_pictures(data, size, group_by)
+    check_size(pictures.name, pictures.pixels.shape[1:], image_size)
     if folder is None:
         name = re.sub(r"[^\w.-]+", "-", pictures.name).strip("-.") or "data"
         folder = Path(f"check-{name}")

@@ -15,7 +15,7 @@ from normlab.core.files import locked
 from normlab.data import ImageData
 from normlab.data import load as load_data
 from normlab.data.batches import hold_out, split_images
-from normlab.data.loading import PUBLIC
+from normlab.data.loading import PUBLIC, check_size
 from normlab.errors import Interrupted, UserError
 from normlab.recipes import Recipe
 from normlab.recipes.pictures import fitted
@@ -122,6 +122,7 @@ def compare(
         return load_data(data, image_size=side, skip_bad=skip_bad, group_by=group_by)
 
     images = read(image_size)
+    check_size(images.name, images.image_shape, image_size)
     own = images.name not in PUBLIC
     if recipe is None:
         recipe = recipes.DEFAULT_OWN if own else recipes.DEFAULT
@@ -133,11 +134,6 @@ def compare(
     whole = images.sha256
     if own:
         images = hold_out(images, HELD_OUT)
-    if image_size not in (None, images.image_shape[0]):
-        raise UserError(
-            f"image_size={image_size}: {images.name} has {images.image_shape[0]} pixels a side; "
-            "only pictures from a folder or parquet are resized"
-        )
     wanted = _design(
         recipes.get(recipe).with_settings(wanted_changes),
         make_arms(arms),

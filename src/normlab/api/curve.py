@@ -13,7 +13,7 @@ from normlab.core.files import write_atomic, write_json
 from normlab.core.streams import stream
 from normlab.data import ImageData, load
 from normlab.data.batches import split_images
-from normlab.data.loading import PUBLIC
+from normlab.data.loading import PUBLIC, check_size
 from normlab.errors import UserError
 from normlab.recipes import DEFAULT_OWN, Recipe
 from normlab.reports import plots
@@ -71,6 +71,7 @@ def learning_curve(
             "out"
         )
     images = load(data, image_size=image_size, skip_bad=skip_bad, group_by=group_by)
+    check_size(images.name, images.image_shape, image_size)
     if recipe is None and images.name not in PUBLIC:
         recipe = DEFAULT_OWN
     whole = settle_recipe(None, recipe, images, images.image_shape[0], wanted)

@@ -21,7 +21,7 @@ from normlab.core.tensors import digest, is_finite, write_tensors
 from normlab.curation.first_look import first_look
 from normlab.data import ImageData, load
 from normlab.data.changes import read_changes
-from normlab.data.loading import PUBLIC
+from normlab.data.loading import PUBLIC, check_size
 from normlab.data.pictures.sizes import SIZES
 from normlab.errors import Interrupted, NonFiniteError, UserError
 from normlab.evaluation import held_out
@@ -148,6 +148,7 @@ def train(
                 )
 
             images = read(size)
+            check_size(images.name, images.image_shape, image_size)
             data_seconds = time.perf_counter() - started
             own = images.name not in PUBLIC
             if recipe is None and own and starting_points.suits(source, DEFAULT_OWN):
@@ -180,11 +181,6 @@ def train(
                 raise UserError(
                     f"--three-way scores validation images and {task.recipe.name} holds out none: "
                     "add --validation 0.1"
-                )
-            if image_size is not None and image_size != task.image_size:
-                raise UserError(
-                    f"image_size={image_size}: {images.name} has {task.image_size} × "
-                    f"{task.image_size} pixels; only pictures from a folder or parquet are resized"
                 )
             with machine_settings(threads, where):
                 started = time.perf_counter()

@@ -69,6 +69,23 @@ def load(
     return images if changes is None else apply_changes(images, changes)
 
 
+def check_size(name: str, shape: Sequence[int], image_size: int | None) -> None:
+    """Refuse a size that was asked for and that loaded images do not have.
+
+    Args:
+        shape: of an image, H and W first.
+        image_size: None where none was asked for.
+
+    Raises:
+        DataError: such images are never resized.
+    """
+    if image_size is not None and tuple(shape[:2]) != (image_size, image_size):
+        raise DataError(
+            f"image_size={image_size}: {name} has images of {shape[0]} × {shape[1]} pixels; only "
+            "pictures from a folder or parquet are resized"
+        )
+
+
 def own_pictures(data: object) -> Path | None:
     """The path, if `data` name a folder of pictures or parquet; None if they are anything else."""
     if not isinstance(data, str | Path) or data in PUBLIC:

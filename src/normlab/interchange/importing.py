@@ -13,6 +13,7 @@ from normlab.core.files import write_json
 from normlab.core.sandbox import LimitError, limited
 from normlab.core.tensors import digest, write_tensors
 from normlab.data import load
+from normlab.data.loading import check_size
 from normlab.errors import DataError, UserError, install
 from normlab.evaluation.evaluation import evaluate
 from normlab.recipes.notebook import notebook
@@ -48,6 +49,7 @@ def import_model(
         raise UserError(f"import needs the package h5py: {install('keras')}") from None
     started = time.perf_counter()
     images = load(data, image_size=image_size or 32, skip_bad=skip_bad)
+    check_size(images.name, images.image_shape, image_size)
     data_seconds = time.perf_counter() - started
     height, width, _ = images.image_shape
     if height != width:
