@@ -352,3 +352,20 @@ def test_no_command_passes_over_a_size_that_the_images_do_not_have(
     said = "image_size=16: sample has images of 32 × 32 pixels; only pictures from a folder or"
     assert said in capsys.readouterr().err
     assert not list(in_tmp.iterdir())
+
+
+@pytest.mark.parametrize("size", ["1", "3"])
+def test_processes_are_not_started_by_one_that_was_started_as_a_rank(
+    in_tmp: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    size: str,
+) -> None:
+    """A shell or a scheduler may have set it for something else: it trained alone."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert run(["train", "notebook", *TINY, "--processes", "2"]) == 2
+    said = capsys.readouterr().err
+    assert "--processes 2 starts processes, and RANK=0 in the environment says" in said
+    assert f"one of {size}: unset RANK and WORLD_SIZE" in said
+    assert not list(in_tmp.iterdir())

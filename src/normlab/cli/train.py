@@ -128,10 +128,15 @@ def train(
         raise click.UsageError("--max-restarts is for --processes, or is an option of torchrun")
     from normlab.core.launcher import launch, world
 
-    rank, _ = world()
+    rank, size = world()
     if processes is not None and "RANK" not in os.environ:
         words = context.find_root().obj
         context.exit(launch(words, processes, restarts=max_restarts or 0))
+    if processes not in (None, size):
+        raise click.UsageError(
+            f"--processes {processes} starts processes, and RANK={rank} in the environment says "
+            f"that this is one of {size}: unset RANK and WORLD_SIZE, or leave out --processes"
+        )
     from normlab.api.train import resume as go_on
     from normlab.api.train import train as begin
 
