@@ -69,6 +69,10 @@ class After:
             self.action()
 
 
+def stop_after(steps: int) -> After:
+    return After(steps, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
 @pytest.fixture(scope="module")
 def run(sample: normlab.ImageData, tmp_path_factory: pytest.TempPathFactory) -> normlab.Run:
     out = tmp_path_factory.mktemp("runs") / "whole"
@@ -256,7 +260,7 @@ def test_resume_under_other_data_or_threads_is_refused(
     sample: normlab.ImageData, tmp_path: Path
 ) -> None:
     data = small(sample)
-    stop = After(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stop = stop_after(1)
     with pytest.raises(Interrupted) as caught:
         normlab.train("notebook", data=data, out=tmp_path / "r", observers=(stop,), **TINY)
     assert caught.value.exit_code == 143
@@ -268,14 +272,40 @@ def test_resume_under_other_data_or_threads_is_refused(
     (tmp_path / "r" / "environment.json").write_text(json.dumps(environment))
     with pytest.raises(normlab.UserError, match="torch"):
         normlab.resume(tmp_path / "r", data=data)
-    assert normlab.resume(tmp_path / "r", data=data, allow_changes=True).result is not None
+    assert "later" not in normlab.open_run(tmp_path / "r").environment
+    with pytest.raises(Interrupted):
+        normlab.resume(tmp_path / "r", data=data, allow_changes=True, observers=(stop_after(2),))
+    done = normlab.resume(tmp_path / "r", data=data)  # as it went on, so nothing differs
+    assert done.result is not None
+    assert done.environment["torch"] == "1.0"
+    (later,) = done.environment["later"]
+    assert later["step"] == 1
+    assert later["torch"] == torch.__version__  # type: ignore[typeddict-item]
+    assert later["differs"] == [f"torch (1.0 then, {torch.__version__} now)"]
+    page = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
+    assert f"from step 2 on</th><td>with other torch (1.0 then, {torch.__version__} now)" in page
+
+
+def test_what_no_step_is_left_of_is_not_told(sample: normlab.ImageData, tmp_path: Path) -> None:
+    """A run goes on elsewhere, is killed before a checkpoint, and is taken back."""
+    data, folder = small(sample), tmp_path / "r"
+    with pytest.raises(Interrupted):
+        normlab.train("notebook", data=data, out=folder, observers=(stop_after(2),), **TINY)
+    path = folder / "environment.json"
+    begun = json.loads(path.read_text())
+    elsewhere = {"step": 2, "differs": ["torch (… then, 1.0 now)"], **begun, "torch": "1.0"}
+    path.write_text(json.dumps({**begun, "later": [elsewhere]}))
+    with pytest.raises(normlab.UserError, match=r"ran with other torch \(1\.0 then"):
+        normlab.resume(folder, data=data)
+    normlab.resume(folder, data=data, allow_changes=True)
+    assert json.loads(path.read_text()) == {**begun, "later": []}
 
 
 def test_resume_never_takes_data_that_the_network_is_not_made_for(
     sample: normlab.ImageData, tmp_path: Path
 ) -> None:
     data = small(sample)
-    stop = After(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stop = stop_after(1)
     with pytest.raises(Interrupted):
         normlab.train("notebook", data=data, out=tmp_path / "r", observers=(stop,), **TINY)
     classes = (*sample.class_names[:-1], "zebra")
@@ -289,7 +319,7 @@ def test_a_run_that_another_process_ends_meanwhile_is_left_alone(
     sample: normlab.ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, folder = small(sample), tmp_path / "r"
-    stop = After(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stop = stop_after(1)
     with pytest.raises(Interrupted):
         normlab.train("notebook", data=data, out=folder, observers=(stop,), **TINY)
     load = Task.load

@@ -308,7 +308,7 @@ def resume(
         run: its folder; None for the highest number in `runs/`.
         data: where the images are now, if not where they were.
         allow_changes: go on although the data or the environment differ, where the end will not be
-            bit-identical.
+            bit-identical; the run's page and `environment.json` then tell of both.
         record, three_way: as for `train`. A recording that was begun goes on in any case.
         observers: told after each step, in rank 0.
         wait: seconds that one process waits for another.
@@ -369,10 +369,9 @@ def _resume(
         if record or told["recording"]:
             observers = (*observers, Recorder())
         most = resolve_threads(None, ranks.local[1])
-        threads = resolve_threads(min(environment["threads"], most))
-        where = resolve_device(
-            str(environment["device"]), ranks.local[0] if ranks.size > 1 else None
-        )
+        then = [environment, *environment.get("later", [])][-1]
+        threads = resolve_threads(min(then["threads"], most))
+        where = resolve_device(str(then["device"]), ranks.local[0] if ranks.size > 1 else None)
         started = time.perf_counter()
         images = opened.task.load(data)
         data_seconds = time.perf_counter() - started
@@ -380,10 +379,10 @@ def _resume(
     ranks.same("facts", _facts(opened.task, machine) | {"data (by SHA-256)": images.sha256})
     with ranks.agreeing("differences"):
         opened.check_data(images)
-        differs = _differences(opened.task, environment, images, machine)
+        differs = _differences(opened.task, then, images, machine)
         if differs and not allow_changes:
             raise UserError(
-                f"run {str(opened.path)!r} began with other {'; '.join(differs)}: "
+                f"run {str(opened.path)!r} ran with other {'; '.join(differs)}: "
                 "--allow-changes goes on all the same, but the end will differ"
             )
     ranks.remember(str(opened.path.absolute()))
@@ -399,6 +398,7 @@ def _resume(
             if problem:
                 line = f"normlab: {problem}; going on from step {state.step:,}"
                 print(printable(line), file=sys.stderr)
+            _note_changes(opened, state.step, images, machine)
         checkpoint.share(ranks, state)
         return _finish(ranks, opened, images, data_seconds, state, machine, where, observers, extra)
 
@@ -447,9 +447,22 @@ def _differences(
         )
         if then.get(key) != now[key]
     ]
-    if images.sha256 != task.data_sha256:
-        found.append(f"data ({task.data_sha256[:12]}… then, {images.sha256[:12]}… now)")
+    data = then.get("data_sha256", task.data_sha256)
+    if images.sha256 != data:
+        found.append(f"data ({data[:12]}… then, {images.sha256[:12]}… now)")
     return found
+
+
+def _note_changes(run: Run, step: int, images: ImageData, now: Mapping[str, Any]) -> None:
+    """Note in `environment.json` what a run goes on with behind `step`, if that is another than
+    before. Of what it went on with behind a later step, or this one, nothing is left.
+    """
+    begun: dict[str, Any] = dict(run.environment)
+    later = [entry for entry in begun.get("later", []) if entry["step"] < step]
+    if differs := _differences(run.task, [begun, *later][-1], images, now):
+        later.append({"step": step, "differs": differs, "data_sha256": images.sha256, **now})
+    if later != begun.get("later", []):
+        write_json(run.path / "environment.json", {**begun, "later": later})
 
 
 def _finish(

@@ -73,6 +73,10 @@ def write_run_report(run: Run, evaluation: Evaluation, images: ImageData) -> Non
         *([("speed", f"{_speed(result)}, validation included")] if result["steps"] else []),
         ("machine", f"{environment['cpu']}, {counted(environment['threads'], 'thread')}"),
         ("versions", f"normlab {environment['normlab']}, PyTorch {environment['torch']}"),
+        *(
+            (f"from step {entry['step'] + 1:,} on", f"with other {'; '.join(entry['differs'])}")
+            for entry in environment.get("later", [])
+        ),
         ("weights", f"SHA-256 {result['weights_sha256']}"),
     ]
     page = _page(

@@ -20,6 +20,15 @@ from normlab.text import listed
 WEIGHTS = ("kept", "last", "best", "recalibrated")
 
 
+class Later(TypedDict):
+    """With what a run went on behind `step`: how that differs, and all that `Environment` has."""
+
+    step: int
+    threads: int
+    device: str
+    differs: list[str]
+
+
 class Environment(TypedDict):
     """`environment.json`: versions, processor, threads. More keys may stand in it."""
 
@@ -28,6 +37,7 @@ class Environment(TypedDict):
     cpu: NotRequired[str]
     torch: NotRequired[str]
     normlab: NotRequired[str]
+    later: NotRequired[list[Later]]
 
 
 class Row(TypedDict):
@@ -113,7 +123,7 @@ class Run:
 
     @property
     def environment(self) -> Environment:
-        """On what the run was begun."""
+        """On what the run was begun; under `later` what it went on with, if that was another."""
         path = self.path / "environment.json"
         found: Environment = checked(read_json(path), Environment, path)
         return found
