@@ -16,6 +16,7 @@ import torch
 
 import normlab
 import normlab.training.checkpoint
+from normlab.core.environment import digest_of_code
 from normlab.core.streams import AHEAD, stream, streams
 from normlab.data.augment import to_input
 from normlab.data.batches import batch_bounds, split_validation
@@ -268,9 +269,9 @@ def test_resume_under_other_data_or_threads_is_refused(
     with pytest.raises(normlab.UserError, match="data"):
         normlab.resume(tmp_path / "r", data=other)
     environment = json.loads((tmp_path / "r" / "environment.json").read_text())
-    environment["torch"] = "1.0"
+    environment |= {"torch": "1.0", "code_sha256": 64 * "0"}
     (tmp_path / "r" / "environment.json").write_text(json.dumps(environment))
-    with pytest.raises(normlab.UserError, match="torch"):
+    with pytest.raises(normlab.UserError, match=r"torch .*; code \(000000000000… then"):
         normlab.resume(tmp_path / "r", data=data)
     assert "later" not in normlab.open_run(tmp_path / "r").environment
     with pytest.raises(Interrupted):
@@ -281,9 +282,23 @@ def test_resume_under_other_data_or_threads_is_refused(
     (later,) = done.environment["later"]
     assert later["step"] == 1
     assert later["torch"] == torch.__version__  # type: ignore[typeddict-item]
-    assert later["differs"] == [f"torch (1.0 then, {torch.__version__} now)"]
+    assert later["differs"][0] == f"torch (1.0 then, {torch.__version__} now)"
+    assert later["differs"][1].startswith("code (000000000000… then, ")
     page = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
     assert f"from step 2 on</th><td>with other torch (1.0 then, {torch.__version__} now)" in page
+
+
+def test_code_has_a_digest_of_all_that_runs(tmp_path: Path) -> None:
+    (tmp_path / "layers").mkdir()
+    found = []
+    for name in ("a.py", "layers/a.py", "layers/_avx2.so", "layers/a.html"):
+        (tmp_path / name).write_text("")
+        found.append(digest_of_code(tmp_path))
+    (tmp_path / "a.py").write_text("x = 1\n")
+    found.append(digest_of_code(tmp_path))
+    assert found[2] == found[3]  # a page's template
+    assert len(set(found)) == 4
+    assert found[-1] == digest_of_code(tmp_path)
 
 
 def test_what_no_step_is_left_of_is_not_told(sample: normlab.ImageData, tmp_path: Path) -> None:
@@ -294,6 +309,7 @@ def test_what_no_step_is_left_of_is_not_told(sample: normlab.ImageData, tmp_path
     path = folder / "environment.json"
     begun = json.loads(path.read_text())
     elsewhere = {"step": 2, "differs": ["torch (… then, 1.0 now)"], **begun, "torch": "1.0"}
+    elsewhere["data_sha256"] = normlab.open_run(folder).task.data_sha256
     path.write_text(json.dumps({**begun, "later": [elsewhere]}))
     with pytest.raises(normlab.UserError, match=r"ran with other torch \(1\.0 then"):
         normlab.resume(folder, data=data)

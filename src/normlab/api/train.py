@@ -13,7 +13,12 @@ import torch
 
 from normlab import runs
 from normlab.api.run import Evaluation, Run, open_run
-from normlab.core.environment import describe_machine, resolve_device, resolve_threads
+from normlab.core.environment import (
+    describe_machine,
+    digest_of_code,
+    resolve_device,
+    resolve_threads,
+)
 from normlab.core.environment import settings as machine_settings
 from normlab.core.files import locked, write_json
 from normlab.core.ranks import WAIT, Ranks, joined
@@ -264,7 +269,7 @@ def settle_recipe(
 
 
 def _describe(threads: int, device: torch.device, ranks: Ranks) -> dict[str, Any]:
-    machine = describe_machine(threads, device)
+    machine = describe_machine(threads, device) | {"code_sha256": digest_of_code()}
     return machine | {"processes": ranks.size} if ranks.size > 1 else machine
 
 
@@ -429,8 +434,10 @@ def _redraw(run: Run, data: str | Path | Mapping[str, Any] | ImageData | None) -
 def _differences(
     task: Task, then: Mapping[str, Any], images: ImageData, now: Mapping[str, Any]
 ) -> list[str]:
-    # What older runs did not tell: one process, and no products that a processor might lack.
-    then, now = {"processes": 1, "bfloat16": now["bfloat16"], **then}, {"processes": 1, **now}
+    # What older runs did not tell: one process, no products that a processor might lack, the code.
+    same = {key: now[key] for key in ("bfloat16", "code_sha256")}
+    then = {"processes": 1, **same, "data_sha256": task.data_sha256, **then}
+    now = {"processes": 1, **now, "data_sha256": images.sha256}
     found = [
         f"{key} ({then.get(key)} then, {now[key]} now)"
         for key in (
@@ -447,9 +454,11 @@ def _differences(
         )
         if then.get(key) != now[key]
     ]
-    data = then.get("data_sha256", task.data_sha256)
-    if images.sha256 != data:
-        found.append(f"data ({data[:12]}… then, {images.sha256[:12]}… now)")
+    found += [
+        f"{key} ({then[f'{key}_sha256'][:12]}… then, {now[f'{key}_sha256'][:12]}… now)"
+        for key in ("code", "data")
+        if then[f"{key}_sha256"] != now[f"{key}_sha256"]
+    ]
     return found
 
 
@@ -460,7 +469,7 @@ def _note_changes(run: Run, step: int, images: ImageData, now: Mapping[str, Any]
     begun: dict[str, Any] = dict(run.environment)
     later = [entry for entry in begun.get("later", []) if entry["step"] < step]
     if differs := _differences(run.task, [begun, *later][-1], images, now):
-        later.append({"step": step, "differs": differs, "data_sha256": images.sha256, **now})
+        later.append({"step": step, "differs": differs, **now, "data_sha256": images.sha256})
     if later != begun.get("later", []):
         write_json(run.path / "environment.json", {**begun, "later": later})
 

@@ -1,10 +1,12 @@
 """The machine and versions behind a figure, and the settings a training runs under."""
 
 import contextlib
+import hashlib
 import os
 import platform
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +79,17 @@ def describe_machine(threads: int, device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
+
+
+def digest_of_code(package: Path = Path(__file__).parents[1]) -> str:
+    """SHA-256 of what runs of this package, compiled code included: a checkout changes within a
+    version.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".so", ".pyd")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

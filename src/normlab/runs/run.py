@@ -27,6 +27,8 @@ class Later(TypedDict):
     threads: int
     device: str
     differs: list[str]
+    data_sha256: str
+    code_sha256: NotRequired[str]
 
 
 class Environment(TypedDict):
@@ -37,6 +39,7 @@ class Environment(TypedDict):
     cpu: NotRequired[str]
     torch: NotRequired[str]
     normlab: NotRequired[str]
+    code_sha256: NotRequired[str]
     later: NotRequired[list[Later]]
 
 
