@@ -94,6 +94,7 @@ def test_the_printed_commands_work(trained: Path) -> None:
         (["train", "--validation", "1.5", *SAMPLE], "1.5", "[0, 1)"),
         (["train", "--resume", "nowhere"], "nowhere", "normlab train"),
         (["train", "notebook", "--resume", "x"], "recipe", "--resume"),
+        (["train", "--allow-changes", *SAMPLE], "--allow-changes", "--resume"),
         (["evaluate"], "runs", "normlab train"),
         (["evaluate", "nowhere"], "nowhere", "normlab train"),
         (["summary", "notebok"], "notebok", "notebook"),

@@ -134,6 +134,9 @@ def test_the_paired_interval_is_that_of_differences() -> None:
     ("words", "told"),
     [
         (["--int8", "--format", "web", "--out", "p"], "int8 is of format onnx, not web"),
+        (["--max-loss", "1", "--out", "m.onnx"], "max_loss=0.01 is what int8 may cost: add int8"),
+        (["--runtime", "r.tgz", "--out", "m.onnx"], "runtime is of format web, not onnx"),
+        (["--browser", "b", "--format", "keras", "--out", "m.keras"], "browser is of format web"),
         (["--int8", "--max-loss", "-1", "--out", "m.onnx"], "-1"),
     ],
 )

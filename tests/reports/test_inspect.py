@@ -134,6 +134,10 @@ def test_a_users_mistakes_are_one_line(
         (str(pair[0].path), str(other.path)): "no layer in common",
         (str(pair[0].path), str(pair[1].path), "--landscape"): "takes one run",
         ("nowhere",): "not a folder",
+        **{
+            (str(pair[0].path), f"--{name}", "3"): f"--{name}: only --landscape has that"
+            for name in ("seeds", "points", "steps", "images", "threads", "data")
+        },
     }
     for words, message in mistakes.items():
         assert command(["inspect", *words]) == 2

@@ -16,6 +16,7 @@ from normlab.cli.options import (
     RecipeCommand,
     given_settings,
     recipe_options,
+    refuse,
 )
 from normlab.cli.output import say
 from normlab.recipes import SETTINGS
@@ -140,12 +141,12 @@ def compare(
     if options["command"] is not None:
         from normlab.api.measured import compare_command
 
-        _refuse(context, "--command has no recipe", _OF_RECIPES | set(SETTINGS))
+        refuse(context, "--command has no recipe", _OF_RECIPES | set(SETTINGS))
         result: Any = compare_command(arms=described, **_without(given, _OF_RECIPES))
     else:
         from normlab.api.compare import compare as compare_recipe
 
-        _refuse(context, "only --command has that", _OF_COMMANDS)
+        refuse(context, "only --command has that", _OF_COMMANDS)
         names = [] if arms is None else [name.strip() for name in arms.split(",")]
         if not names and not described:
             names = ["batch", "none"]
@@ -172,17 +173,6 @@ _OF_COMMANDS = {
     *("command", "metric", "result", "pattern", "lower_is_better", "diverged", "time_limit"),
     *("check_repeat", "shell"),
 }
-
-
-def _refuse(context: click.Context, why: str, names: set[str]) -> None:
-    """Refuse those of the command's parameters that were given."""
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        source = context.get_parameter_source(name)
-        given = source == click.core.ParameterSource.COMMANDLINE
-        if name in names and given and context.params.get(name) is not None:
-            shown = "RECIPE" if isinstance(parameter, click.Argument) else parameter.opts[0]
-            raise click.UsageError(f"{shown}: {why}: leave it out")
 
 
 def _without(given: dict[str, Any], names: set[str]) -> dict[str, Any]:

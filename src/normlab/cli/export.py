@@ -27,10 +27,8 @@ from normlab.cli.output import say
 @click.option(
     "--max-loss",
     type=click.FloatRange(0, 100),
-    default=0.5,
-    show_default=True,
     metavar="POINTS",
-    help="With --int8: the most accuracy it may lose on the test images.",
+    help="With --int8: the most accuracy it may lose on the test images; by default 0.5.",
 )
 @click.option(
     "--runtime",
@@ -52,7 +50,7 @@ def export_command(
     weights: str,
     data: str | None,
     int8: bool,
-    max_loss: float,
+    max_loss: float | None,
     runtime: Path | None,
     browser: Path | None,
     as_json: bool,
@@ -73,7 +71,7 @@ def export_command(
         weights=weights,
         data=data,
         int8=int8,
-        max_loss=max_loss / 100,
+        max_loss=None if max_loss is None else max_loss / 100,
         runtime=runtime,
         browser=browser,
     )

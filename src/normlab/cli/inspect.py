@@ -5,10 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from normlab.cli.options import refuse
 from normlab.cli.output import say
 
 if TYPE_CHECKING:
     from normlab.runs import Run
+
+_OF_LANDSCAPES = {"seeds", "points", "steps", "images", "threads", "data"}
 
 
 @click.command()
@@ -23,7 +26,10 @@ if TYPE_CHECKING:
 @click.option("--images", type=int, default=128, show_default=True, help="For --landscape.")
 @click.option("--threads", type=int, help="For --landscape; all cores by default.")
 @click.option("--data", metavar="DATA", help="For --landscape: where the run's images are now.")
+@click.pass_context
 def inspect(
+    context: click.Context,
+    /,
     run: str | None,
     other: str | None,
     landscape: bool,
@@ -39,6 +45,8 @@ def inspect(
     RUN was trained with --record, or is a folder of normlab.watch. The pictures and a page with a
     slider go into RUN/inspect.
     """
+    if not landscape:
+        refuse(context, "only --landscape has that", _OF_LANDSCAPES)
     from normlab.inspection.inspected import open_recorded
     from normlab.reports.inspection_report import inspect as look
 

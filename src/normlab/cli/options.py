@@ -133,6 +133,17 @@ def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def refuse(context: click.Context, why: str, names: set[str]) -> None:
+    """Refuse those of the command's parameters that were given."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        given = source == click.core.ParameterSource.COMMANDLINE
+        if name in names and given and context.params.get(name) is not None:
+            shown = "RECIPE" if isinstance(parameter, click.Argument) else parameter.opts[0]
+            raise click.UsageError(f"{shown}: {why}: leave it out")
+
+
 def _option(setting: Setting) -> Callable[..., Any]:
     name = setting.name.replace("_", "-")
     text = setting.help

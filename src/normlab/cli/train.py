@@ -126,6 +126,8 @@ def train(
         _refuse_with_resume(context)
     if max_restarts is not None and processes is None:
         raise click.UsageError("--max-restarts is for --processes, or is an option of torchrun")
+    if allow_changes and resume is None:
+        raise click.UsageError("--allow-changes is for --resume: leave it out")
     from normlab.core.launcher import launch, world
 
     rank, size = world()

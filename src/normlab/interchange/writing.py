@@ -25,6 +25,8 @@ from normlab.interchange.companions import companions
 from normlab.runs import Run
 from normlab.text import shell, utf8
 
+MAX_LOSS = 0.005  # of accuracy, which eight bits may cost
+
 
 @dataclass(frozen=True)
 class Built:
@@ -123,6 +125,8 @@ FORMATS = {
     "web": Format("", ("onnx", "onnxruntime"), "onnx", _web),
 }
 
+_OF = {"int8": "onnx", "runtime": "web", "browser": "web"}  # options that one format alone has
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -149,7 +153,7 @@ def export_run(
     weights: str = "kept",
     data: str | Path | Mapping[str, Any] | ImageData | None = None,
     int8: bool = False,
-    max_loss: float = 0.005,
+    max_loss: float | None = None,
     runtime: Path | None = None,
     browser: Path | None = None,
 ) -> Exported:
@@ -159,17 +163,21 @@ def export_run(
 
     Args:
         data: where the run's data are now, if not where they were.
-        int8: with format onnx, in eight bits, unless that loses more than `max_loss` (a fraction)
-            of accuracy on the test images.
+        int8: with format onnx, in eight bits, unless that loses more than `max_loss` (a fraction;
+            None for 0.005) of accuracy on the test images.
         runtime: with format web, the tarball of ONNX Runtime Web; by default npm gets it.
         browser: with format web, the program of a browser; by default Chromium or Chrome.
 
     Raises:
-        UserError: an unknown format, an unfinished run, a network that cannot be exported, a place
-            that cannot be written to or holds somebody's README, or a missing package.
+        UserError: an unknown format, an option of another one, an unfinished run, a network that
+            cannot be exported, a place that cannot be written to or holds somebody's README, or a
+            missing package.
         CertificateError: the answers differ; nothing was written.
     """
-    path = _check_request(run, Path(out), file_format, int8)
+    own = {"int8": int8, "runtime": runtime, "browser": browser}
+    path = _check_request(run, Path(out), file_format, own)
+    if max_loss is not None and not int8:
+        raise UserError(f"max_loss={max_loss:g} is what int8 may cost: add int8, or leave it out")
     model = run.model(weights)
     images = run.task.load(data)
     evaluation, check = checked_against(run, images, weights, digest(model.state_dict()))
@@ -183,7 +191,7 @@ def export_run(
         learnt=learnt,
         name=path.name,
         int8=int8,
-        max_loss=max_loss,
+        max_loss=MAX_LOSS if max_loss is None else max_loss,
         runtime=runtime,
         browser=browser,
     )
@@ -240,12 +248,16 @@ def checked_against(
     return evaluation, check
 
 
-def _check_request(run: Run, out: Path, file_format: str, int8: bool) -> Path:
-    """The model's file."""
+def _check_request(run: Run, out: Path, file_format: str, own: Mapping[str, object]) -> Path:
+    """The model's file.
+
+    own: the options that one format alone has.
+    """
     if file_format not in FORMATS:
         raise UserError(f"unknown format {file_format!r}: choose one of {', '.join(FORMATS)}")
-    if int8 and file_format != "onnx":
-        raise UserError(f"int8 is of format onnx, not {file_format}")
+    for name, value in own.items():
+        if value and file_format != _OF[name]:
+            raise UserError(f"{name} is of format {_OF[name]}, not {file_format}: leave it out")
     wanted = FORMATS[file_format]
     if wanted.suffix and out.suffix != wanted.suffix:
         raise UserError(f"out {str(out)!r}: a {file_format} file's name ends in {wanted.suffix}")
