@@ -14,7 +14,9 @@ class Problem(BaseModel):
 class FileProblem(Problem):
     """Why there is no answer to one of several pictures."""
 
-    status: int = Field(description="What it would have been answered with alone: 413, 415 or 429.")
+    status: int = Field(
+        description="What it would have been answered with alone: 413, 415, 429, 500 or 503."
+    )
 
 
 class ClassProbability(BaseModel):

@@ -3,7 +3,7 @@
 // from a folder may load nothing else.
 "use strict";
 
-const MOST_PIXELS = 25e6; // of more, every second, fourth or eighth row and column is read
+const MOST_PIXELS = 25e6; // more are reduced to a half, a quarter or an eighth of the side
 const READS = "what this browser reads: JPEG, PNG, WebP, GIF, BMP, AVIF";
 
 async function unpacked(base64) {
