@@ -200,3 +200,15 @@ def test_any_model_and_loss_is_walked_and_left_as_it_was() -> None:
         normlab.walk(model, loss, [1.0], sizes=[0.0])
     with pytest.raises(UserError, match="no batch to walk on"):
         normlab.walk(model, loss, [], sizes=[0.1])
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_layer_kept_in_evaluation_mode_stays_so_in_a_walk(trains: bool) -> None:
+    """Where the model is in training mode; one that is not is walked as a whole in it."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).train(trains)
+    model[1].eval()
+    modes: list[bool] = []
+    model[1].register_forward_hook(lambda module, *_: modes.append(module.training))
+    normlab.walk(model, lambda m, x: m(x).square().sum(), [torch.randn(4, 3)], sizes=[0.1])
+    assert modes == [not trains] * 2
+    assert [m.training for m in model.modules()] == [trains, trains, False]

@@ -188,6 +188,23 @@ def test_a_layer_that_is_given_no_image_is_passed_by(tmp_path: Path) -> None:
             watch.step(loss)
 
 
+def test_layers_kept_in_evaluation_mode_are_looked_at_in_it(tmp_path: Path) -> None:
+    """As normalisers of a pretrained network are, whose statistics shall stay."""
+    model = fresh().train()
+    frozen = model.get_submodule("bn1").eval()
+    modes: list[bool] = []
+    frozen.register_forward_hook(lambda module, *_: modes.append(module.training))
+    with normlab.watch(model, tmp_path / "w", every=1) as watch:
+        for x, y in batches(3):
+            loss = cross_entropy(model(x), y)
+            loss.backward()
+            watch.step(loss)
+    assert watch.drifts
+    assert modes == [False] * 8  # three steps, and five looks
+    assert model.training
+    assert not frozen.training
+
+
 @pytest.mark.parametrize(
     "norm",
     [

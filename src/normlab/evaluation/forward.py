@@ -63,6 +63,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
+def as_trained(model: nn.Module) -> nn.Module:
+    """`model` in training mode; where it is, layers that its user keeps in `.eval()` stay so."""
+    return model if model.training else model.train()
+
+
 def evaluation_batch(images: Images) -> int:
     """How many images go through a network at a time where nothing is learnt.
 

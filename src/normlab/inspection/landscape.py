@@ -30,7 +30,7 @@ from normlab.data import ImageData
 from normlab.data.augment import to_input
 from normlab.data.batches import Split
 from normlab.errors import UserError
-from normlab.evaluation.forward import untouched
+from normlab.evaluation.forward import as_trained, untouched
 from normlab.inspection.watching import random_streams, refuse_unwatchable
 from normlab.recipes.optimizers import SGD
 from normlab.runs import Task
@@ -240,7 +240,8 @@ def walk(
     walk. See the module for the measures and their source.
 
     Args:
-        loss: called as loss(model, batch), in training mode; one number.
+        loss: called as loss(model, batch), in training mode; one number. Of a model that is in
+            it, layers that stand in evaluation mode stay so, such as frozen normalisers.
         batches: B of them, whatever `loss` takes; two models are compared on the same ones.
         sizes: η, lengths along the gradient: about ½ to 4 times a rate of SGD.
 
@@ -256,7 +257,7 @@ def walk(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     rows = []
     with untouched(model):
-        model.train()
+        as_trained(model)
         for batch in batches:
 
             def gradient_of(m: nn.Module, batch: Any = batch) -> tuple[float, Tensor]:

@@ -34,7 +34,7 @@ from torch.utils.hooks import RemovableHandle
 from normlab.core.files import LOCK, write_json
 from normlab.core.machine import describe_host
 from normlab.errors import UserError
-from normlab.evaluation.forward import apart, first_tensor, untouched
+from normlab.evaluation.forward import apart, as_trained, first_tensor, untouched
 from normlab.inspection.activations import (
     BINS,
     DEAD,
@@ -314,7 +314,7 @@ class Watch:
                 random_streams(device),
                 torch.no_grad(),
             ):
-                self.model.train()(*inputs, **named)
+                as_trained(self.model)(*inputs, **named)
         except Exception as e:  # somebody else's forward may refuse a smaller batch
             self.drifts = False
             reason = (str(e).splitlines() or [""])[0]
