@@ -1,10 +1,15 @@
 """The fused stages equal the layers that they stand for."""
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
+from torch.nn.modules.module import register_module_forward_hook
 
 from normlab import kernels
 from normlab.core.streams import stream
@@ -13,7 +18,10 @@ from normlab.layers import (
     Conv2d,
     Dropout,
     LayerNorm,
+    MaxPool2d,
     NoNorm,
+    conv_pool,
+    norm_add_relu,
     norm_conv,
     norm_relu,
     relu_dropout,
@@ -205,6 +213,65 @@ def test_hooks_see_what_lies_between(fused: bool) -> None:
         with kernels.disabled():
             net(images(2, 3, 32, 32), stream(0, "drop"))
     assert len(seen) == 16
+
+
+def twice(layer: nn.Module) -> Any:
+    """The layer with another `forward`: of a subclass, or put in its place."""
+    doubled = copy.deepcopy(layer)
+    kind = type(layer)
+    forward = {"forward": lambda self, *values: 2 * kind.forward(self, *values)}
+    doubled.__class__ = type("Twice", (kind,), forward)
+    return doubled
+
+
+def replaced(layer: nn.Module) -> Any:
+    doubled = copy.deepcopy(layer)
+    doubled.forward = lambda *values: 2 * type(layer).forward(doubled, *values)
+    return doubled
+
+
+@pytest.mark.parametrize("other", [twice, replaced])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_another_forward_is_asked(
+    other: Callable[[nn.Module], Any], grad: bool, training: bool
+) -> None:
+    x, pixels, rng = images(6, 32, 8, 8), images(5, 3, 12, 12), stream(0, "conv")
+    norm, first, drop, pool = BatchNorm(32), BatchNorm(3), Dropout(0.2), MaxPool2d(2)
+    conv, inner = Conv2d(32, 32, padding=1, rng=rng), Conv2d(3, 32, padding=0, rng=rng)
+    nn.ModuleList([norm, first, drop, pool, conv, inner]).train(training)
+    norm2, first2, drop2, pool2, conv2, inner2 = map(other, (norm, first, drop, pool, conv, inner))
+    theirs = other(nn.Conv2d(3, 32, 3).train(training))
+
+    def draws() -> np.random.Generator:
+        return stream(0, "drop")
+
+    with torch.set_grad_enabled(grad):
+        pairs = [
+            (norm_relu(x, norm2), relu(norm2(x))),
+            (norm_add_relu(x, norm2, x), relu(norm2(x) + x)),
+            (relu_dropout_norm(x, None, norm2), norm2(relu(x))),
+            (relu_dropout_norm(x, drop2, norm, draws()), norm(drop2(relu(x), draws()))),
+            (relu_dropout(x, drop2, draws()), drop2(relu(x), draws())),
+            (conv_pool(x, conv2, pool), pool(conv2(x))),
+            (conv_pool(x, conv, pool2), pool2(conv(x))),
+            (norm_conv(pixels, first, inner2), inner2(first(pixels))),
+            (norm_conv(pixels, first, theirs), theirs(first(pixels))),
+            (norm_conv(pixels, first2, inner), inner(first2(pixels))),
+        ]
+    for fused, one_by_one in pairs:
+        torch.testing.assert_close(fused, one_by_one, rtol=1e-4, atol=2e-4)
+
+
+def test_a_hook_on_all_modules_sees_what_lies_between() -> None:
+    seen: list[nn.Module] = []
+    net = NotebookNet().train()
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        net(images(2, 3, 32, 32), stream(0, "drop"))
+    finally:
+        handle.remove()
+    assert set(seen) == set(net.modules())
 
 
 def losses(net: NotebookNet, steps: int) -> list[float]:

@@ -2,28 +2,34 @@
 
 Each function says in its first lines which composition of layers it equals, and falls back to that
 composition wherever the faster way does not apply: in evaluation, with another normaliser, with a
-hook that wants to see what lies between, on another device or type.
+subclass of a layer, whose `forward` may do more, with a hook that wants to see what lies between,
+on another device or type.
 """
 
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, relu
+from torch.nn.modules.module import _has_any_global_hook
 
 from normlab import kernels
 from normlab.layers.batchnorm import HALF, BatchNorm, needed, part_gradient
 from normlab.layers.dropout import Dropout
 from normlab.layers.weights import Conv2d
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def relu_dropout_norm(
     z: Tensor, dropout: Dropout | None, norm: nn.Module, rng: np.random.Generator | None = None
 ) -> Tensor:
     """norm(dropout(relu(z), rng)) for `z` (N, C) or channels-last (N, C, H, W)."""
-    if type(norm) is not BatchNorm or norm.has_ghosts() or _hooked(norm) or _hooked(dropout):
+    if not _just(norm, BatchNorm) or norm.has_ghosts():
+        return norm(relu_dropout(z, dropout, rng))  # type: ignore[no-any-return]
+    if dropout is not None and not _just(dropout, Dropout):
         return norm(relu_dropout(z, dropout, rng))  # type: ignore[no-any-return]
     dropped = dropout is not None and dropout.active()
     answers = not (norm.uses_batch() or dropped or torch.is_grad_enabled())
@@ -83,10 +89,11 @@ def relu_dropout(
     z: Tensor, dropout: Dropout | None, rng: np.random.Generator | None = None
 ) -> Tensor:
     """dropout(relu(z), rng) for `z` (N, C) or channels-last (N, C, H, W)."""
+    if dropout is None:
+        return relu(z)
     shape = kernels.layout(z)
-    if dropout is None or _hooked(dropout) or not dropout.active() or shape is None or shape[2] > 1:
-        h = relu(z)
-        return h if dropout is None else dropout(h, rng)
+    if not _just(dropout, Dropout) or not dropout.active() or shape is None or shape[2] > 1:
+        return dropout(relu(z), rng)  # type: ignore[no-any-return]
     y: Tensor = _ReluDropout.apply(z, dropout.drops(z.numel(), rng))  # type: ignore[no-untyped-call]
     return y
 
@@ -108,7 +115,7 @@ class _ReluDropout(torch.autograd.Function):
 
 def norm_relu(x: Tensor, norm: nn.Module) -> Tensor:
     """relu(norm(x)) for `x` (N, C) or channels-last (N, C, H, W)."""
-    if type(norm) is not BatchNorm or norm.has_ghosts() or _hooked(norm):
+    if not _just(norm, BatchNorm) or norm.has_ghosts():
         return relu(norm(x))
     if (shape := _matrix(x, norm)) is None:
         return relu(norm(x))
@@ -130,7 +137,7 @@ def _normalize_running(x: Tensor, norm: BatchNorm, relu: int) -> Tensor:
 def norm_add_relu(x: Tensor, norm: nn.Module, skipped: Tensor) -> Tensor:
     """relu(norm(x) + skipped) for `x` and `skipped` of one shape."""
     y: Tensor = norm(x)
-    if type(norm) is not BatchNorm or _hooked(norm):
+    if not _just(norm, BatchNorm):
         return relu(y + skipped)
     return y.add_(skipped).relu_()  # what batch normalisation returns, nobody else has
 
@@ -203,7 +210,7 @@ def _convolves_input(conv: nn.Conv2d, x: Tensor) -> bool:
     return (
         isinstance(x, Tensor)
         and not x.requires_grad
-        and not _hooked(conv)
+        and (_just(conv, Conv2d) or _just(conv, nn.Conv2d))
         and conv.padding == (0, 0)
         and conv.groups == 1
         and x.dtype == conv.weight.dtype
@@ -265,13 +272,11 @@ class _ConvOfInput(torch.autograd.Function):
 def conv_pool(x: Tensor, conv: nn.Module, pool: nn.Module) -> Tensor:
     """pool(conv(x)) for `x` (N, C, H, W), without the map between where both are compiled."""
     if (
-        not isinstance(conv, Conv2d)
+        not _just(conv, Conv2d)
         or conv.padding != (1, 1)
-        or not isinstance(pool, MaxPool2d)
+        or not _just(pool, MaxPool2d)
         or not pool.compiled(x)
         or not kernels.convolves(x, conv.weight, conv.bias)
-        or _hooked(conv)
-        or _hooked(pool)
     ):
         return pool(conv(x))  # type: ignore[no-any-return]
     if not torch.is_grad_enabled():
@@ -334,9 +339,7 @@ class _MaxPool(torch.autograd.Function):
 
 def _batch_normalizes(norm: nn.Module) -> TypeGuard[BatchNorm]:
     """Whether `norm` is a BatchNorm that would now use the batch's own statistics, unobserved."""
-    if type(norm) is not BatchNorm or norm.has_ghosts() or _hooked(norm):
-        return False
-    return norm.uses_batch()
+    return _just(norm, BatchNorm) and not norm.has_ghosts() and norm.uses_batch()
 
 
 def _matrix(x: Tensor, norm: BatchNorm) -> tuple[int, int, int] | None:
@@ -346,10 +349,13 @@ def _matrix(x: Tensor, norm: BatchNorm) -> tuple[int, int, int] | None:
     return shape if fits else None
 
 
-def _hooked(module: nn.Module | None) -> bool:
-    return module is not None and bool(
-        module._forward_hooks
+def _just(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
+    """Whether `module` is a `kind` and nothing more: no subclass, no other `forward`, no hooks."""
+    return type(module) is kind and not (
+        "forward" in vars(module)
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or _has_any_global_hook()  # type: ignore[no-untyped-call]
     )
