@@ -6,6 +6,8 @@ import io
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrize import register_parametrization
 from torch.optim.swa_utils import update_bn
 
 import normlab
@@ -359,3 +361,38 @@ def test_conversions_that_cannot_be() -> None:
     with pytest.raises(UserError, match="run one through the network first"):
         convert_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.LazyBatchNorm1d()))
     assert normlab.convert_batchnorm is convert_batchnorm
+
+
+class Squared(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.square()
+
+
+@pytest.mark.parametrize("to", ["normlab", "torch"])
+@pytest.mark.parametrize("tensor", ["weight", "bias"])
+def test_pruned_layers_are_refused_until_that_is_permanent(to: str, tensor: str) -> None:
+    kind = nn.BatchNorm2d if to == "normlab" else BatchNorm
+    model = nn.Sequential(kind(4), nn.Sequential(kind(4)))
+    layer = model[1][0]
+    nn.init.normal_(getattr(layer, tensor))
+    prune.random_unstructured(layer, tensor, amount=2)
+    x = inputs(6, 4, 3, 3)
+    expected = model(x)
+    with pytest.raises(UserError, match=rf"1\.0 is pruned or .*{tensor}_orig.*prune\.remove"):
+        convert_batchnorm(model, to)
+    assert [type(model[0]), type(layer)] == [kind, kind]
+    prune.remove(layer, tensor)
+    convert_batchnorm(model, to)
+    assert type(model[1][0]) is not kind
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("to", ["normlab", "torch"])
+def test_a_parametrised_layer_stays(to: str) -> None:
+    layer = nn.BatchNorm2d(4) if to == "normlab" else BatchNorm(4)
+    nn.init.constant_(layer.weight, 3)
+    register_parametrization(layer, "weight", Squared())
+    model, x = nn.Sequential(layer), inputs(6, 4, 3, 3)
+    expected = model(x)
+    assert expected.std().item() == pytest.approx(9, rel=0.01)
+    assert torch.equal(convert_batchnorm(model, to)(x), expected)

@@ -32,7 +32,8 @@ def convert_batchnorm(
     Args:
         module: a network, changed in place, or a normaliser itself.
         to: `normlab`: `nn.BatchNorm1d`, `2d` and `3d` become `normlab.BatchNorm` with PyTorch's
-            convention; subclasses and `SyncBatchNorm` stay. `torch`: the other way round.
+            convention; subclasses (`torch.nn.utils.parametrize` makes such, too) and
+            `SyncBatchNorm` stay. `torch`: the other way round.
         torch_class: the class for layers that did not come from one of PyTorch's; it decides how
             many dimensions their input has.
 
@@ -40,7 +41,8 @@ def convert_batchnorm(
         `module`, or its successor if it is a normaliser itself.
 
     Raises:
-        UserError: another `to`, or a lazy layer that has not seen its first batch.
+        UserError: another `to`, a lazy layer that has not seen its first batch, or one whose γ or β
+            is pruned or reparametrised by hooks, which would be lost. Nothing is changed then.
     """
     if to not in ("normlab", "torch"):
         raise UserError(f"to={to!r}: choose normlab or torch")
@@ -61,6 +63,7 @@ def convert_batchnorm(
 
     if to == "normlab":
         _refuse_lazy(module)
+    _refuse_pruned(module, (BatchNorm,) if to == "torch" else TORCH_CLASSES)
     return successor(module)
 
 
@@ -101,6 +104,17 @@ def _refuse_lazy(module: nn.Module) -> None:
             raise UserError(
                 f"{name or 'the module'} is a {type(layer).__name__} that has not seen its first "
                 "batch: run one through the network first"
+            )
+
+
+def _refuse_pruned(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+    """Refuse layers whose γ or β is computed by a hook from parameters of other names."""
+    for name, layer in module.named_modules():
+        if type(layer) in kinds and not {"weight", "bias"} <= layer._parameters.keys():
+            raise UserError(
+                f"{name or 'the module'} is pruned or reparametrised (its parameters are "
+                f"{', '.join(layer._parameters)}): make that permanent first, such as by "
+                "torch.nn.utils.prune.remove(layer, 'weight')"
             )
 
 
