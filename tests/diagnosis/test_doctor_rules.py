@@ -427,6 +427,41 @@ def test_a_zero_variance_everywhere_is_serious_but_one_dead_channel_is_not() -> 
     assert [f.severity for f in of("constant-channel", one)] == ["note"]
 
 
+@pytest.mark.parametrize("dead", [1, 9, 15])
+@pytest.mark.parametrize("variance", [0.0, 1e-15])
+def test_dead_channels_are_found_however_many(dead: int, variance: float) -> None:
+    """The running variance of a dead channel decays by m a step, and is never quite 0."""
+    model = changed(1, "running_var", [variance] * dead)
+    diagnosis = diagnose(changed(1, "running_mean", [variance] * dead, model))
+    (finding,) = of("constant-channel", diagnosis)
+    assert finding.evidence == f"{dead} of 16 channels do not vary, {dead} of them always 0"
+    assert of("eps-matters", diagnosis) == []
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-3])
+def test_channels_of_very_unlike_scale_are_not_dead(eps: float) -> None:
+    """As columns of a table are that was never scaled."""
+    layer = nn.BatchNorm1d(4, eps=eps)
+    layer.running_var = torch.tensor([4e8, 2e2, 0.2, 4e-3])
+    assert of("constant-channel", diagnose(nn.Sequential(layer))) == []
+
+
+@pytest.mark.parametrize("gone", [[1e-6] * 23, [0.0] * 24, [np.nan] + [1e-6] * 23])
+def test_vanished_scales_are_found_however_many(gone: list[float]) -> None:
+    diagnosis = diagnose(changed(4, "weight", gone))
+    (finding,) = of("gamma-vanished", diagnosis)
+    assert (finding.where, finding.severity) == ("4", "warning")
+    few = sum(abs(g) < 1e-3 for g in gone)
+    assert finding.evidence.endswith(f"in {few} of 24 channels")
+
+
+def test_scales_that_are_all_small_have_not_vanished() -> None:
+    model = settled()
+    for index in (1, 4):
+        nn.init.uniform_(model[index].weight, 1e-4, 1e-2)
+    assert of("gamma-vanished", diagnose(model)) == []
+
+
 def test_momentum_of_the_other_library_is_found_both_ways() -> None:
     keras_with_torch_momentum = normlab.BatchNorm(4, convention="keras", momentum=0.1)
     torch_with_keras_momentum = nn.BatchNorm1d(4, momentum=0.99)

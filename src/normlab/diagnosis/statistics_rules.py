@@ -192,11 +192,20 @@ def momentum_turned_round(network: Network) -> Iterator[Observation]:
             )
 
 
-def constant(var: Vector) -> np.ndarray:
-    """Which channels have no variance next to the others of their layer."""
+def typical(n: Normalizer, var: Vector) -> float:
+    """The median variance of the channels that exceed ε, or of all of them where none does.
+
+    A dead channel's running variance decays without end. If most are dead, they are not typical.
+    """
     finite = var[np.isfinite(var)]
-    middle = float(np.median(finite)) if finite.size else 0.0
-    return np.abs(var) <= 1e-5 * middle
+    above = finite[finite > (n.eps or 0)]
+    chosen = above if above.size else finite
+    return float(np.median(chosen)) if chosen.size else 0.0
+
+
+def constant(n: Normalizer, var: Vector) -> np.ndarray:
+    """Which channels have no variance next to the others of their layer."""
+    return np.abs(var) <= 1e-5 * typical(n, var)
 
 
 @rule(
@@ -209,15 +218,16 @@ def constant(var: Vector) -> np.ndarray:
 def constant_channel(network: Network) -> Iterator[Observation]:
     """Channels are dead, always 0, or constant.
 
-    Their variance is below 1e-5 of the layer's median. A note, from a quarter on a warning.
+    Their variance is below 1e-5 of the median of those channels whose variance exceeds ε. A note,
+    from a quarter on a warning.
     """
     for n, running_mean, running_var in tracked(network):
         mean = running_mean if n.data_mean is None else n.data_mean
         var = running_var if n.data_var is None else n.data_var
-        flat = constant(var)
+        flat = constant(n, var)
         if not flat.any() or flat.all():
             continue
-        dead = flat & (mean**2 <= 1e-5 * float(np.median(var)))
+        dead = flat & (mean**2 <= 1e-5 * typical(n, var))
         severity = "warning" if flat.mean() >= 0.25 else "note"
         evidence = f"{share(flat)} do not vary, {int(dead.sum())} of them always 0"
         yield Observation(
@@ -240,7 +250,7 @@ def eps_matters(network: Network) -> Iterator[Observation]:
     for n, _, var in tracked(network):
         if n.eps is None or n.eps == 0:
             continue
-        varying = ~constant(var) & (var > 0)
+        varying = ~constant(n, var) & (var > 0)
         small = varying & (var < n.eps)
         part = small.sum() / max(varying.sum(), 1)
         if part >= 0.05:
@@ -263,10 +273,14 @@ def gamma_vanished(network: Network) -> Iterator[Observation]:
     """γ is so small that a channel passes nothing on.
 
     Below 1e-3 of the network's median |γ|, or of 1 if that is larger: a note, from a quarter of
-    the channels on a warning.
+    the channels on a warning. The median is that of the |γ| that are not below 1e-3 of the largest.
     """
-    scales = [np.abs(n.weight) for n in network.normalizers if n.weight is not None]
-    limit = 1e-3 * min(float(np.median(np.concatenate(scales))) or 1.0, 1.0)
+    weights = [n.weight for n in network.normalizers if n.weight is not None]
+    scales = np.abs(np.concatenate(weights))
+    scales = scales[np.isfinite(scales)]
+    left = scales[scales >= 1e-3 * scales.max(initial=0.0)]
+    middle = float(np.median(left)) if left.size else 0.0
+    limit = 1e-3 * min(middle or 1.0, 1.0)
     for n in network.normalizers:
         if n.weight is not None and (gone := np.abs(n.weight) < limit).any():
             severity = "warning" if gone.mean() >= 0.25 else "note"
