@@ -558,6 +558,21 @@ def test_a_single_image_has_a_variance_over_its_pixels() -> None:
     assert single_image_over(mixed, DATA[0]) == ["serious"]
 
 
+def test_batches_of_one_are_examined_too() -> None:
+    """Legal over H × W pixels, not over a vector; scores are taken with batches of two."""
+    labels = torch.arange(64) % 2
+    for model, x, severity, effect in (
+        (settled(), DATA[0], "warning", "which is normalised by itself"),
+        (vectors(), DATA[0].flatten(1), "serious", "which has no variance"),
+    ):
+        diagnosis = diagnose(model, data=(x, labels), batch_size=1, accumulation=4)
+        (one,) = of("last-batch-of-one", diagnosis)
+        assert (one.severity, one.evidence) == (severity, f"a batch is one image, {effect}")
+        assert of("small-batches", diagnosis)[0].evidence == "1 image a batch"
+        assert of("accumulation", diagnosis)[0].evidence.endswith("only one, of 1 image")
+        assert "score-gap" in diagnosis.checked
+
+
 # Premises: a rule says nothing where what it is about cannot happen.
 
 BATCH_RULES = {"small-batches", "last-batch-of-one", "accumulation"}

@@ -63,7 +63,7 @@ def from_module(
                 samples.images,
                 samples.labels,
                 population=samples.population,
-                batch_size=batches.size or 32,
+                batch_size=max(batches.size or 32, 2),  # one may have no statistics
             )
     total = 0 if samples is None else count(samples.population)
     training = _trains(model)

@@ -17,6 +17,7 @@ from normlab.diagnosis.statistics_rules import (
     tracked,
 )
 from normlab.evaluation.baselines import NEARLY_ALL
+from normlab.text import counted
 
 GROUP_NORM = "Wu and He 2018, arXiv 1803.08494, figure 1"
 
@@ -32,7 +33,9 @@ def small_batches(network: Network) -> Iterator[Observation]:
     """Batches are too small to normalise by: a warning below 8 images, a note below 16."""
     size = network.batches.size
     if size is not None and size < 16:
-        yield Observation("batches", "warning" if size < 8 else "note", f"{size} images a batch")
+        yield Observation(
+            "batches", "warning" if size < 8 else "note", f"{counted(size, 'image')} a batch"
+        )
 
 
 @rule(
@@ -53,7 +56,7 @@ def pretrained_by_batch(network: Network) -> Iterator[Observation]:
     if layers and size is not None:
         evidence = f"{network.pretrained} learnt on, {len(layers)} normalisers by the statistics "
         severity = "serious" if size < 16 else "warning"
-        yield Observation("batches", severity, evidence + f"of {size} images")
+        yield Observation("batches", severity, evidence + f"of {counted(size, 'image')}")
 
 
 @rule(
@@ -70,7 +73,10 @@ def last_batch_of_one(network: Network) -> Iterator[Observation]:
     stops there. A warning where each has at least the pixels of that image.
     """
     if network.batches.last == 1:
-        evidence = f"batches of {network.batches.size} leave one image over"
+        size = network.batches.size
+        evidence = (
+            "a batch is one image" if size == 1 else f"batches of {size} leave one image over"
+        )
         several = all(n.single is False for n in network.normalizers if n.by_batch)
         evidence += ", which is normalised by itself" if several else ", which has no variance"
         yield Observation("batches", "warning" if several else "serious", evidence)
@@ -91,7 +97,7 @@ def accumulation(network: Network) -> Iterator[Observation]:
     size, accumulated = network.batches.size, network.batches.accumulation
     if accumulated is not None and accumulated > 1:
         severity = "warning" if size is not None and size < 16 else "note"
-        seen = "one" if size is None else f"one, of {size} images"
+        seen = "one" if size is None else f"one, of {counted(size, 'image')}"
         evidence = f"an update sees {accumulated} batches, the statistics of each only {seen}"
         yield Observation("batches", severity, evidence)
 
