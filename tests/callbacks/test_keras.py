@@ -86,6 +86,74 @@ def test_a_keras_training_is_watched_examined_and_noted(tmp_path: Path) -> None:
     normlab.inspect(folder).write(tmp_path / "drawn")
 
 
+NESTED = """
+import json, sys
+import numpy as np
+import keras
+from keras import layers
+from normlab.callbacks.keras import Checkup, History, Watch
+
+def base(name):
+    x = layers.Input((8, 8, 3))
+    y = layers.BatchNormalization(name="bn")(layers.Conv2D(4, 3, name="conv")(x))
+    return keras.Model(x, y, name=name)
+
+folder = sys.argv[1]
+keras.utils.set_random_seed(0)
+x = 5 * np.random.default_rng(0).normal(size=(12, 8, 8, 3)).astype("float32")
+y = np.arange(12) % 4
+left, right = base("left"), base("right")
+right.trainable = False
+dead = left.get_layer("conv")
+dead.trainable = False
+dead.kernel.assign(np.concatenate([np.zeros((3, 3, 3, 3)), np.ones((3, 3, 3, 1))], 3))
+inputs = layers.Input((8, 8, 3))
+h = layers.BatchNormalization(name="bn")(layers.Add()([left(inputs), right(inputs)]))
+outputs = layers.Dense(4, activation="softmax", name="fc")(layers.GlobalAveragePooling2D()(h))
+model = keras.Model(inputs, outputs, name="all")
+optimizer = keras.optimizers.SGD(0.05, gradient_accumulation_steps=4)
+model.compile(loss="sparse_categorical_crossentropy", optimizer=optimizer)
+lines = []
+def fit(model, *others):
+    callbacks = [Checkup(x, report=lines.append), *others]
+    model.fit(x, y, batch_size=2, epochs=2, verbose=0, callbacks=callbacks)
+fit(model, Watch(folder, x, every=1), History(folder))
+
+class Mine(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.inner = model
+    def call(self, x, training=False):
+        return self.inner(x, training=training)
+
+mine = Mine()
+mine.compile(loss="sparse_categorical_crossentropy", optimizer="sgd")
+fit(mine)
+left.get_layer("conv").bias.assign(np.full(4, np.nan))
+fit(model)
+print(json.dumps(lines))
+"""
+
+
+def test_models_within_a_model_are_examined_and_a_step_is_an_update(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NESTED, str(tmp_path / "w")],
+        capture_output=True, text=True, env={"KERAS_BACKEND": "torch", **os.environ},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    text = "\n".join(json.loads(done.stdout.splitlines()[-1]))
+    assert "stale at left/bn, bn: after 4 steps with m = 0.99" in text  # batches; one update
+    assert "never-updated at right/bn: running_mean is 0" in text
+    assert "constant-channel at left/bn: 3 of 4 channels do not vary, 3 of them always 0" in text
+    assert "constant-channel at all/left/bn: 3 of 4 channels do not vary, 3 of them" in text
+    assert "not-finite at conv/bias" in text  # the other conv/bias is finite
+    seen = read_recording(tmp_path / "w")
+    assert list(seen.steps) == [1, 2, 3]
+    assert (seen.arrays["fc/out/drift"] > 0).all()
+    rows = [json.loads(line) for line in (tmp_path / "w/history.jsonl").read_text().splitlines()]
+    assert [row["steps"] for row in rows] == [1, 3]
+
+
 def test_a_model_without_places_is_refused_by_name(tmp_path: Path) -> None:
     script = (
         "import keras, sys, numpy as np\n"

@@ -10,7 +10,7 @@ time, and the training keeps its bits.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from normlab.diagnosis.checkup import Said
 from normlab.diagnosis.findings import Finding
 from normlab.diagnosis.network import Batches, Network, Normalizer
 from normlab.errors import UserError
+from normlab.evaluation.population import Moments, pool
 from normlab.inspection.activations import Sample, chosen_channels
 from normlab.inspection.recording import (
     MOST_SAMPLES,
@@ -35,6 +36,7 @@ from normlab.inspection.recording import (
     drift_of,
 )
 from normlab.inspection.watching import Side, random_streams
+from normlab.layers import moments
 
 try:
     import keras
@@ -49,7 +51,27 @@ _NORMALIZERS = (
 _Callback: Any = keras.callbacks.Callback
 
 
-class Watch(_Callback):  # type: ignore[misc]
+class _Stepping(_Callback):  # type: ignore[misc]
+    """Counts a training's steps, which are the optimiser's updates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = self.updates = 0
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self.updates = int(_array(self.model.optimizer.iterations))
+
+    def ends_step(self) -> bool:
+        """Count the step that ended with this batch; False where it only added its gradients."""
+        if _accumulation(self.model) > 1:
+            before, self.updates = self.updates, int(_array(self.model.optimizer.iterations))
+            if self.updates == before:
+                return False
+        self.steps += 1
+        return True
+
+
+class Watch(_Stepping):
     """Record what each normaliser and each layer with a kernel sees of a few images.
 
     Gradients are not recorded; the loss is Keras' own running mean over the epoch.
@@ -57,7 +79,8 @@ class Watch(_Callback):  # type: ignore[misc]
     Args:
         folder: new or empty; gets `recording.npz`, as `normlab train --record` makes it.
         images: up to 64 inputs of the model.
-        every: sample each so many steps, and the first, second, fourth, eighth … before.
+        every: sample each so many steps, and the first, second, fourth, eighth … before. A step is
+            an update, also of an optimiser that accumulates the gradients of several batches.
         label: what to call it in pictures; None for the folder's name.
 
     Raises:
@@ -74,11 +97,11 @@ class Watch(_Callback):  # type: ignore[misc]
         self.folder, self.images, self.every = Path(folder), images[:64], every
         self.label = label or self.folder.name
         self.recording = Recording(np.empty(0, np.int64), (), {})
-        self.steps = 0
         self.before: Sample | None = None
         self.spent = 0.0
 
     def on_train_begin(self, logs: Any = None) -> None:
+        super().on_train_begin(logs)
         if self.steps:  # a further fit goes on
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -88,14 +111,13 @@ class Watch(_Callback):  # type: ignore[misc]
         self.probe = _Probe(self.model)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if self._is_due(self.steps + 1):
+        if self.before is None and self._is_due(self.steps + 1):
             began = time.perf_counter()
             self.before = self.probe.sample(self.images)
             self.spent = time.perf_counter() - began
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self.steps += 1
-        if self.before is None:
+        if not self.ends_step() or self.before is None:
             return
         began = time.perf_counter()
         sample = self.probe.sample(self.images)
@@ -139,7 +161,7 @@ class Watch(_Callback):  # type: ignore[misc]
 
 
 class Checkup(_Callback):  # type: ignore[misc]
-    """The doctor at the end of epochs, as `normlab.Checkup`, on a Keras model.
+    """The doctor at the end of epochs, as `normlab.Checkup`, on a Keras model and those within it.
 
     Args:
         images: inputs of the model, as it is trained on them; None for what the statistics say
@@ -169,7 +191,7 @@ class Checkup(_Callback):  # type: ignore[misc]
             self._said.news(epoch + 1, _network(self.model, self.images))
 
 
-class History(_Callback):  # type: ignore[misc]
+class History(_Stepping):
     """Write the logs of each epoch to `history.jsonl`, as `normlab train` does.
 
     Args:
@@ -178,10 +200,10 @@ class History(_Callback):  # type: ignore[misc]
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
-        self.rows, self.steps = Rows(folder), 0
+        self.rows = Rows(folder)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self.steps += 1
+        self.ends_step()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.rows.add(epoch + 1, self.steps, logs or {})
@@ -289,37 +311,82 @@ def _untouched(model: Any) -> Iterator[None]:
 
 def _network(model: Any, images: Any) -> Network:
     """The model as the doctor's rules see it."""
-    layers = [x for x in model.layers if isinstance(x, keras.layers.BatchNormalization)]
-    seen = _Probe(model).run(images) if images is not None and layers else {}
-    steps = int(_array(model.optimizer.iterations))
-    tensors = {v.path: _array(v) for v in model.weights}
+    layers = {layer: name for name, layer in _normalizers(model)}  # a shared one once
+    seen = {} if images is None or not layers else _population(model, layers, images)
+    batches = int(_array(model.optimizer.iterations)) * _accumulation(model)
+    tensors: dict[str, NDArray[Any]] = {}
+    for i, variable in enumerate(model.weights):
+        path = variable.path  # models within the model may have the same
+        tensors[path if path not in tensors else f"{path} (weight {i})"] = _array(variable)
     return Network(
         path=model.name,
         kind=f"Keras model on {keras.backend.backend()}",
-        normalizers=tuple(_normalizer(x, steps, seen.get(f"{x.name}/in")) for x in layers),
+        normalizers=tuple(_normalizer(n, x, batches, seen.get(x)) for x, n in layers.items()),
         tensors={name: value for name, value in tensors.items() if value.dtype.kind == "f"},
         training=True,
         batches=Batches(),
     )
 
 
-def _normalizer(layer: Any, steps: int, x: NDArray[Any] | None) -> Normalizer:
+def _normalizers(layer: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """The batch normalisations in a model, and in models and wrappers within it, by place."""
+    for inner in layer._flatten_layers(include_self=False, recursive=False):
+        name = f"{place}{inner.name}"
+        if isinstance(inner, keras.layers.BatchNormalization):
+            yield name, inner
+        yield from _normalizers(inner, f"{name}/")
+
+
+def _population(model: Any, layers: Iterable[Any], images: Any) -> dict[Any, Moments]:
+    """The moments of what each of `layers` is given of the images in training mode."""
+    seen: dict[Any, list[Moments]] = {}
+
+    def noting(layer: Any) -> Callable[..., Any]:
+        call = layer.call
+
+        def note(inputs: Any, *args: Any, **named: Any) -> Any:
+            x = np.moveaxis(_array(inputs), _channel_axis(layer), 1)
+            mean, var = moments(torch.from_numpy(np.ascontiguousarray(x, np.float64)))
+            seen.setdefault(layer, []).append(Moments(mean, var, x.size // x.shape[1]))
+            return call(inputs, *args, **named)
+
+        return note
+
+    own = {layer: vars(layer).get("call") for layer in layers}  # mostly none but the class's
+    try:
+        for layer in own:
+            vars(layer)["call"] = noting(layer)
+        with _untouched(model), random_streams(torch.device("cpu")), torch.no_grad():
+            model(images, training=True)
+    finally:
+        for layer, call in own.items():
+            del vars(layer)["call"]
+            if call is not None:
+                vars(layer)["call"] = call
+    return {layer: pool(parts) for layer, parts in seen.items()}
+
+
+def _accumulation(model: Any) -> int:
+    """How many batches' gradients make one of the optimiser's updates."""
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    return int(optimizer.gradient_accumulation_steps or 1)
+
+
+def _normalizer(name: str, layer: Any, batches: int, seen: Moments | None) -> Normalizer:
     def vector(name: str) -> NDArray[np.float64] | None:
         variable = getattr(layer, name, None)
         return None if variable is None else _array(variable).astype(np.float64)
 
-    axes = None if x is None else (0, *range(2, x.ndim))
-    wide = None if x is None else x.astype(np.float64)
     return Normalizer(
-        name=layer.name,
+        name=name,
         running_mean=vector("moving_mean"),
         running_var=vector("moving_variance"),
         weight=vector("gamma"),
         eps=float(layer.epsilon),
         decay=float(layer.momentum),
-        steps=steps,
-        data_mean=None if wide is None else wide.mean(axes),
-        data_var=None if wide is None else wide.var(axes),
+        steps=batches if layer.trainable else None,
+        data_mean=None if seen is None else seen.mean.numpy(),
+        data_var=None if seen is None else seen.var.numpy(),
         updates=bool(layer.trainable),
         takes_batch=bool(layer.trainable),
         trainable=bool(layer.trainable),
