@@ -498,6 +498,20 @@ def test_a_function_is_compared_in_processes(in_tmp: Path) -> None:
         normlab.compare(train, arms=arms, metric="pid", out="s")
 
 
+def leave(seed: int, rate: float) -> float:
+    if rate == 0.3:
+        sys.exit("no data")
+    return rate + seed
+
+
+def test_a_function_that_calls_sys_exit_is_a_failed_run(in_tmp: Path) -> None:
+    arms = {"slow": {"rate": 0.1}, "fast": {"rate": 0.3}}
+    with pytest.raises(StudyStopped, match="fast seed 0: SystemExit: no data"):
+        normlab.compare(leave, arms=arms, seeds=1, jobs=1)
+    study = normlab.compare(leave, arms=arms, seeds=1, jobs=1, diverged=0.0, out="s")
+    assert study.arm("fast")[0].diverged == "SystemExit: no data"
+
+
 @pytest.mark.soak
 def test_commands_go_to_the_workers_of_a_dask_scheduler(script: str, in_tmp: Path) -> None:
     distributed = pytest.importorskip("distributed", reason="needs the extra `cluster`")

@@ -496,7 +496,7 @@ class FunctionJob(_Job):
         try:
             found = self.function(self.actual_seed, **self.settings)
             found = _plain(found)
-        except Exception as e:
+        except (Exception, SystemExit) as e:  # what a script says with sys.exit is no end of ours
             failure = f"{type(e).__name__}: {e}"
         return self.finish(
             found,
