@@ -233,9 +233,24 @@ def test_the_report_is_one_page_that_fetches_nothing(tmp_path: Path) -> None:
     assert set(study.figures) == {"differences", "curves", "pairs", "step-seconds"}
 
 
+def test_the_report_says_what_decided_and_on_which_pictures(tmp_path: Path) -> None:
+    study = make_study(tmp_path, BETTER, outcome="loss", held_out=0.2)
+    write_report(study)
+    page = (tmp_path / "report.html").read_text()
+    assert "What decides is held-out loss after the last epoch, and this alone" in page
+    assert '<th class="n">held-out accuracy</th>' in page
+    assert "200 held-out images" in page
+    assert "test accuracy" not in page.lower()
+    (c,) = study.comparisons
+    assert f'<td class="n">{c.difference:+.4g}</td>' in page  # nats, not points
+
+
 def test_the_table_of_runs_holds_every_run(tmp_path: Path) -> None:
     study = make_study(tmp_path, {"batch": [0.8, None], "none": [0.7, 0.71]})
+    first = replace(study.outcomes[0], balanced_accuracy=0.6, macro_f1=0.5)
+    study = replace(study, outcomes=(first, *study.outcomes[1:]))
     rows = list(csv.DictReader(runs_csv(study).splitlines()))
+    assert [rows[0][name] for name in ("balanced_accuracy", "macro_f1")] == ["0.6", "0.5"]
     assert [(r["arm"], r["seed"], float(r["test_accuracy"])) for r in rows] == [
         ("batch", "0", 0.8),
         ("batch", "1", 0.1),

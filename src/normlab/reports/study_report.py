@@ -38,6 +38,8 @@ def write_report(study: Study) -> None:
         figures=write_all(study, CAPTIONS),
         arms=list(zip(study.design.arms, study.summaries, strict=True)),
         results=list(zip(study.comparisons, study.descriptions, strict=True)),
+        measure=study.design.measure,
+        scored=_scored(study.design),
         points=points,
         percent=percent,
         edges=study.design.tuning.edges() if study.design.tuning else [],
@@ -55,13 +57,15 @@ def runs_csv(study: Study) -> str:
     thresholds = [f"{t:g}" for t in study.design.thresholds]
     table = csv.writer(buffer, lineterminator="\n")
     table.writerow(
-        ["arm", "seed", "test_accuracy", "test_loss", "val_accuracy", "validation_area"]
+        ["arm", "seed", "test_accuracy", "balanced_accuracy", "macro_f1", "test_loss"]
+        + ["val_accuracy", "validation_area"]
         + [f"steps_to_{t}" for t in thresholds]
         + ["steps", "step_seconds", "seconds", "diverged", "weights_sha256"]
     )
     for o in study.outcomes:
         table.writerow(
-            [o.arm, o.seed, o.test_accuracy, o.test_loss, o.val_accuracy, o.area]
+            [o.arm, o.seed, o.test_accuracy, o.balanced_accuracy, o.macro_f1, o.test_loss]
+            + [o.val_accuracy, o.area]
             + [o.steps_to[t] for t in thresholds]
             + [o.steps, o.step_seconds, o.seconds, o.diverged or "", o.weights_sha256]
         )
@@ -180,7 +184,7 @@ def methods(study: Study) -> str:
         f"We trained {d.recipe.model.name} (recipe {d.recipe.name}, "
         f"{counted(d.recipe.epochs, 'epoch')}) on "
         f"{d.data} ({d.train_images:,} training and {d.test_images:,} "
-        f"{'held-out' if d.held_out else 'test'} images, SHA-256 "
+        f"{_scored(d)} images, SHA-256 "
         f"{d.data_sha256[:12]}) from {d.seeds} seeds, {d.first_seed} to "
         f"{d.first_seed + d.seeds - 1}, in {len(d.arms)} arms: {arms}. {shared}{tuned} "
         f"The outcome, fixed beforehand, was {d.measure.name} after the last epoch; diverged runs "
@@ -192,6 +196,11 @@ def methods(study: Study) -> str:
         f"Software: normlab {env['normlab']}, PyTorch {env['torch']}, Python {env['python']}, on "
         f"{env['cpu']}, {counted(d.threads, 'thread')} a run."
     )
+
+
+def _scored(design: Design) -> str:
+    """What the pictures are called that decide."""
+    return "held-out" if design.held_out else "test"
 
 
 def points(fraction: float | None) -> str:
