@@ -294,6 +294,18 @@ def test_the_command_that_repeats_a_study_says_all_that_was_changed(tmp_path: Pa
     assert asked.exit_code == 0, asked.output  # every option is one that exists
 
 
+@pytest.mark.parametrize(("outcome", "margin"), [("loss", "0.02"), ("macro_f1", "2")])
+def test_a_margin_is_in_points_and_of_a_loss_in_its_own_unit(
+    outcome: str, margin: str, tmp_path: Path
+) -> None:
+    study = make_study(tmp_path, {"batch": [0.8], "none": [0.7]}, outcome=outcome, margin=0.02)
+    text = command_of(study)
+    assert f" --margin {margin} " in text
+    refused = CliRunner().invoke(command, shlex.split(text)[2:])  # its data are made up
+    assert "begun with other" in str(refused.exception)
+    assert "margin (" not in str(refused.exception)
+
+
 def test_trials_are_equal_and_use_seeds_that_no_pair_has() -> None:
     tuning = parse_tuning("learning_rate=0.5,1,2")
     jobs = trials(make_design(tuning=tuning), "sample")

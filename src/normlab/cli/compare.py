@@ -82,7 +82,8 @@ if TYPE_CHECKING:
 @click.option(
     "--margin",
     type=float,
-    help="Points that count as no difference (0.5); of a command in its metric's unit (none).",
+    help="What counts as no difference: points (0.5); of a loss, or of a command (none), in its "
+    "own unit.",
 )
 @click.option(
     "--thresholds", metavar="A,A,…", help="Validation accuracies whose steps are counted."
@@ -150,7 +151,7 @@ def compare(
         names = [] if arms is None else [name.strip() for name in arms.split(",")]
         if not names and not described:
             names = ["batch", "none"]
-        if margin is not None:
+        if margin is not None and options["outcome"] != "loss":
             given["margin"] = margin / 100
         if thresholds is not None:
             given["thresholds"] = _numbers(thresholds)

@@ -141,7 +141,8 @@ def command(study: Study) -> str:
         words += ["--tune", f"{design.tuning.setting}={factors}"]
     if design.outcome != "accuracy":
         words += ["--outcome", design.outcome]
-    words += ["--margin", f"{100 * design.margin:g}", "--checks", str(design.checks)]
+    margin = design.margin * (100 if design.measure.fraction else 1)
+    words += ["--margin", f"{margin:g}", "--checks", str(design.checks)]
     words += ["--thresholds", ",".join(f"{t:g}" for t in design.thresholds)]
     words += ["--threads", str(design.threads), "--out", str(study.path)]
     return shell(words)
