@@ -10,7 +10,7 @@
 
 At the sampled steps hooks describe what goes through each normaliser and each weight layer, in the
 training's own forward and backward pass, and are gone for the others. Nothing of the training is
-kept but up to 2¹⁴ values a layer while its step lasts, and a few of its inputs as a fixed batch on
+kept but up to 2¹⁶ values a call while its step lasts, and a few of its inputs as a fixed batch on
 which the drift of the mean is seen. `normlab inspect watched` draws it.
 """
 
