@@ -23,7 +23,7 @@ import normlab
 from cifar_files import ARRAYS, TINY, npm_version, python_version, send, serving, tar, write_folder
 from normlab.data import cache
 from normlab.data.cache import cache_folder
-from normlab.data.cifar10 import sources
+from normlab.data.cifar10 import download, sources
 from normlab.data.cifar10.cache import info, read_cache, verify
 from normlab.data.cifar10.download import Limits
 from normlab.data.cifar10.fetching import fetch
@@ -152,6 +152,26 @@ def test_a_transfer_cut_off_is_tried_again(failures):
     with serving(answer) as url:
         get(archive(url))
     assert len(answers) == failures + 1
+    assert_cached()
+
+
+def test_a_transfer_cut_off_late_has_time_for_another_try(monkeypatch):
+    monkeypatch.setattr(download, "_CHUNK", 1000)  # the archive is smaller than a real chunk
+    answers = []
+
+    def answer(handler):
+        answers.append(1)
+        if len(answers) == 1:
+            send(handler, ARCHIVE[: len(ARCHIVE) // 2], length=len(ARCHIVE))
+            handler.wfile.flush()
+            time.sleep(0.6)
+        else:
+            time.sleep(0.3)
+            send(handler, ARCHIVE)
+
+    with serving(answer) as url:
+        get(archive(url), limits=Limits(read=2, grace=0.5, total=20))
+    assert len(answers) == 2
     assert_cached()
 
 

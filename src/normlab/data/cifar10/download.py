@@ -26,7 +26,7 @@ class Limits:
     connect: float = 8.0
     read: float = 20.0  # without a single byte
     total: float = 900.0
-    grace: float = 30.0  # after that, a source too slow to end within `total` is left
+    grace: float = 30.0  # of a try; after that, one too slow to end within `total` is left
 
 
 class _Interrupted(Exception):
@@ -78,15 +78,15 @@ class _Transfer:
     def __init__(self, size: int, limits: Limits) -> None:
         self.size = size
         self.limits = limits
-        self.started = time.monotonic()
+        self.started = self.paced = time.monotonic()  # its pace is measured from there on
         self.received = 0
         self.stop = threading.Event()
         self.error: Exception | None = None
 
     def check_pace(self) -> None:
-        elapsed = time.monotonic() - self.started
-        minutes = self.limits.total / 60
-        if elapsed > self.limits.total:
+        now = time.monotonic()
+        elapsed, minutes = now - self.paced, self.limits.total / 60
+        if now - self.started > self.limits.total:
             raise DataError(f"not finished after {minutes:.3g} minutes")
         if elapsed > self.limits.grace and self.received < self.size * elapsed / self.limits.total:
             rate = self.received / elapsed
@@ -106,6 +106,8 @@ class _Transfer:
             except (_Interrupted, requests.Timeout):
                 if attempt == _RETRIES or self.stop.wait(0.5 * (attempt + 1)):
                     raise
+                if self.received:  # the next try begins anew; a host that sent nothing gets no more
+                    self.paced = time.monotonic()
 
     def _receive(self, session: "requests.Session", url: str, output_file: str) -> None:
         import requests
