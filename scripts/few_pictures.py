@@ -26,7 +26,7 @@ import normlab
 from normlab.core.files import write_json
 from normlab.core.records import read_json
 from normlab.runs import Run
-from normlab.statistics import Contrast, compare
+from normlab.statistics import Contrast, judge
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "few-pictures"
 THEIRS = ("airplane", "automobile", "bird", "cat", "deer")
@@ -183,7 +183,7 @@ def table(scores: dict[str, list[dict[str, Any]]], settings: dict[str, dict[str,
         )
     ]  # fmt: skip
     lines += ["", "| difference | mean | interval | p, Holm | verdict |", "|---|---|---|---|---|"]
-    for c in compare(contrasts, look=1, generator=np.random.default_rng(0)):
+    for c in judge(contrasts, look=1, generator=np.random.default_rng(0)):
         low, high = c.interval
         lines.append(
             f"| {c.first} − {c.other} | {c.difference:+.4f} | {low:+.4f} to {high:+.4f} "
