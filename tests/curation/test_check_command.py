@@ -19,13 +19,16 @@ from safetensors.torch import save_file
 import normlab
 from normlab.api.check import check_data
 from normlab.cli import cli
+from normlab.curation.check import Check, group
+from normlab.curation.copies import Copies
 from normlab.curation.first_look import first_look
-from normlab.curation.pictures import read_pictures
+from normlab.curation.pictures import from_images, read_pictures
 from normlab.data import load
 from normlab.data.changes import read_changes
 from normlab.data.images import from_mapping
 from normlab.errors import UserError
 from normlab.models.timm_net import load_timm
+from normlab.reports import check_page
 from normlab.reports.check_page import summary_lines
 from normlab.reports.run_report import warnings_of
 
@@ -128,6 +131,31 @@ def test_the_page_asks_nobody_and_shows_names_as_text(checked: tuple[Path, Path,
     assert not re.search(r"""(?:src|href)=["']?(?!data:)|https?://|@import""", page)
     assert "<b>" not in page
     assert "notes &lt;b&gt;.txt" in page
+
+
+def test_one_button_leaves_out_what_has_a_copy_among_the_test_pictures() -> None:
+    """Not one that stands in training and validation alone: both would be gone."""
+    sample = load("sample")
+    arrays = {"x_train": sample.x_train, "y_train": sample.y_train}
+    arrays |= {"x_test": sample.x_test[:60], "y_test": sample.y_test[:60]}
+    arrays |= {"x_val": sample.x_test[60:120], "y_val": sample.y_test[60:120]}
+    arrays = {name: value.copy() for name, value in arrays.items()}
+    arrays["x_val"][0], arrays["y_val"][0] = sample.x_train[1], sample.y_train[1]
+    arrays["x_test"][2], arrays["y_test"][2] = sample.x_train[3], sample.y_train[3]
+    arrays["x_test"][4], arrays["y_test"][4] = arrays["x_val"][5], arrays["y_val"][5]
+    pictures = from_images(from_mapping(arrays, name="mine"))
+    copies = Copies(
+        pairs=np.array([[1, 460], [3, 402], [404, 465]]),
+        scores=np.full(3, np.inf),
+        compared=3,
+        found={},
+    )
+    found = Check(pictures, copies, group(pictures, copies), None, [], [], "", {})
+    text = check_page.page(found, "mine.npz").decode()
+    content = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    ((action,),) = [section["actions"] for section in content["sections"]]
+    names = {content["pictures"][i]["name"] for i in action["pictures"]}
+    assert names == {"train/3", "val/5"}
 
 
 def test_groups_stay_together_in_a_check_as_in_a_training(

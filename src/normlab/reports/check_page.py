@@ -140,10 +140,12 @@ def _copies(found: Check) -> dict[str, Any]:
             facts.append(f"{len(members)} pictures, {MOST_MEMBERS} shown")
             members = members[: MOST_MEMBERS // 2] + members[-MOST_MEMBERS // 2 :]
         items.append({"text": ", ".join(facts), "pictures": list(members)})
-    leaked = {i for g in groups if g.leaks for i in g.members if parts[i] != "test"}
+    tested = [g for g in groups if any(parts[i] == "test" for i in g.members)]
+    leaked = {i for g in tested for i in g.members if parts[i] != "test"}
     on_page = {i for item in items for i in item["pictures"]}
     action = {
-        "text": "Leave out the training pictures that have a copy among the test pictures",
+        "text": "Leave out the training and validation pictures that have a copy among the test "
+        "pictures",
         "pictures": sorted(leaked & on_page),
     }
     return _section(
