@@ -44,6 +44,8 @@ CHECK = "normlab data check pets"
     [
         (run(0.99, 0.99, 1.0), []),
         (run(0.99, 0.99, 1.0, surest=0.99), []),
+        (run(0.99, 0.99, 1.0, recipe="notebook"), []),
+        (run(0.99, 0.99, 1.0, recipe="pretrained", start=FITTED, surest=0.99), []),
         (run(0.85, 0.6, 0.9), [f"{SEED} --balance sampling", f"{SEED} --minutes 7"]),
         (run(0.85, 0.6, 0.9, balance="sampling"), [f"{SEED} --minutes 7", CURVE]),
         (run(0.7, 0.7, 0.95), [f"{SEED} --from builtin", f"{SEED} --minutes 7"]),

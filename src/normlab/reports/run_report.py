@@ -308,6 +308,9 @@ def _lacks(run: Run) -> list[tuple[list[str], str]]:
     data, size = _data_words(run), "--image-size"
     data = data[: data.index(size)] + data[data.index(size) + 2 :] if size in data else data
     train, seconds = ["normlab", "train"], result["train_seconds"]
+    accuracy, found = result["test_accuracy"], []
+    if accuracy >= NEARLY_ALL:
+        return []
     if start is not None and start.head == "fitted":
         words = [*train, recipe.name, "--from", start.run, "--epochs", str(recipe.epochs + 3)]
         return [([*words, *data], "the body learns on, slowly"), *_doubtful_labels(run)]
@@ -315,9 +318,6 @@ def _lacks(run: Run) -> list[tuple[list[str], str]]:
         text = "the recipe for own pictures, with the size that suits them"
         return [([*train, *data], text)]
     learnt = (run.history[-1].get("accuracy") if run.history else None) or 0.0
-    accuracy, found = result["test_accuracy"], []
-    if accuracy >= NEARLY_ALL:
-        return []
     if accuracy - scores["balanced_accuracy"] > 0.03 and recipe.balance != "sampling":
         text = "rare classes are answered worse: show them more often"
         found.append(([*train, *data, "--balance", "sampling"], text))
