@@ -42,7 +42,7 @@ def learning_curve(
     """Train on parts of the training pictures, and say whether more of them would help.
 
     Each part is of every class alike, holds the smaller ones of its seed, and is trained on for as
-    many steps as all pictures are, or up to a twentieth more, to end with a pass over them; so
+    many steps as all pictures are, or up to a twentieth more, to end with a whole epoch; so
     patience ends none of them. Pictures held out and test pictures are the same for all. The test
     pictures decide nothing here, and so score every training.
 

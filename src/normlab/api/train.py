@@ -80,9 +80,9 @@ def train(
     a part of every batch, and rank 0 scores the end and writes the folder.
 
     Args:
-        recipe: a name that `normlab recipes` lists, or a `Recipe`; None for the recipe of the run
-            to start from, or else for the default one: `fast79` on CIFAR-10, `pictures` on data of
-            your own.
+        recipe: a name that `normlab recipes` lists, or a `Recipe`; None for `fast79`, or with
+            `start` for its recipe; on data of your own for `pictures`, unless that is for another
+            network than that of `start`.
         data: as `normlab.data.load` takes it; None for CIFAR-10.
         out: the run's folder, new or empty; None for the next number in `runs/`.
         seed: the seed of every random draw (initial weights, order of images, augmentation,

@@ -117,8 +117,9 @@ def train(
 ) -> None:
     """Train RECIPE, score it once on the test images, and keep it as a run.
 
-    Options override the recipe; `normlab recipes` lists recipes. With --from, RECIPE is by default
-    the recipe of that run.
+    Options override the recipe; `normlab recipes` lists recipes. By default RECIPE is fast79, or
+    with --from that of the run. On your own data it is pictures, unless that is for another network
+    than the run's.
     """
     if layers is not None and not record:
         raise click.UsageError("--layers says which layers --record keeps: add --record")
