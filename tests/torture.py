@@ -156,7 +156,7 @@ class Torture:
     def command(self, out: Path) -> list[str]:
         """`normlab train` into `out`; or on with it, where it can be gone on with."""
         if (out / "environment.json").exists():
-            return ["train", "--resume", str(out), "--record"]
+            return ["train", "--resume", str(out)]
         shutil.rmtree(out, ignore_errors=True)  # as its message says: nothing was done yet
         options = ["--epochs", str(self.epochs), "--batch-size", str(self.batch_size)]
         options += ["--threads", "1", "--seed", "3", "--ema", "0.9"]

@@ -307,6 +307,50 @@ def test_no_sample_is_lost_between_two_observers(
             assert np.array_equal(whole.arrays[name], resumed.arrays[name], equal_nan=True), name
 
 
+class Ended(After):
+    """Ends the process before the first step."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda state: None)
+
+    def before_training(self, plan: Plan) -> None:
+        raise SystemExit
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_what_a_run_was_asked_to_observe_is_known_before_its_first_step(
+    tmp_path: Path, begun: bool
+) -> None:
+    """Asked when it was begun, or when it was resumed; the next resume is not asked again."""
+    data, folder = few_images(), tmp_path / "run"
+    options: dict[str, Any] = {"epochs": 1, "batch_size": 16, "threads": 1, "observers": (Ended(),)}
+    if begun:
+        options |= {"record": ["hidden", "conv1"], "three_way": True}
+    with pytest.raises(SystemExit):
+        normlab.train("notebook", data=data, out=folder, **options)
+    if not begun:
+        with pytest.raises(SystemExit):
+            normlab.resume(folder, data=data, record=True, three_way=True, observers=(Ended(),))
+    run = normlab.resume(folder, data=data)
+    recording = read_recording(folder)
+    assert recording.steps.tolist() == sampled_steps(5)
+    assert len(recording.layers) == (2 if begun else 10)
+    assert {"conv1", "hidden"} <= set(recording.layers)
+    assert "val_accuracy_population" in run.history[0]
+
+
+def test_a_resume_is_not_asked_for_scores_that_there_cannot_be(tmp_path: Path) -> None:
+    """It would be known to the folder, and no later resume could go on."""
+    data, folder = few_images(), tmp_path / "run"
+    with pytest.raises(SystemExit):
+        normlab.train(
+            "notebook", data=data, out=folder, validation=0.0, threads=1, observers=(Ended(),)
+        )
+    with pytest.raises(UserError, match="holds out none"):
+        normlab.resume(folder, data=data, three_way=True)
+    assert "three_way" not in normlab.open_run(folder).environment
+
+
 def test_a_cut_keeps_all_arrays_of_one_length(recorded: tuple[Path, State, Recorder]) -> None:
     recording = read_recording(recorded[0]).until(5)
     assert recording.steps.tolist() == [step for step in sampled_steps(15) if step <= 5]

@@ -25,6 +25,7 @@ from normlab.core.ranks import WAIT, Ranks, joined
 from normlab.core.tensors import digest, is_finite, write_tensors
 from normlab.curation.first_look import first_look
 from normlab.data import ImageData, load
+from normlab.data.batches import split_images
 from normlab.data.changes import read_changes
 from normlab.data.loading import PUBLIC, check_size
 from normlab.data.pictures.sizes import SIZES
@@ -124,9 +125,7 @@ def train(
         with ranks.agreeing("ready"):
             ranks.refuse(record=record, minutes=minutes is not None)
             layers = None if isinstance(record, bool) else list(record)
-            extra = (ThreeWayScores(),) if three_way else ()
-            if record:
-                observers = (*observers, Recorder(layers))
+            asked = _asked(record, three_way)
             source = starting_points.open_source(start, freeze=freeze, statistics=statistics)
             wanted = {k: v for k, v in changes.items() if v is not None} | dict(settings or {})
             starting_points.choose_recipe(source, recipe, wanted)  # before anything is read
@@ -182,11 +181,7 @@ def train(
                 )
 
             task = task_at(images.image_shape[0])
-            if three_way and task.recipe.validation == 0:
-                raise UserError(
-                    f"--three-way scores validation images and {task.recipe.name} holds out none: "
-                    "add --validation 0.1"
-                )
+            _refuse_unobservable(asked, task, images)
             with machine_settings(threads, where):
                 started = time.perf_counter()
                 refuse_impossible(task, images)
@@ -236,7 +231,7 @@ def train(
                     if look is not None:
                         write_json(folder / "look.json", {"leak": look.leak})
                     # The last of the first files: a run that has it can be resumed.
-                    write_json(folder / "environment.json", machine)
+                    write_json(folder / "environment.json", machine | asked)
             folder = Path(ranks.exchange("folder's name", str(folder))[0])
             ranks.remember(str(folder.absolute()))
             state = new_state(task, images, where, weights)
@@ -244,7 +239,7 @@ def train(
             state.seconds = time.perf_counter() - started
             return _finish(
                 *(ranks, Run(folder, task), images, data_seconds, state, machine),
-                *(where, observers, extra),
+                *(where, observers, asked),
                 expected=expected,
                 allowed=None if allowed is None else allowed + state.seconds,
             )
@@ -297,6 +292,20 @@ def _claim(folder: Path, task: Task) -> None:
         ) from None
 
 
+def _asked(record: bool | Sequence[str], three_way: bool) -> dict[str, Any]:
+    """What a run shall observe; `environment.json` has it, so that `resume` goes on with it."""
+    layers = record if isinstance(record, bool) else list(record)
+    return {key: value for key, value in (("record", layers), ("three_way", three_way)) if value}
+
+
+def _refuse_unobservable(asked: Mapping[str, Any], task: Task, images: ImageData) -> None:
+    if "three_way" in asked and not len(split_images(images, task.recipe.validation)[1]):
+        raise UserError(
+            f"--three-way scores validation images and {task.recipe.name} holds out none: "
+            "train with --validation 0.1, or leave it out"
+        )
+
+
 def resume(
     run: str | Path | None = None,
     *,
@@ -314,7 +323,7 @@ def resume(
         data: where the images are now, if not where they were.
         allow_changes: go on although the data or the environment differ, where the end will not be
             bit-identical; the run's page and `environment.json` then tell of both.
-        record, three_way: as for `train`. A recording that was begun goes on in any case.
+        record, three_way: as for `train`; what the run was asked for before goes on in any case.
         observers: told after each step, in rank 0.
         wait: seconds that one process waits for another.
 
@@ -344,7 +353,6 @@ def _resume(
     three_way: bool = False,
     observers: tuple[Observer, ...] = (),
 ) -> Run:
-    extra = (ThreeWayScores(),) if three_way else ()
     told: Any = None
     with ranks.agreeing("open"):
         if ranks.first:  # the only one that needs the folder
@@ -362,7 +370,7 @@ def _resume(
                 "task": found.task.as_dict(),
                 "environment": dict(found.environment),
                 "done": done,
-                "recording": (found.path / RECORDING).exists(),
+                "recorded": (found.path / RECORDING).exists(),
             }
     told = ranks.exchange("run", told)[0]
     opened = Run(Path(told["path"]), Task.from_dict(told["task"]))
@@ -370,9 +378,9 @@ def _resume(
     if told["done"]:
         return opened
     with ranks.agreeing("ready"):
-        ranks.refuse(record=record or told["recording"])
-        if record or told["recording"]:
-            observers = (*observers, Recorder())
+        begun = environment.get("record", told["recorded"])  # older runs do not say
+        asked = _asked(begun or record, environment.get("three_way", False) or three_way)
+        ranks.refuse(record="record" in asked)
         most = resolve_threads(None, ranks.local[1])
         then = [environment, *environment.get("later", [])][-1]
         threads = resolve_threads(min(then["threads"], most))
@@ -384,6 +392,7 @@ def _resume(
     ranks.same("facts", _facts(opened.task, machine) | {"data (by SHA-256)": images.sha256})
     with ranks.agreeing("differences"):
         opened.check_data(images)
+        _refuse_unobservable(asked, opened.task, images)
         differs = _differences(opened.task, then, images, machine)
         if differs and not allow_changes:
             raise UserError(
@@ -403,9 +412,9 @@ def _resume(
             if problem:
                 line = f"normlab: {problem}; going on from step {state.step:,}"
                 print(printable(line), file=sys.stderr)
-            _note_changes(opened, state.step, images, machine)
+            _note_changes(opened, state.step, images, machine, asked)
         checkpoint.share(ranks, state)
-        return _finish(ranks, opened, images, data_seconds, state, machine, where, observers, extra)
+        return _finish(ranks, opened, images, data_seconds, state, machine, where, observers, asked)
 
 
 def _refuse_finished(run: Run) -> None:
@@ -462,16 +471,20 @@ def _differences(
     return found
 
 
-def _note_changes(run: Run, step: int, images: ImageData, now: Mapping[str, Any]) -> None:
+def _note_changes(
+    run: Run, step: int, images: ImageData, now: Mapping[str, Any], asked: Mapping[str, Any]
+) -> None:
     """Note in `environment.json` what a run goes on with behind `step`, if that is another than
-    before. Of what it went on with behind a later step, or this one, nothing is left.
+    before, and what it is `asked` to observe. Of what it went on with behind a later step, or this
+    one, nothing is left.
     """
     begun: dict[str, Any] = dict(run.environment)
     later = [entry for entry in begun.get("later", []) if entry["step"] < step]
     if differs := _differences(run.task, [begun, *later][-1], images, now):
         later.append({"step": step, "differs": differs, **now, "data_sha256": images.sha256})
-    if later != begun.get("later", []):
-        write_json(run.path / "environment.json", {**begun, "later": later})
+    noted = {**begun, **asked, "later": later}
+    if noted != {"later": [], **begun}:
+        write_json(run.path / "environment.json", noted)
 
 
 def _finish(
@@ -483,7 +496,7 @@ def _finish(
     machine: Mapping[str, Any],
     device: torch.device,
     observers: tuple[Observer, ...],
-    extra: tuple[Hook, ...],
+    asked: Mapping[str, Any],
     *,
     expected: float | None = None,
     allowed: float | None = None,
@@ -491,12 +504,16 @@ def _finish(
     """Train to the end; rank 0 writes weights, scores the test images once, draws the report.
 
     Args:
+        asked: what to observe, as `_asked` has it.
         expected: seconds that it will take.
         allowed: seconds that the training may take.
     """
     recipe, folder = run.task.recipe, run.path
     plan = make_plan(run.task, images, machine["threads"], folder, ranks)
     plan = replace(plan, expected=expected, seconds=allowed)
+    extra: tuple[Hook, ...] = (ThreeWayScores(),) if "three_way" in asked else ()
+    if record := asked.get("record"):
+        observers = (*observers, Recorder(None if record is True else record))
     if ranks.first:
         observers = (*observers, checkpoint.Checkpoints(folder, state))
     try:

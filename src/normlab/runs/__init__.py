@@ -1,7 +1,7 @@
 """A run is a folder; this is what stands in it and how it is found again.
 
 recipe.json        what was asked for, resolved: recipe, seed, data
-environment.json   on what: versions, processor, threads
+environment.json   on what: versions, processor, threads; what is observed
 history.jsonl      one line an epoch
 checkpoint.safetensors, checkpoint.previous.safetensors   while unfinished: where to go on
 start.safetensors  while unfinished: where a run that starts from another began

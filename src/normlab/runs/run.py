@@ -32,7 +32,7 @@ class Later(TypedDict):
 
 
 class Environment(TypedDict):
-    """`environment.json`: versions, processor, threads. More keys may stand in it."""
+    """`environment.json`: versions, processor, threads, what is observed. It may have more keys."""
 
     threads: int
     device: str
@@ -40,6 +40,8 @@ class Environment(TypedDict):
     torch: NotRequired[str]
     normlab: NotRequired[str]
     code_sha256: NotRequired[str]
+    record: NotRequired[bool | list[str]]
+    three_way: NotRequired[bool]
     later: NotRequired[list[Later]]
 
 
