@@ -150,6 +150,25 @@ def test_a_frozen_layer_is_left_alone() -> None:
     assert model[1].running_mean.all()
 
 
+def test_so_is_one_that_is_kept_in_evaluation_mode() -> None:
+    """Where the model is in training mode; in one that is not, all stand in it and none is kept."""
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 8), nn.Flatten())
+    model[0].eval()
+    x, zeros = pictures(8, size=8), torch.zeros(3).double()
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(x)
+    torch.testing.assert_close(logits_of(model, x, 8, own_statistics=True), expected)
+    found = population_moments(model, x)
+    torch.testing.assert_close(found["1"].mean.float(), x.mean((0, 2, 3)) / (1 + 1e-5) ** 0.5)
+    set_statistics(model, found)
+    assert not model[0].running_mean.any()
+    assert model[1].running_mean.all()
+    assert [m.training for m in model] == [False, True, True, True]
+    for whole in (model.eval(), nn.Sequential(model)):  # a new container is in training mode
+        _, second = population_moments(whole, x).values()
+        torch.testing.assert_close(second.mean, zeros, rtol=0, atol=1e-5)
+
+
 def test_untouched_gives_back_statistics_modes_and_random_stream() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5)).train()
     model[1].eval()

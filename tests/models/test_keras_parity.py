@@ -104,9 +104,10 @@ def test_the_table_is_the_notebooks() -> None:
 
 def test_describing_a_network_leaves_it_alone() -> None:
     model = NotebookNet().train()
+    model.dropout.eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     summarize(model)
-    assert model.training
+    assert [m for m in model.modules() if not m.training] == [model.dropout]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

@@ -175,11 +175,14 @@ def test_a_damaged_cache_is_computed_anew(file: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("statistics", ["keep", "recalibrate", "adapt"])
+@pytest.mark.parametrize(
+    ("statistics", "ema"), [("keep", 0.0), ("keep", 0.5), ("recalibrate", 0.0), ("adapt", 0.0)]
+)
 def test_statistics_do_what_was_said_when_it_learns_on(
-    file: Path, tmp_path: Path, statistics: str
+    file: Path, tmp_path: Path, statistics: str, ema: float
 ) -> None:
-    run = trained(file, tmp_path / "r", epochs=1, batch_size=36, statistics=statistics)
+    options = {"epochs": 1, "batch_size": 36, "statistics": statistics, "ema": ema}
+    run = trained(file, tmp_path / "r", **options)
     body = {k.removeprefix("body."): v for k, v in run.model("last").state_dict().items()}
     source = read_weights(file)
     names = [k for k in source if k.endswith("running_var")]

@@ -18,7 +18,7 @@ from normlab.data import ImageData
 from normlab.data.batches import batch_bounds, split_images
 from normlab.diagnosis.network import Batches, Network, Node, Normalizer
 from normlab.errors import UserError
-from normlab.evaluation.forward import Images, count, normalizers, untouched
+from normlab.evaluation.forward import Images, count, frozen, normalizers, trains, untouched
 from normlab.evaluation.population import Moments, evenly, population_moments
 from normlab.evaluation.scores import three_way
 from normlab.layers import BatchNorm, Dropout
@@ -66,7 +66,7 @@ def from_module(
                 batch_size=max(batches.size or 32, 2),  # one may have no statistics
             )
     total = 0 if samples is None else count(samples.population)
-    training = _trains(model)
+    training = trains(model)
     described = [
         _normalizer(name, layer, found.get(name), total, training) for name, layer in layers.items()
     ]
@@ -186,7 +186,6 @@ def _normalizer(
     total: int,
     training: bool,
 ) -> Normalizer:
-    frozen = _frozen(layer, training)
     if isinstance(layer, BatchNorm):
         decay = layer.decay
     else:
@@ -204,19 +203,12 @@ def _normalizer(
         data_mean=None if found is None else found.mean.cpu().numpy(),
         data_var=None if found is None else found.var.cpu().numpy(),
         updates=tracked and not getattr(layer, "frozen", False),
-        takes_batch=not frozen,
+        takes_batch=not _frozen(layer, training),
         dtype=_dtype(layer.running_var),
         single=None if found is None else found.count <= total,
         trainable=any(p.requires_grad for p in layer.parameters()),
         training=layer.training,
     )
-
-
-def _trains(model: nn.Module) -> bool:
-    """Whether `model` is in training mode, and not just a new container of layers that are not."""
-    layers = [m for m in model.modules() if not list(m.children())]
-    learning = [m for m in layers if list(m.parameters()) and not isinstance(m, TorchBatchNorm)]
-    return model.training and any(m.training for m in learning or layers)
 
 
 def _frozen(layer: BatchNorm | TorchBatchNorm, training: bool) -> bool:
@@ -227,7 +219,7 @@ def _frozen(layer: BatchNorm | TorchBatchNorm, training: bool) -> bool:
     """
     if layer.running_var is None:
         return False
-    if getattr(layer, "frozen", False) or (training and not layer.training):
+    if frozen(layer, training):
         return True
     parameters = list(layer.parameters())
     return not training and bool(parameters) and not any(p.requires_grad for p in parameters)

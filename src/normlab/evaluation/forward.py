@@ -68,6 +68,21 @@ def as_trained(model: nn.Module) -> nn.Module:
     return model if model.training else model.train()
 
 
+def trains(model: nn.Module) -> bool:
+    """Whether `model` is in training mode, and not just a new container of layers that are not."""
+    layers = [m for m in model.modules() if not list(m.children())]
+    learning = [m for m in layers if list(m.parameters()) and not isinstance(m, TorchBatchNorm)]
+    return model.training and any(m.training for m in learning or layers)
+
+
+def frozen(layer: TorchBatchNorm, training: bool) -> bool:
+    """Whether a layer keeps to its running statistics while its model is trained.
+
+    training: whether the model is in training mode; a layer that is not was kept from it.
+    """
+    return bool(getattr(layer, "frozen", False)) or (training and not layer.training)
+
+
 def evaluation_batch(images: Images) -> int:
     """How many images go through a network at a time where nothing is learnt.
 
@@ -97,8 +112,8 @@ def logits_of(
         views: with more than one view of an image (see `views_of`), the weighted mean of their
             logits. `unsure`: those of `shift` for the quarter of the images whose best class has
             the lowest probability from a single view, and the single view for all others.
-        own_statistics: normalise each batch by its own statistics instead of the running ones; its
-            images are `mixed`.
+        own_statistics: normalise each batch by its own statistics instead of the running ones, but
+            for `frozen` layers; its images are `mixed`.
         ranks: processes that have the same model and images: each answers its share of the batches,
             and all get all the answers.
 
@@ -227,10 +242,13 @@ def run_batches(
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     with untouched(model), apart(model):
-        model.eval()
+        learning: list[TorchBatchNorm] = []
         if own_statistics:
-            for layer in normalizers(model).values():
-                layer.train()
+            training = trains(model)
+            learning = [x for x in normalizers(model).values() if not frozen(x, training)]
+        model.eval()
+        for layer in learning:
+            layer.train()
         order = mixed(total) if own_statistics else None
         for a, b in ranks.mine(batch_bounds(total, batch_size, join_single=own_statistics)):
             rows = slice(a, b) if order is None else order[a:b]

@@ -23,8 +23,10 @@ from normlab.evaluation.forward import (
     count,
     evaluation_batch,
     first_tensor,
+    frozen,
     normalizers,
     run_batches,
+    trains,
 )
 from normlab.layers import BatchNorm, moments
 
@@ -47,7 +49,8 @@ def population_moments(
 
     With several `ranks`, which have the same model and images, each takes a share of the batches.
 
-    The model is left as it was. A frozen `BatchNorm` goes on normalising by its running statistics.
+    The model is left as it was. Frozen layers go on normalising by their running statistics, and so
+    do those that are kept in `.eval()` in a model in training mode.
 
     Raises:
         UserError: fewer than two images.
@@ -125,17 +128,16 @@ def pool(parts: list[Moments]) -> Moments:
 def set_statistics(model: nn.Module, found: Mapping[str, Moments]) -> None:
     """Write moments into the running statistics, unbiased where the layer's library keeps them so.
 
-    Frozen layers and layers without running statistics are left alone.
+    Left alone are layers without running statistics, frozen ones, and those that are kept in
+    `.eval()` in a model in training mode.
     """
+    training = trains(model)
     for name, layer in normalizers(model).items():
         if layer.running_mean is None or layer.running_var is None or name not in found:
             continue
-        if isinstance(layer, BatchNorm):
-            if layer.frozen:
-                continue
-            unbiased = layer.convention.unbiased_running_var
-        else:
-            unbiased = True
+        if frozen(layer, training):
+            continue
+        unbiased = layer.convention.unbiased_running_var if isinstance(layer, BatchNorm) else True
         m = found[name]
         layer.running_mean.copy_(m.mean)
         layer.running_var.copy_(m.var * (m.count / max(m.count - 1, 1) if unbiased else 1.0))

@@ -64,12 +64,13 @@ def summarize(model: nn.Module, image_size: int = 32) -> Summary:
 
     leaves = [m for m in model.modules() if not list(m.children())]
     hooks = [m.register_forward_hook(note) for m in leaves if not isinstance(m, nn.Identity)]
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, image_size, image_size))
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
         for hook in hooks:
             hook.remove()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
