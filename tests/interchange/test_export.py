@@ -336,9 +336,27 @@ def test_fast_networks_of_every_kind_are_written_as_keras() -> None:
         np.testing.assert_allclose(answers, expected, rtol=0, atol=1e-6)
 
 
+def test_a_notebook_network_with_other_settings_is_written_as_it_is() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 9, 9, 3), dtype=np.uint8)
+    settings: dict[str, Any] = {"norm_epsilon": 0.1, "norm_momentum": 0.8, "logit_scale": 3.0}
+    model = NotebookNet(image_size=9, seed=1, **settings)
+    layers = layers_of(model, 9)
+    norms = [layer.config for layer in layers if layer.kind == "BatchNormalization"]
+    assert [(norm["epsilon"], norm["momentum"]) for norm in norms] == [(0.1, 0.8)] * 5
+    answers, _ = keras_file.keras_answers(keras_file.model_file("notebook", layers, 9, {}), pixels)
+    expected = logits_of(model, pixels).double().softmax(1)
+    np.testing.assert_allclose(answers, expected, rtol=0, atol=1e-6)
+
+
 def test_other_normalisers_are_refused() -> None:
     with pytest.raises(UserError, match="normaliser GroupNorm cannot be exported"):
         layers_of(FastNet(norm="group"), 32)
+    fast, notebook = FastNet(), NotebookNet()
+    fast.blocks[1].norm = torch.nn.InstanceNorm2d(64)
+    notebook.batch_normalization_4 = torch.nn.LayerNorm(512)
+    for model, name in ((fast, "InstanceNorm2d"), (notebook, "LayerNorm")):
+        with pytest.raises(UserError, match=f"normaliser {name} cannot be exported"):
+            layers_of(model, 32)
     with pytest.raises(UserError, match="network Linear cannot be written as Keras"):
         layers_of(torch.nn.Linear(2, 2), 32)
     with pytest.raises(UserError, match="norm_position=before cannot be written as Keras"):

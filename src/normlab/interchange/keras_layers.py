@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normlab.errors import UserError
 from normlab.formats.keras_layout import WEIGHTS, notebook_layers
-from normlab.layers import BatchNorm, GroupNorm
+from normlab.interchange.steps import batch_norm
 from normlab.models import FastNet, NotebookNet
 from normlab.models.fast import Block
 
@@ -31,11 +31,6 @@ def layers_of(model: nn.Module, image_size: int) -> list[KerasLayer]:
     Raises:
         UserError: a network or a normaliser that has no Keras form here.
     """
-    for module in model.modules():
-        if isinstance(module, GroupNorm):  # and its kinds: layer, RMS, instance
-            raise UserError(
-                f"normaliser {type(module).__name__} cannot be exported: only batch and none can"
-            )
     if isinstance(model, FastNet):
         return _fast(model)
     if not isinstance(model, NotebookNet):
@@ -51,15 +46,17 @@ def layers_of(model: nn.Module, image_size: int) -> list[KerasLayer]:
 
 
 def _notebook(model: NotebookNet, image_size: int) -> list[KerasLayer]:
-    norm = "batch" if isinstance(model.batch_normalization, BatchNorm) else "none"
     dropouts = {"conv1": "dropout", "flatten": "dropout_1", "hidden": "dropout_2"}
     state = model.state_dict()
     layers = [KerasLayer("Rescaling", {"scale": 1 / 255, "offset": 0.0, "name": "scaling"})]
-    for layer in notebook_layers(norm, image_size, model.output.out_features):
-        config = {**layer.config, "name": layer.name}
+    for layer in notebook_layers("batch", image_size, model.output.out_features):
         if layer.kind == "BatchNormalization":
-            config["momentum"] = 0.99
-        weights = [_array(state[f"{layer.name}.{key}"]) for key in WEIGHTS.get(layer.kind, ())]
+            layers += _norm(layer.name, model.get_submodule(layer.name))
+            continue
+        config = {**layer.config, "name": layer.name}
+        scale = model.logit_scale if layer.name == "output" else 1
+        keys = WEIGHTS.get(layer.kind, ())
+        weights = [_array(scale * state[f"{layer.name}.{key}"]) for key in keys]
         layers.append(KerasLayer(layer.kind, config, weights))
         if layer.name in dropouts:
             layers.append(KerasLayer("Dropout", {"rate": 0.2, "name": dropouts[layer.name]}))
@@ -85,7 +82,7 @@ def _fast(model: FastNet) -> list[KerasLayer]:
         layers.append(_conv(f"conv{i}", block.conv.weight, block.conv.bias))
         if isinstance(block.pool, nn.MaxPool2d):
             layers.append(KerasLayer("MaxPooling2D", {"pool_size": 2, "name": f"pool{i}"}))
-        norms = [_norm(f"norm{i}", block.norm)] if isinstance(block.norm, BatchNorm) else []
+        norms = _norm(f"norm{i}", block.norm)
         relu = KerasLayer("Activation", {"activation": "relu", "name": f"relu{i}"})
         layers += [relu, *norms] if block.norm_last else [*norms, relu]
     output = model.output.weight * model.logit_scale
@@ -109,7 +106,11 @@ def _conv(name: str, kernel: Tensor, bias: Tensor | None, activation: str = "lin
     return KerasLayer("Conv2D", config, [_array(t) for t in (kernel, bias) if t is not None])
 
 
-def _norm(name: str, norm: BatchNorm) -> KerasLayer:
+def _norm(name: str, place: nn.Module) -> list[KerasLayer]:
+    """No layer at all where the network has no normaliser."""
+    norm = batch_norm(place)
+    if norm is None:
+        return []
     tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     config = {
         # How much the old value weighs, which is what Keras, too, calls so.
@@ -119,7 +120,8 @@ def _norm(name: str, norm: BatchNorm) -> KerasLayer:
         "center": norm.bias is not None,
         "name": name,
     }
-    return KerasLayer("BatchNormalization", config, [_array(t) for t in tensors if t is not None])
+    weights = [_array(t) for t in tensors if t is not None]
+    return [KerasLayer("BatchNormalization", config, weights)]
 
 
 def _array(tensor: Tensor) -> NDArray[np.float32]:

@@ -211,14 +211,26 @@ def _dense(name: str, dense: nn.Linear, scale: float = 1.0) -> Dense:
     return Dense(name, _array(dense.weight) * scale, _array(dense.bias) * scale)
 
 
-def _norm(name: str, norm: nn.Module) -> list[Norm]:
-    """No step at all where the network has no normaliser."""
-    if isinstance(norm, nn.Identity):
-        return []
-    if not isinstance(norm, BatchNorm):
+def batch_norm(place: nn.Module) -> BatchNorm | None:
+    """The normaliser at its place in a network; None where it was left out.
+
+    Raises:
+        UserError: another normaliser.
+    """
+    if isinstance(place, nn.Identity):
+        return None
+    if not isinstance(place, BatchNorm):
         raise UserError(
-            f"normaliser {type(norm).__name__} cannot be exported: only batch and none can"
+            f"normaliser {type(place).__name__} cannot be exported: only batch and none can"
         )
+    return place
+
+
+def _norm(name: str, place: nn.Module) -> list[Norm]:
+    """No step at all where the network has no normaliser."""
+    norm = batch_norm(place)
+    if norm is None:
+        return []
     mean, var = _array(norm.running_mean), _array(norm.running_var)
     gamma = np.ones_like(mean) if norm.weight is None else _array(norm.weight)
     beta = np.zeros_like(mean) if norm.bias is None else _array(norm.bias)
