@@ -41,6 +41,13 @@ class TooLargeError(DataError):
     """A picture that has more pixels, or takes more memory, than is allowed."""
 
 
+class UnexportableError(UserError):
+    """A network, or a normaliser in it, that an exported file cannot hold."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}: `normlab predict` and `normlab serve` take the run itself")
+
+
 class NonFiniteError(NormlabError, ArithmeticError):
     """The loss or a weight became NaN or infinite."""
 

@@ -16,7 +16,11 @@ from normlab.__main__ import run as command
 from normlab.api.run import Run
 from normlab.data import load
 from normlab.evaluation import held_out
+from normlab.evaluation.prediction import run_predictor
+from normlab.serving.model import open_served
 from servers import Server, running
+
+SELF = "the run itself answers"
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,19 @@ def test_doubt_stands_beside_the_answer(run: Run, server: Server, pictures: list
         assert other.get("/model").json()["doubt"] is None
 
 
+def test_a_run_that_cannot_be_exported_answers_itself(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"norm": "rms", "validation": 0.25, "threads": 1}
+    run = normlab.train("fast79", out=tmp_path / "r", data="sample", **options)
+    served, pixels = open_served(run.path), load("sample").x_test[:5]
+    assert (served.checked, served.sha256, served.certificate) == (SELF, None, None)
+    assert "normaliser RMSNorm cannot be exported, only batch and none can: `" in served.reason
+    expected, near = run_predictor(run).answers(pixels)
+    assert near is not None
+    for (p, familiarity), row, known in zip(served.answers(pixels), expected, near, strict=True):
+        assert np.array_equal(p, row)
+        assert familiarity == known
+
+
 @pytest.mark.parametrize("views", ["flip", "shift", "unsure"])
 def test_views_answer_as_predict_does(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], views: str
@@ -85,7 +102,7 @@ def test_views_answer_as_predict_does(
         together = server.post(*contents, query="?top=10").json()["results"]
         alone = [server.post(c, query="?top=10").json()["results"][0] for c in contents]
     assert f"Views: {views}." in server.said
-    assert (told["views"], told["checked"]) == (views, "the run itself answers")
+    assert (told["views"], told["checked"]) == (views, SELF)
     assert told["sha256"] is told["certificate"] is told["doubt"]["error_after"] is None
     for expected, *answers in zip(said[views], together, alone, strict=True):
         for answer in answers:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normlab.errors import UserError
+from normlab.errors import UnexportableError
 from normlab.layers import BatchNorm
 from normlab.models import FastNet, NotebookNet
 from normlab.models.fast import PATCH, Block
@@ -137,14 +137,15 @@ def chain_of(model: nn.Module, image_size: int) -> Chain:
     """List the steps of `model` in evaluation mode.
 
     Raises:
-        UserError: a network or a normaliser that cannot be exported.
+        UnexportableError: another network or normaliser.
     """
     if isinstance(model, NotebookNet):
         return Chain(image_size, tuple(_notebook(model, image_size)))
     if isinstance(model, FastNet):
         return Chain(image_size, tuple(_fast(model)))
-    raise UserError(
-        f"network {type(model).__name__} cannot be exported: only NotebookNet and FastNet can"
+    raise UnexportableError(
+        f"network {type(model).__name__} cannot be exported, only NotebookNet, FastNet and those "
+        "of timm can"
     )
 
 
@@ -215,13 +216,13 @@ def batch_norm(place: nn.Module) -> BatchNorm | None:
     """The normaliser at its place in a network; None where it was left out.
 
     Raises:
-        UserError: another normaliser.
+        UnexportableError: another normaliser.
     """
     if isinstance(place, nn.Identity):
         return None
     if not isinstance(place, BatchNorm):
-        raise UserError(
-            f"normaliser {type(place).__name__} cannot be exported: only batch and none can"
+        raise UnexportableError(
+            f"normaliser {type(place).__name__} cannot be exported, only batch and none can"
         )
     return place
 

@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from normlab.errors import UserError
+from normlab.errors import UnexportableError
 from normlab.evaluation.doubt import Doubt
 from normlab.evaluation.held_out import Features
 from normlab.models.timm_net import TimmNet
@@ -52,7 +52,7 @@ def trace(
         The graph, and a sentence for each normalisation that was not folded.
 
     Raises:
-        UserError: PyTorch cannot export this network.
+        UnexportableError: PyTorch cannot export this network.
     """
     example = torch.zeros(2, 3, image_size, image_size)
     whole = _FromPixels(model, learnt).eval()
@@ -71,9 +71,8 @@ def trace(
             torch.onnx.export(whole, (example,), content, **options)  # type: ignore[arg-type]
     except Exception as e:  # an exporter may raise anything about somebody else's network
         reason = (str(e).splitlines() or [""])[0]
-        raise UserError(
-            f"PyTorch cannot export this network as ONNX ({type(e).__name__}: {reason}): use the "
-            "run itself, or start from another network"
+        raise UnexportableError(
+            f"PyTorch cannot export this network as ONNX ({type(e).__name__}: {reason})"
         ) from None
     model_proto = onnx.load_from_string(content.getvalue())
     graph = model_proto.graph

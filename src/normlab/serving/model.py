@@ -1,6 +1,7 @@
 """The model that is served: an exported file as it is, or a run exported in memory.
 
-From several views a run answers itself, exactly as `normlab predict` has it answer.
+From several views, and where it cannot be exported, a run answers itself, exactly as `normlab
+predict` has it answer.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from normlab.data.cifar10.cache import read_cache
 from normlab.data.cifar10.layouts import CLASS_NAMES
 from normlab.data.images import Labels, Pixels
 from normlab.data.pictures.reading import to_square
-from normlab.errors import DataError, UserError, install
+from normlab.errors import DataError, UnexportableError, UserError, install
 from normlab.evaluation.prediction import (
     Predictor,
     onnx_predictor,
@@ -44,7 +45,8 @@ class ServedModel:
         sha256: of the ONNX file's content; None where the run itself answers.
         certificate: of the comparison with its run on all test images; None if there was none.
         views: of each picture, see `normlab.evaluation.prediction.run_predictor`.
-        reason: why there was no comparison on all test images; it may name places of this machine.
+        reason: why the run itself answers, or there was no comparison on all test images; it may
+            name places of this machine.
     """
 
     name: str
@@ -80,11 +82,19 @@ def open_served(path: str | Path | None, views: str = "single") -> ServedModel:
 
     run = open_run(path)
     if views != "single":
-        predictor, checked = run_predictor(run, views=views), "the run itself answers"
-        return ServedModel(_name(run), predictor, run.task.published(), checked, views=views)
+        return _run_itself(run, views)
     if find_spec("onnx") is None:
         raise UserError(f"serving a run needs the package onnx: {install('serve')}")
-    return _from_run(run)
+    try:
+        return _exported(run)
+    except UnexportableError as error:
+        return _run_itself(run, views, reason=str(error))
+
+
+def _run_itself(run: "Run", views: str, reason: str = "") -> ServedModel:
+    predictor, checked = run_predictor(run, views=views), "the run itself answers"
+    task = run.task.published()
+    return ServedModel(_name(run), predictor, task, checked, views=views, reason=reason)
 
 
 def _from_file(path: Path) -> ServedModel:
@@ -102,7 +112,7 @@ def _from_file(path: Path) -> ServedModel:
     return ServedModel(path.name, predictor, task, checked, sha256, certificate)
 
 
-def _from_run(run: "Run") -> ServedModel:
+def _exported(run: "Run") -> ServedModel:
     """Export in memory, with the whole certificate if the run's test images are at hand."""
     from normlab.core.tensors import digest
     from normlab.evaluation import held_out
