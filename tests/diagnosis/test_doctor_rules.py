@@ -438,6 +438,28 @@ def test_dead_channels_are_found_however_many(dead: int, variance: float) -> Non
     assert of("eps-matters", diagnosis) == []
 
 
+@pytest.mark.parametrize("dead", [0, 9, 15, 16])
+@pytest.mark.parametrize("variance", [0.0, 1e-15])
+def test_statistics_off_the_data_are_found_however_many_channels_are_dead(
+    dead: int, variance: float
+) -> None:
+    """The dead ones are like the data; with none but them nothing is off."""
+    model = network()
+    with torch.no_grad():
+        model[0].weight[:dead] = 0
+    settle(model, size=8)
+    changed(1, "running_mean", [variance] * dead, model)
+    changed(1, "running_var", [variance] * dead, model)
+
+    def far(x: torch.Tensor) -> list[Finding]:
+        return [f for f in of("far-from-data", diagnose(model, data=(x, None))) if f.where == "1"]
+
+    assert far(DATA[0]) == []
+    found = far(DATA[0] * 3)
+    assert [f.severity for f in found] == ["serious"] * (dead < 16)
+    assert all(f"in the median channel of {16 - dead} " in f.evidence for f in found)
+
+
 @pytest.mark.parametrize("eps", [1e-8, 1e-3])
 def test_channels_of_very_unlike_scale_are_not_dead(eps: float) -> None:
     """As columns of a table are that was never scaled."""

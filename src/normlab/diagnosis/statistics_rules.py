@@ -131,8 +131,9 @@ def _improbable(mean: Vector, var: Vector, weight: float) -> bool:
 def off(n: Normalizer, mean: Vector, var: Vector) -> str:
     """How bad it is that the running statistics are off those of the data: a severity, or "".
 
-    Medians over the channels, with σ² the data's variance plus ε: serious when the mean is off by
-    more than σ or the variance by more than 4 times, a warning at half σ and 2 times.
+    Medians over the channels that are not dead in both, with σ² the data's variance plus ε: serious
+    when the mean is off by more than σ or the variance by more than 4 times, a warning at half σ
+    and 2 times.
     """
     shift, factor = distance(n, mean, var)
     if shift > 1 or factor > 4:
@@ -141,13 +142,24 @@ def off(n: Normalizer, mean: Vector, var: Vector) -> str:
 
 
 def distance(n: Normalizer, mean: Vector, var: Vector) -> tuple[float, float]:
-    """By how many σ the means are off, and the variances by what factor, in the median channel."""
+    """By how many σ the means are off, and the variances by what factor, in the median channel.
+
+    Of those that vary: a channel that is dead in training and on the data is like itself.
+    """
     if n.data_mean is None or n.data_var is None:
         return 0.0, 1.0
-    eps = n.eps or 1e-12
-    shift = float(np.median(np.abs(mean - n.data_mean) / np.sqrt(n.data_var + eps)))
-    factor = float(np.median(np.abs(np.log((np.maximum(var, 0) + eps) / (n.data_var + eps)))))
-    return shift, float(np.exp(factor))
+    eps, chosen = n.eps or 1e-12, living(n, var)
+    shifts = np.abs(mean - n.data_mean) / np.sqrt(n.data_var + eps)
+    factors = np.abs(np.log((np.maximum(var, 0) + eps) / (n.data_var + eps)))
+    return float(np.median(shifts[chosen])), float(np.exp(np.median(factors[chosen])))
+
+
+def living(n: Normalizer, var: Vector) -> np.ndarray:
+    """Which channels vary, by the running statistics or on the data; all where none does."""
+    flat = constant(n, var)
+    if n.data_var is not None:
+        flat = flat & constant(n, n.data_var)
+    return np.asarray(~flat | flat.all())
 
 
 @rule(

@@ -10,6 +10,7 @@ from normlab.diagnosis.rule import Observation, rule
 from normlab.diagnosis.statistics_rules import (
     RECALIBRATE,
     distance,
+    living,
     momentum_turned_round,
     never_updated,
     off,
@@ -111,9 +112,9 @@ def accumulation(network: Network) -> Iterator[Observation]:
 def far_from_data(network: Network) -> Iterator[Observation]:
     """Running statistics are far from those of the data.
 
-    Medians over the channels, with σ² the data's variance plus ε: serious when the mean is off by
-    more than σ or the variance by more than 4 times, a warning at half σ and 2 times. Serious, too,
-    when the layer is given values that are not finite.
+    Medians over the channels that are not dead in both, with σ² the data's variance plus ε: serious
+    when the mean is off by more than σ or the variance by more than 4 times, a warning at half σ
+    and 2 times. Serious, too, when the layer is given values that are not finite.
     """
     for n, mean, var in tracked(network):
         if n.data_mean is None or n.data_var is None:
@@ -122,7 +123,8 @@ def far_from_data(network: Network) -> Iterator[Observation]:
             yield Observation(n.name, "serious", "its input is NaN or infinite on these data")
         elif severity := off(n, mean, var):
             shift, factor = distance(n, mean, var)
-            evidence = f"in the median channel of {len(mean)} the mean is off by {shift:.2g} σ "
+            total = int(living(n, var).sum())
+            evidence = f"in the median channel of {total} the mean is off by {shift:.2g} σ "
             yield Observation(
                 n.name, severity, evidence + f"and the variance by a factor of {factor:.3g}"
             )
