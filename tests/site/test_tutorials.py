@@ -1,4 +1,4 @@
-"""Every command of the tutorials, run one after the other in a folder of its own."""
+"""Every `normlab` command of the tutorials, run one after the other in a folder like a clone's."""
 
 import re
 import shlex
@@ -63,5 +63,6 @@ def test_every_command_runs(name: str, tmp_path: Path) -> None:
         for n in np.flatnonzero(sample.y_train == k):
             Image.fromarray(sample.x_train[n]).save(folder / f"{n:03d}.png")
     Image.fromarray(sample.x_test[0]).save(tmp_path / "my-picture.jpg")
+    (tmp_path / "README.md").write_text("# as a clone has one")
     for line in commands(name):
         run(line, tmp_path)
