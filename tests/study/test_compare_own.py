@@ -128,6 +128,17 @@ def test_held_out_pictures_do_not_judge_a_run_that_learnt_from_them(
     assert not (in_tmp / "s").exists()
 
 
+def test_an_arm_may_fit_an_output_layer_to_what_it_starts_from(in_tmp: Path) -> None:
+    settings: dict[str, Any] = {"data": "sample", "seeds": 1, "threads": 1, "jobs": 1, "checks": 1}
+    arms = ["fitted: epochs=1, from=builtin, head=fitted", "plain: epochs=1"]
+    study = normlab.compare("fast79", arms=arms, out=in_tmp / "s", **settings)
+    start = study.outcomes[0].task["start"]
+    assert start["head"] == "fitted"
+    assert start["penalty"] > 0
+    again = normlab.compare("fast79", arms=arms, out=in_tmp / "s", **settings)
+    assert again.outcomes == study.outcomes
+
+
 def test_an_outcome_that_is_none_is_refused() -> None:
     with pytest.raises(UserError, match="outcome=luck: choose one of accuracy"):
         make_design(outcome="luck")

@@ -253,6 +253,11 @@ def load(folder: Path, task: Task, arm: str, seed: int) -> Outcome | None:
         its_task = Task.from_dict(outcome.task, "its task")
     except UserError as e:
         raise DataError(f"{path} is not a run's file ({e}): remove it to repeat the run") from None
-    if replace(its_task, data="") != replace(task, data=""):
+    if _asked(its_task) != _asked(task):
         raise DataError(f"{path} is of another recipe, seed or data: remove it to repeat the run")
     return outcome
+
+
+def _asked(task: Task) -> Task:
+    """What a run was asked for, wherever its data lie; a fitted layer's penalty is its finding."""
+    return replace(task, data="", start=task.start and replace(task.start, penalty=None))
