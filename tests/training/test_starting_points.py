@@ -18,7 +18,7 @@ from normlab.cli import cli
 from normlab.core.tensors import read_tensors, write_tensors
 from normlab.data.augment import to_input
 from normlab.data.batches import split_validation
-from normlab.errors import Interrupted
+from normlab.errors import DataError, Interrupted
 from normlab.runs import Run
 from normlab.training.preparation import make_plan, new_state
 from normlab.training.starting_points import begin
@@ -160,6 +160,16 @@ def test_a_new_head_is_the_seeds_and_the_same_classes_keep_theirs_by_name(
     with torch.no_grad():
         ours, theirs = model(x), source.model()(x)
     torch.testing.assert_close(ours, theirs[:, [3, 0, 4, 1, 2]], atol=1e-6, rtol=1e-6)
+
+
+def test_weights_that_changed_since_they_were_planned_with_are_refused(
+    fast: Run, tmp_path: Path
+) -> None:
+    """The runs of a study open their source anew, each in a process, perhaps days apart."""
+    run = normlab.train(data=NEW, out=tmp_path / "r", start=fast, **TINY)
+    other = normlab.train("fast79", data=OLD, out=tmp_path / "other", seed=1, **TINY)
+    with pytest.raises(DataError, match=r"other are others than when a training from them"):
+        begin(other, run.task, normlab.load(NEW))
 
 
 def test_the_start_is_part_of_what_the_run_is(fast: Run, tmp_path: Path) -> None:

@@ -175,10 +175,16 @@ def begin(run: Run | None, task: Task, images: ImageData) -> tuple[Task, dict[st
 
     Raises:
         UserError: the run's network is for images of another size.
+        DataError: its weights are others than those that `task` is to start from.
     """
     if run is None or task.start is None:
         return task, None
     model, state = task.build(), run.model().state_dict()
+    if digest(state) != task.start.weights_sha256:
+        raise DataError(
+            f"the weights of {run.path} are others than when a training from them was planned: "
+            "put those back, or begin anew with another --out"
+        )
     fresh, body = model.state_dict(), {k: t for k, t in state.items() if _in_body(k)}
     if any(fresh[k].shape != t.shape for k, t in body.items()):
         raise UserError(
