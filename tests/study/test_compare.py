@@ -169,6 +169,28 @@ def test_a_diverged_run_counts_at_chance_and_never_reaches_anything(tmp_path: Pa
     assert study.mcnemar((first, other)) is None
 
 
+def test_an_arm_that_answers_at_chance_does_not_win_by_its_loss_without_a_word(
+    tmp_path: Path,
+) -> None:
+    """A constant answer has the loss log K; one that is right, and too sure, may have more."""
+    scores: dict[str, list[float | None]] = {"batch": [0.8] * 6, "none": [0.1] * 6}
+    study = make_study(tmp_path, scores, outcome="loss")
+    losses = {"batch": 2.8, "none": 2.302585}
+    outcomes = tuple(
+        replace(o, test_loss=losses[o.arm] + 0.001 * o.seed * (o.arm == "batch"))
+        for o in study.outcomes
+    )
+    [c] = replace(study, outcomes=outcomes).comparisons
+    assert (c.verdict, c.at_chance) == ("worse", (0, 6))
+    assert "Not shown to answer better than chance: 6 of 6 runs of none." in c.sentence
+    dead = make_study(tmp_path / "dead", {**scores, "none": [None] * 6}, outcome="loss")
+    [c] = dead.comparisons
+    assert (c.diverged, c.at_chance) == ((0, 6), (0, 0))
+    assert "Diverged and counted as log K: 6 of 6 runs of none." in c.sentence
+    [c] = make_study(tmp_path / "well", BETTER).comparisons
+    assert c.at_chance == (0, 0)
+
+
 def test_half_a_study_has_no_verdict(tmp_path: Path) -> None:
     study = make_study(tmp_path, BETTER, seeds=12)
     assert not study.complete

@@ -45,6 +45,7 @@ class Contrast:
     other: str
     differences: ArrayLike  # (n,) the value of `first` minus that of `other`, pair by pair
     diverged: tuple[int, int] = (0, 0)  # runs of first, of other that diverged
+    at_chance: tuple[int, int] = (0, 0)  # that ended, and are not shown to answer better than it
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Comparison:
     p_value: float  # after Holm's correction; at most the look's level if decided
     verdict: Verdict
     diverged: tuple[int, int]
+    at_chance: tuple[int, int]
     p_unadjusted: float
     level: float  # of the interval: the Holm step's; its confidence is 1 − level
     look: int
@@ -100,6 +102,7 @@ def judge(
             p_value=p_holm,
             verdict=_verdict(lower, upper, margin, zero, measure.lower_is_better),
             diverged=contrast.diverged,
+            at_chance=contrast.at_chance,
             p_unadjusted=p,
             level=level,
             look=look,
@@ -194,6 +197,11 @@ def _remarks(c: Comparison, measure: Measure) -> list[str]:
         if runs:
             remarks.append(
                 f"Diverged and counted {measure.diverged_as}: {runs} of {c.n} runs of {arm}."
+            )
+    for arm, runs in zip((c.first, c.other), c.at_chance, strict=True):
+        if runs:
+            remarks.append(
+                f"Not shown to answer better than chance: {runs} of {c.n} runs of {arm}."
             )
     return remarks
 

@@ -8,7 +8,7 @@ from normlab.core.records import typed
 from normlab.errors import UserError
 from normlab.recipes import Recipe
 from normlab.runs import Start, Task
-from normlab.statistics import ACCURACY, Measure
+from normlab.statistics import ACCURACY, Measure, accuracy_interval
 from normlab.study import outcomes
 from normlab.study.arms import Arm
 from normlab.study.plan import Plan, check, tell_arms
@@ -136,6 +136,11 @@ class Design(Plan):
                 f"the runs of this study were made before there was {self.outcome}: begin another"
             )
         return found
+
+    def at_chance(self, outcome: outcomes.Outcome) -> bool:
+        score = outcome.accuracy if outcome.balanced_accuracy is None else outcome.balanced_accuracy
+        lowest, _ = accuracy_interval(round(score * self.test_images), self.test_images)
+        return outcome.diverged is None and lowest <= 1 / len(self.class_names)
 
     def load_outcome(self, folder: Path, arm: Arm, seed: int) -> outcomes.Outcome | None:
         return outcomes.load(folder, self.task(arm, seed), arm.name, seed)

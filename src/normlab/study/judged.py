@@ -78,6 +78,7 @@ class Judged:
                 other,
                 self._differences(first, other),
                 diverged=(_diverged(self.arm(first)), _diverged(self.arm(other))),
+                at_chance=(self._at_chance(first), self._at_chance(other)),
             )
             for first, other in self.design.contrasts
         ]
@@ -128,6 +129,9 @@ class Judged:
             "look": self.design.look,
             "comparisons": [_plain(c) for c in self.comparisons] if self.decided else [],
         }
+
+    def _at_chance(self, arm: str) -> int:
+        return sum(map(self.design.at_chance, self.arm(arm).values()))
 
     def _differences(self, first: str, other: str) -> list[float]:
         """First minus other, pair by pair; rounding is taken off, so that ties stay ties."""

@@ -78,6 +78,13 @@ class Plan:
         """What a run counts as in `measure`."""
         raise NotImplementedError
 
+    def at_chance(self, outcome: Any) -> bool:
+        """Whether a run that ended is not shown to answer better than chance, where that is known.
+
+        Its loss may still be lower than that of a run which is right more often, and too sure.
+        """
+        return False
+
     def load_outcome(self, folder: Path, arm: Arm, seed: int) -> Any:
         """The outcome of a run in `folder`; None if it is not there.
 
