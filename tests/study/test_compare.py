@@ -145,7 +145,8 @@ def test_a_clear_difference_is_better_and_its_mirror_worse(tmp_path: Path) -> No
 
 
 def test_equal_arms_are_no_difference(tmp_path: Path) -> None:
-    study = make_study(tmp_path, {"a: norm=batch": [0.8, 0.79], "b: norm=batch": [0.8, 0.79]})
+    scores = [0.8, 0.79] * 3
+    study = make_study(tmp_path, {"a: norm=batch": scores, "b: norm=batch": scores})
     [c] = study.comparisons
     assert (c.verdict, c.difference, c.p_value) == ("no_difference", 0.0, 1.0)
 

@@ -11,8 +11,7 @@ The verdict is read off the interval:
 
 - `better`, `worse`: it lies above, below zero; the other way round where lower is better. At 0.04
   and less that takes six pairs or more.
-- `no_difference`: it lies inside ± margin, or all differences are zero. Without a margin there is
-  no such verdict.
+- `no_difference`: it lies inside ± margin. Without a margin there is no such verdict.
 - `not_enough_seeds`: neither.
 
 A difference that is both sure and smaller than the margin is `better` or `worse`: the sign is
@@ -92,7 +91,6 @@ def judge(
         contrasts, tests, p_values, adjusted, levels, strict=True
     ):
         lower, upper = test.interval(level)
-        zero = not np.any(contrast.differences)
         comparison = Comparison(
             first=contrast.first,
             other=contrast.other,
@@ -100,7 +98,7 @@ def judge(
             difference=test.difference,
             interval=measure.limits(lower, upper),
             p_value=p_holm,
-            verdict=_verdict(lower, upper, margin, zero, measure.lower_is_better),
+            verdict=_verdict(lower, upper, margin, measure.lower_is_better),
             diverged=contrast.diverged,
             at_chance=contrast.at_chance,
             p_unadjusted=p,
@@ -109,6 +107,7 @@ def judge(
             margin=margin,
             sentence="",
         )
+        zero = not np.any(contrast.differences)
         comparisons.append(replace(comparison, sentence=_sentence(comparison, zero, measure)))
     return comparisons
 
@@ -143,14 +142,12 @@ def holm(p_values: Sequence[float], level: float) -> tuple[list[float], list[flo
     return adjusted, levels
 
 
-def _verdict(
-    lower: float, upper: float, margin: float | None, zero: bool, lower_is_better: bool
-) -> Verdict:
+def _verdict(lower: float, upper: float, margin: float | None, lower_is_better: bool) -> Verdict:
     if lower > 0:
         return "worse" if lower_is_better else "better"
     if upper < 0:
         return "better" if lower_is_better else "worse"
-    if margin is not None and (zero or (-margin <= lower and upper <= margin)):
+    if margin is not None and -margin <= lower and upper <= margin:
         return "no_difference"
     return "not_enough_seeds"
 
