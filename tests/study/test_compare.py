@@ -5,8 +5,11 @@ import json
 import re
 import shlex
 from dataclasses import replace
+from functools import cache
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from matplotlib.figure import Figure
@@ -18,6 +21,7 @@ from normlab.recipes import get
 from normlab.reports.study_figures import plot_curves
 from normlab.reports.study_report import closing_lines, runs_csv, write_report
 from normlab.reports.study_report import command as command_of
+from normlab.statistics import Contrast, judge
 from normlab.study import outcomes as runs
 from normlab.study import plan as plans
 from normlab.study.arms import Arm, make_arms, parse_arm
@@ -121,12 +125,30 @@ def test_adding_seeds_after_a_look_is_paid_for_and_taking_some_away_refused() ->
     second = design.extended(12, pairs_seen=6)
     assert (second.seeds, second.looks, second.look) == (12, (6,), 2)
     assert second.extended(24, pairs_seen=12).look == 3
-    assert second.extended(24, pairs_seen=8).looks == (6,)  # 2/2⁸ > 0.005: could not have decided
-    assert design.extended(12, pairs_seen=5).looks == ()  # 2/2⁵ > 0.04: no winner possible
-    several = make_design(["batch", "none", "layer"], seeds=6)
-    assert several.extended(12, pairs_seen=6).looks == ()  # Holm's first step is 0.02 < 2/2⁶
+    assert second.extended(24, pairs_seen=8).looks == (6, 8)
+    assert second.extended(24, pairs_seen=6).looks == (6,)  # nothing was seen since
+    assert design.extended(12, pairs_seen=1).looks == ()
     with pytest.raises(UserError, match="seeds=6: this study was planned with 12"):
         second.extended(6, pairs_seen=8)
+
+
+def test_a_winner_is_not_named_more_often_by_adding_pairs_unless_the_first_ones_agree() -> None:
+    """All that an arm compared with itself can give, where differences have one size."""
+    six = make_design(seeds=6)
+    twelve = six.extended(12, pairs_seen=5)
+
+    @cache
+    def winner(look: int, n: int, total: int) -> bool:
+        signs = np.where(np.arange(n) < (n + total) // 2, 0.01, -0.01)
+        generator = np.random.default_rng(0)
+        [c] = judge([Contrast("a", "b", signs)], look=look, generator=generator)
+        return c.verdict in ("better", "worse")
+
+    named = 0
+    for signs in product((-1, 1), repeat=12):
+        design = six if abs(sum(signs[:5])) == 5 else twelve
+        named += winner(design.look, design.seeds, sum(signs[: design.seeds]))
+    assert named / 2**12 <= 0.04
 
 
 def test_a_new_study_has_as_many_seeds_as_can_decide() -> None:

@@ -1,7 +1,7 @@
 """From paired differences to a verdict in one of four words, and the sentence that tells it.
 
-The rule. On look k (a look is a report at a new number of pairs) the level is 0.04 for k = 1 and
-0.01/2^(k−1) after; these add up to 0.05, so looking again is paid for. Holm's correction shares
+The rule. On look k (pairs are added k − 1 times after some were seen) the level is 0.04 for k = 1
+and 0.01/2^(k−1) after; these add up to 0.05, so looking again is paid for. Holm's correction shares
 the level between the contrasts named beforehand. Each contrast's interval is taken at the level
 of the Holm step that decided it; contrasts behind the first that is not rejected take its
 level. So an interval excludes zero exactly if its contrast is decided, and each covers with at
@@ -115,8 +115,8 @@ def judge(
 def level_of_look(look: int) -> float:
     """The level of the test on look 1, 2, 3, …: 0.04, 0.005, 0.0025, …; in all less than 0.05.
 
-    A report whose pairs are too few for its level can name no winner, so it spends nothing and
-    need not be counted as a look.
+    Whoever has seen pairs and then asks for more has looked, however few they were: what is asked
+    for depends on what was seen.
     """
     if look < 1:
         raise UserError(f"look {look} does not exist; the first report of a study is look 1")

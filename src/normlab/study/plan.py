@@ -31,7 +31,7 @@ class Plan:
 
     Attributes:
         seeds: how many pairs; it may grow.
-        looks: numbers of pairs that were complete when `seeds` grew, and could have decided.
+        looks: numbers of pairs that were complete, and could be seen, when `seeds` grew.
         contrasts: (first, other) arms, named beforehand; differences are first minus other.
         margin: what counts as no difference, in the measure's unit; None if nothing does.
         threads: of each run; 0 for as many as a command likes.
@@ -121,8 +121,8 @@ class Plan:
     def extended(self, seeds: int, pairs_seen: int) -> Self:
         """The same study with more seeds, asked for when `pairs_seen` pairs were complete.
 
-        The pairs seen count as a look if they could have named a winner: else nothing could be
-        learned from them that the level must pay for.
+        Two pairs seen or more count as a look, even if they are too few to name a winner: who adds
+        pairs unless the first ones agree has two chances, and the level must pay for both.
 
         Raises:
             UserError: fewer seeds, which would let a study stop where it likes.
@@ -132,10 +132,8 @@ class Plan:
                 f"seeds={seeds}: this study was planned with {self.seeds}, and seeds can only be "
                 "added: stopping early where the figures please would make them worthless"
             )
-        could_decide = pairs_seen >= enough_pairs(len(self.contrasts), self.look)
-        return replace(
-            self, seeds=seeds, looks=(*self.looks, pairs_seen) if could_decide else self.looks
-        )
+        new = pairs_seen > max(self.looks, default=1)  # one pair has nothing to agree with
+        return replace(self, seeds=seeds, looks=(*self.looks, pairs_seen) if new else self.looks)
 
 
 def check(*requirements: tuple[bool, str]) -> None:
