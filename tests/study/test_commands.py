@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -493,6 +494,7 @@ def test_a_function_is_compared_in_processes(in_tmp: Path) -> None:
     assert study.comparisons[0].verdict == "better"
     assert study.arm("fast")[1].diverged == "ArithmeticError: it blew up"
     assert os.getpid() not in {o.values.get("pid") for o in study.outcomes}
+    assert study.outcomes[0].environment["versions"]["numpy"] == np.__version__
     assert normlab.open_study("s").comparisons == study.comparisons
     with pytest.raises(UserError, match=r"begun with other (metric|lower)"):
         normlab.compare(train, arms=arms, metric="pid", out="s")

@@ -1,6 +1,7 @@
 """What a study says of given outcomes: arms, plan, looks, verdicts, report."""
 
 import csv
+import html
 import json
 import re
 import shlex
@@ -288,6 +289,23 @@ def test_the_report_says_what_decided_and_on_which_pictures(tmp_path: Path) -> N
     assert "test accuracy" not in page.lower()
     (c,) = study.comparisons
     assert f'<td class="n">{c.difference:+.4g}</td>' in page  # nats, not points
+
+
+def test_every_environment_that_runs_were_made_in_is_named(tmp_path: Path) -> None:
+    study = make_study(tmp_path, BETTER)
+    assert not [line for line in closing_lines(study) if line.startswith("Made with")]
+    newer = {**study.design.environment, "torch": "9.8.7", "normlab": "6.5"}
+    later = tuple(replace(o, environment=newer) if o.seed > 3 else o for o in study.outcomes)
+    for outcome in later:
+        runs.save(tmp_path / "runs", outcome)
+    study = open_study(tmp_path)
+    write_report(study)
+    page = html.unescape((tmp_path / "report.html").read_text())
+    both = [line for line in closing_lines(study) if line.startswith("Made with")]
+    assert len(both) == len(study.as_dict()["environments"]) == 2
+    for line in both:
+        assert page.count(line.removeprefix("Made with: ")) == 2  # in the list and the methods
+    assert "normlab 6.5, PyTorch 9.8.7, " in both[1]
 
 
 def test_the_table_of_runs_holds_every_run(tmp_path: Path) -> None:

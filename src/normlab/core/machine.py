@@ -3,6 +3,7 @@
 import contextlib
 import platform
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,31 @@ def describe_host() -> dict[str, Any]:
         "cpu_model": cpu_model(),
         "cores": cores(),
     }
+
+
+def told(environment: Mapping[str, Any]) -> str:
+    """Versions, processor and threads of an environment in a line, as far as it tells them.
+
+    Args:
+        environment: as `describe_host` or `normlab.core.environment.describe_machine` gives it;
+            `versions` are those of a study's own program.
+    """
+    versions = environment.get("versions", {})
+    if "torch" in environment:
+        names = {"torch": "PyTorch", "numpy": "NumPy", "python": "Python"}
+        versions = {names[key]: environment.get(key) for key in names}
+    cores, threads = environment.get("cores"), environment.get("threads")
+    processor = [environment.get("cpu_model"), environment.get("cpu_capability")]
+    processor.append(f"{cores} core{'' if cores == 1 else 's'}")
+    parts = [
+        f"normlab {environment.get('normlab')}",
+        *(f"{name} {version}" for name, version in versions.items()),
+        "" if environment.get("compiled_kernels", True) else "no compiled kernels",
+        f"{environment.get('cpu')} ({', '.join(filter(None, processor))})",
+        f"{threads} thread{'' if threads == 1 else 's'} a run" if threads else "its own threads",
+        environment.get("platform"),
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def cpu_name() -> str:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-from typing import Any
 
 from normlab.core.files import write_atomic, write_json
 from normlab.statistics import level_of_look
@@ -39,7 +38,6 @@ def write_report(study: Study) -> None:
         changes=_changes,
         command=command(study),
         methods=methods(study),
-        told=_told,
         counted=counted,
     )
     write_atomic(study.path / "report.html", page)
@@ -83,6 +81,7 @@ def closing_lines(study: Study) -> list[str]:
             f"  {s['name']:<{width}}  {measure.value(s['value'])}{sd} (mean ± sd of "
             f"{counted(s['n'], 'run')}), {s['seconds']:.3g} s a run, {s['diverged']} failed"
         )
+    lines += study.mixture
     page = study.path / "report.html"
     if page.exists():
         lines.append(f"Report: {page}")
@@ -125,7 +124,7 @@ def command(study: Study) -> str:
 
 def methods(study: Study) -> str:
     """A paragraph to paste into a paper."""
-    d, env = study.design, study.design.environment
+    d = study.design
     arms = "; ".join(f"{arm.name} ({_changes(arm) or 'as it is'})" for arm in d.arms)
     contrasts = ", ".join(f"{first} minus {other}" for first, other in d.contrasts)
     what = f"We ran `{d.command.text}`" if d.command else f"We called {d.function}"
@@ -137,8 +136,6 @@ def methods(study: Study) -> str:
     if d.diverged is not None:
         late = "" if limit is None else f", took longer than {limit:g} s"
         failed = f"a run that failed{late} or gave NaN counted as {d.diverged:g}"
-    programs = sorted({_programs(e) for e in study.environments} - {""})
-    software = "; ".join([f"normlab {env['normlab']}", *programs])
     return (
         f"{what} from {d.seeds} seeds, {d.first_seed} to {d.first_seed + d.seeds - 1}, in "
         f"{len(d.arms)} arms: {arms}; the arms of a pair had the same seed. The outcome, fixed "
@@ -147,8 +144,8 @@ def methods(study: Study) -> str:
         f"were judged {looks} by the exact sign-flip permutation test on paired differences "
         f"(100,000 random flips beyond 20 pairs) at level {level_of_look(d.look):.3g}, shared "
         f"between the contrasts by Holm's correction, with 0.04 spent on the first look and "
-        f"0.01/2^(k-1) on look k; intervals invert the same test. Software: {software}, on "
-        f"{env['cpu']}."
+        f"0.01/2^(k-1) on look k; intervals invert the same test. Software and machine: "
+        f"{'; '.join(study.made_with)}."
     )
 
 
@@ -164,19 +161,3 @@ def _filled(arm: Arm) -> dict[str, str]:
 
 def _changes(arm: Arm) -> str:
     return ", ".join(f"{key}={value}" for key, value in _filled(arm).items())
-
-
-def _programs(environment: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {v}" for name, v in environment.get("versions", {}).items())
-
-
-def _told(environment: dict[str, Any]) -> str:
-    threads = environment.get("threads")
-    parts = [
-        f"normlab {environment['normlab']}",
-        _programs(environment),
-        f"{environment['cpu']} ({counted(environment['cores'], 'core')})",
-        f"{counted(threads, 'thread')} a run" if threads else "threads as the runs chose",
-        environment["platform"],
-    ]
-    return ", ".join(filter(None, parts))

@@ -99,6 +99,7 @@ def closing_lines(study: Study) -> list[str]:
             f"  {s['name']:<{width}}  {mean}{sd} (mean ± sd of {s['n']} "
             f"{'run' if s['n'] == 1 else 'runs'}){milliseconds}, {s['diverged']} diverged"
         )
+    lines += study.mixture
     lines += [f"Tuned: {line}" for line in tuned_lines(study.design)]
     lines += [f"Limit: {limit}" for limit in study.limits]
     page = study.path / "report.html"
@@ -162,7 +163,7 @@ def changes(arm: Arm) -> str:
 
 def methods(study: Study) -> str:
     """A paragraph to paste into a paper."""
-    d, env = study.design, study.design.environment
+    d = study.design
     arms = "; ".join(f"{arm.name} ({changes(arm) or 'the recipe as it is'})" for arm in d.arms)
     contrasts = ", ".join(f"{first} minus {other}" for first, other in d.contrasts)
     shared = (
@@ -194,8 +195,7 @@ def methods(study: Study) -> str:
         f"beyond 20 pairs) at level {level_of_look(d.look):.3g}, shared between the contrasts by "
         f"Holm's correction, with 0.04 spent on the first look and 0.01/2^(k-1) on look k; "
         f"intervals invert the same test. "
-        f"Software: normlab {env['normlab']}, PyTorch {env['torch']}, Python {env['python']}, on "
-        f"{env['cpu']}, {counted(d.threads, 'thread')} a run."
+        f"Software and machine: {'; '.join(study.made_with)}."
     )
 
 

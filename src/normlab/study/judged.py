@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from normlab.core.machine import told
 from normlab.core.streams import stream
 from normlab.errors import UserError
 from normlab.statistics import Comparison, Contrast, Description, describe, judge
@@ -116,6 +117,16 @@ class Judged:
         return list(found.values())
 
     @property
+    def made_with(self) -> list[str]:
+        """What a reader is told of the environments, a line each."""
+        return list(dict.fromkeys(map(told, self.environments)))
+
+    @property
+    def mixture(self) -> list[str]:
+        """The same for a terminal where they are several, which pairs then compare, too."""
+        return [f"Made with: {line}" for line in self.made_with] if len(self.made_with) > 1 else []
+
+    @property
     def findings(self) -> tuple[str, ...]:
         """Mistakes that the outcomes show, each with its remedy."""
         return ()
@@ -128,6 +139,7 @@ class Judged:
             "runs": len(self.outcomes),
             "look": self.design.look,
             "comparisons": [_plain(c) for c in self.comparisons] if self.decided else [],
+            "environments": self.environments,
         }
 
     def _at_chance(self, arm: str) -> int:

@@ -6,6 +6,7 @@ One of the numbers, in its own unit, decides. No deep-learning framework is need
 import inspect
 import math
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -505,7 +506,11 @@ class FunctionJob(_Job):
             {},
             seconds=time.monotonic() - began,
             processor_seconds=None,
-            environment={**describe_host(), "threads": self.design.threads},
+            environment={
+                **describe_host(),
+                "threads": self.design.threads,
+                "versions": versions_of(sys.executable),
+            },
         )
 
 
