@@ -56,11 +56,13 @@ def decode(content):
         raise ValueError("too many pixels: make it smaller")
     if getattr(image, "is_animated", False) and image.format not in ("MPO", "HEIF"):
         raise ValueError("animated or of several pages: give one still picture")
-    tags, key, turn = getattr(image, "tag_v2", {}), image.info.get("transparency", 0), None
-    deep, key = image.mode.startswith("I"), np.max(list(key) if isinstance(key, bytes) else key)
+    tags, key, turn = getattr(image, "tag_v2", {}), image.info.get("transparency"), None
+    deep, bits = image.mode[0] == "I", "".join(t[3] for t in image.tile if image.format == "PNG")
     odd = image.mode in ("F", "LAB") or (image.mode == "I" and image.format != "PPM")
-    if odd or key > 255 or (deep and ("transparency" in image.info or tags.get(262, 1) == 0)):
+    if odd or (deep and tags.get(262, 1) == 0) or (key is not None and "16" in bits):
         raise ValueError("with values whose white is unclear: save it with 8 bits a channel")
+    if isinstance(key, int) and key < (step := {"L;2": 85, "L;4": 17}.get(bits, 0)):
+        image.info["transparency"] = key * step  # Pillow brings grey of 2 or 4 bits to 8, not this
     image.draft(image.mode, [n // times(image) for n in image.size])  # a large JPEG is unpacked
     image.load()  # at a half, a quarter or an eighth
     with suppress(Exception):

@@ -110,23 +110,50 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(form: str) -> None:
     np.testing.assert_array_equal(found, grey_to_rgb(np.rint(deep / 257).astype(np.uint8)))
 
 
-def png_of_16_bit_colour(pixels: np.ndarray) -> bytes:
-    """Pillow cannot write these; a PNG is four chunks."""
-    height, width, _ = pixels.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+def png_of(width: int, bits: int, colour: int, rows: list[bytes], key: bytes = b"") -> bytes:
+    """What Pillow cannot write: a PNG is four chunks, or five with a transparent colour."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         body = kind + data
         return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunks
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), bits, colour, 0, 0, 0))
+    head += chunk(b"tRNS", key) if key else b""
+    body = zlib.compress(b"".join(b"\0" + row for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def png_of_16_bit_colour(pixels: np.ndarray, key: bytes = b"") -> bytes:
+    return png_of(pixels.shape[1], 16, 2, [row.astype(">u2").tobytes() for row in pixels], key)
 
 
 def test_sixteen_bit_colour_keeps_its_high_byte() -> None:
     deep = np.random.default_rng(2).integers(0, 65536, (H, W, 3))
     np.testing.assert_array_equal(read_picture(png_of_16_bit_colour(deep)), deep >> 8)
+
+
+@pytest.mark.parametrize("key", [(0, 0, 0), (200, 0, 0), (300, 0, 0)])
+def test_a_transparent_colour_of_16_bits_is_refused(key: tuple[int, ...]) -> None:
+    """By its upper eight bits, which Pillow compares, (5, 7, 200) would be black as well."""
+    pixels = np.array([[[0, 0, 0], [5, 7, 200], [40_000, 0, 0]]])
+    with pytest.raises(DataError, match="16-bit with a transparent colour"):
+        read_picture(png_of_16_bit_colour(pixels, struct.pack(">3H", *key)))
+
+
+@pytest.mark.parametrize(("bits", "row"), [(1, 0b01000000), (2, 0b00011011), (4, 0x3C)])
+def test_a_transparent_grey_is_one_of_the_files_own_bits(bits: int, row: int) -> None:
+    width, most = 8 // bits, 2**bits - 1
+    values = np.array([row >> bits * i & most for i in reversed(range(width))])
+    for key in range(most + 1):
+        found = read_picture(png_of(width, bits, 0, [bytes([row])], struct.pack(">H", key)))
+        expected = np.where(values == key, 255, values * (255 // most))
+        np.testing.assert_array_equal(found[0, :, 0], expected)
+
+
+@pytest.mark.parametrize("form", ["bmp", "png", "tiff"])
+def test_a_picture_of_eight_bits_is_not_taken_for_a_deep_one(form: str) -> None:
+    """A row of these has 160 bytes in BMP, and Pillow's notes of it a 16."""
+    assert not reading.read_measured(encode(Image.new("RGB", (53, 16)), form))[1]
 
 
 # EXIF 2.3, tag 274: which side of the picture row 0 and column 0 of the file are.

@@ -32,7 +32,7 @@ from normlab.data.pictures.sizes import SIZES
 from normlab.errors import DataError
 from normlab.text import printable
 
-_VERSION = 3  # raise it when the same file would decode to other pixels
+_VERSION = 4  # raise it when the same file would decode to other pixels
 _ARRAYS = ("pixels", "fingerprints", "problems", "peaks")
 
 # For one picture. 200 megapixels of JPEG take less than a quarter of the memory, 48 of PNG, TIFF or

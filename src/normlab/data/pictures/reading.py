@@ -7,7 +7,8 @@ holds beyond 8-bit RGB is turned into that as follows, or refused by name:
 grey, palette, black-and-white   to RGB
 alpha, transparent colour        composited on white
 CMYK, YCbCr, HSV                 to RGB by Pillow's formulas; colour profiles are not applied
-16 bits a channel                scaled: grey is rounded to v/257, colours keep their high byte
+16 bits a channel                scaled: grey is rounded to v/257, colours keep their high byte;
+                                 with a transparent colour refused
 EXIF orientation                 applied; one that cannot be read counts as upright
 MPO (of phones and 3-D cameras)  its main picture
 HEIC                             its main picture, by the package pillow-heif
@@ -21,6 +22,7 @@ Metadata (EXIF, colour profiles, texts) that cannot be read never make a picture
 
 import hashlib
 import io
+import re
 import stat
 import struct
 import warnings
@@ -212,6 +214,7 @@ def _decoded(file: IO[bytes]) -> tuple[Image.Image, bool]:
     with _open(file) as image:
         _refuse(image)
         _draft(image)
+        _scale_key(image)
         deep = _is_deep(image)
         image.load()
         white = _white(image)
@@ -287,8 +290,21 @@ def _times(size: tuple[int, int]) -> int:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    tiles = getattr(image, "tile", ())  # what Pillow will unpack, and from which layout of bits
-    return image.mode.startswith("I") or any("16" in str(tile[3]) for tile in tiles)
+    return image.mode.startswith("I") or re.search(";16[BLN]", _layout(image)) is not None
+
+
+def _layout(image: Image.Image) -> str:
+    """The bits that Pillow will unpack: RGB;16B, L;2, …; nothing where a library has done it."""
+    for tile in getattr(image, "tile", ()):
+        return str(tile[3][0] if isinstance(tile[3], tuple) else tile[3])
+    return ""
+
+
+def _scale_key(image: Image.Image) -> None:
+    """Pillow unpacks grey of 2 and of 4 bits to 8, and leaves the transparent one as it was."""
+    times, key = {"L;2": 85, "L;4": 17}.get(_layout(image), 0), image.info.get("transparency")
+    if isinstance(key, int) and key < times:
+        image.info["transparency"] = key * times
 
 
 def _orientation(image: Image.Image) -> int:
@@ -337,9 +353,7 @@ def _refuse(image: Image.Image) -> None:
         raise DataError(f"of Pillow's mode {image.mode}; save it with 8 or 16 bits a channel")
     if image.mode.startswith("I") and _tag(image, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO:
         raise DataError("a 16-bit TIFF whose zero is white; save it as PNG")
-    key = image.info.get("transparency")
-    deep = image.mode.startswith("I") or (not isinstance(key, bytes) and np.max(key or 0) > 255)
-    if key is not None and deep:
+    if "transparency" in image.info and _is_deep(image):  # Pillow compares its upper eight bits
         raise DataError("16-bit with a transparent colour; save it with an alpha channel")
 
 
