@@ -437,7 +437,7 @@
     const at = (i) => {
       chart.to(i);
       const [a, b] = ARMS.map(([arm]) => mean(L.arms[arm].range)[i]);
-      said.textContent = `Step ${L.steps[i]}: within the length of one step the loss varies by ${+a.toPrecision(2)} with batch normalisation and by ${+b.toPrecision(2)} without. ${L.steps[i] < 20 ? "So it is in the first 20 steps only." : ""}`;
+      said.textContent = `Step ${L.steps[i]}: within the length of one step the loss varies by ${+a.toPrecision(2)} with batch normalisation and by ${+b.toPrecision(2)} without. ${L.steps[i] < 20 ? "Only in the first 20 steps does it vary more with it." : ""}`;
     };
     const [label, input] = range("Step", { min: 0, max: L.steps.length - 1, step: 1, value: 30, class: "wide", "aria-label": "Step of the training" }, at);
     label.style.flex = "1 1 100%";

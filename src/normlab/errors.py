@@ -45,6 +45,7 @@ class UnexportableError(UserError):
     """A network, or a normaliser in it, that an exported file cannot hold."""
 
     def __init__(self, what: str) -> None:
+        self.what = what
         super().__init__(f"{what}: `normlab predict` and `normlab serve` take the run itself")
 
 

@@ -371,6 +371,10 @@ def test_without_keras_only_the_notebook_can_be_checked(
     assert exported.certificate.checked_with.startswith("normlab's own reader")
     with pytest.raises(UserError, match="checked by Keras, which is not installed: pip install"):
         export_run(runs["fast"], tmp_path / "model.keras", file_format="keras")
+    options: dict[str, Any] = {"norm_epsilon": 0.1, "epochs": 1, "batch_size": 64, "threads": 1}
+    other = normlab.train("notebook", data="sample", out=tmp_path / "other", **options)
+    with pytest.raises(UserError, match="checked by Keras, which is not installed: pip install"):
+        export_run(other, tmp_path / "own" / "model.keras", file_format="keras")
 
 
 def test_an_unfinished_run_is_refused(runs: dict[str, Run], tmp_path: Path) -> None:

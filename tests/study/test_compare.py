@@ -85,7 +85,7 @@ def test_what_an_arm_cannot_do_is_refused_before_any_run() -> None:
     [
         ({"seeds": 0}, "seeds=0: choose 1 or more"),
         ({"first_seed": 999_999_999}, "stay below 1,000,000,000"),
-        ({"margin": 0.0}, "margin=0.0: choose a fraction"),
+        ({"margin": 0.0}, "margin=0.0: choose a number above 0 and below 1"),
         ({"thresholds": (0.5, 70.0)}, "thresholds=0.5, 70.0: choose fractions"),
         ({"contrasts": (("batch", "layer"),)}, "contrast batch,layer: 'layer' is no arm"),
         ({"contrasts": (("batch", "batch"),)}, "name two different arms"),

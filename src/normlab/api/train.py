@@ -321,7 +321,7 @@ def resume(
     Args:
         run: its folder; None for the highest number in `runs/`.
         data: where the images are now, if not where they were.
-        allow_changes: go on although the data or the environment differ, where the end will not be
+        allow_changes: go on although the data or the environment differ, where the end need not be
             bit-identical; the run's page and `environment.json` then tell of both.
         record, three_way: as for `train`; what the run was asked for before goes on in any case.
         observers: told after each step, in rank 0.
@@ -397,7 +397,7 @@ def _resume(
         if differs and not allow_changes:
             raise UserError(
                 f"run {str(opened.path)!r} ran with other {'; '.join(differs)}: "
-                "--allow-changes goes on all the same, but the end will differ"
+                "--allow-changes goes on all the same, but the end may differ"
             )
     ranks.remember(str(opened.path.absolute()))
     with machine_settings(threads, where), ExitStack() as held:

@@ -81,12 +81,15 @@ def describe_machine(threads: int, device: torch.device) -> dict[str, Any]:
     }
 
 
+_CODE = (".py", ".so", ".pyd")
+
+
 def digest_of_code(package: Path = Path(__file__).parents[1]) -> str:
-    """SHA-256 of what runs of this package, compiled code included: a checkout changes within a
-    version.
+    """SHA-256 of the package's code as it lies on the disk now, compiled code included: a checkout
+    changes within a version.
     """
     digest = hashlib.sha256()
-    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".so", ".pyd")):
+    for path in sorted(p for p in package.rglob("*") if p.suffix in _CODE and p.is_file()):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()

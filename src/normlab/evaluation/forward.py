@@ -65,7 +65,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 def as_trained(model: nn.Module) -> nn.Module:
     """`model` in training mode; where it is, layers that its user keeps in `.eval()` stay so."""
-    return model if model.training else model.train()
+    return model if trains(model) else model.train()
 
 
 def trains(model: nn.Module) -> bool:

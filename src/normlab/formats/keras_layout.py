@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+EPSILON = 1e-3  # of the notebook's normalisers
 WEIGHTS = {
     "BatchNormalization": ("weight", "bias", "running_mean", "running_var"),
     "Conv2D": ("weight", "bias"),
@@ -53,7 +54,7 @@ def notebook_layers(norm: str, image_size: int, num_classes: int) -> list[Layer]
 
 
 def _norm(name: str, size: int) -> Layer:
-    config = {"epsilon": 1e-3, "center": True, "scale": True}
+    config = {"epsilon": EPSILON, "center": True, "scale": True}
     return Layer("BatchNormalization", name, config, ((size,),) * 4)
 
 

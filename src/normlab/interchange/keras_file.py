@@ -28,7 +28,7 @@ from normlab.errors import UserError
 from normlab.evaluation.doubt import Doubt
 from normlab.evaluation.forward import logits_of
 from normlab.evaluation.held_out import Features
-from normlab.formats.keras_layout import SNAKE_CASE
+from normlab.formats.keras_layout import EPSILON, SNAKE_CASE
 from normlab.formats.keras_notebook import read_notebook
 from normlab.interchange.certificate import Certificate, Check
 from normlab.interchange.keras_layers import KerasLayer, layers_of
@@ -66,7 +66,7 @@ def certified(
     content = model_file(name, layers, size, metadata)
     if find_spec("keras") is not None:
         certificate = check(*keras_answers(content, images))
-    elif isinstance(model, NotebookNet):
+    elif isinstance(model, NotebookNet) and run.task.recipe.norm.epsilon == EPSILON:
         certificate = check(*_our_answers(content, run, images))
     else:
         raise UserError(

@@ -88,7 +88,7 @@ def open_served(path: str | Path | None, views: str = "single") -> ServedModel:
     try:
         return _exported(run)
     except UnexportableError as error:
-        return _run_itself(run, views, reason=str(error))
+        return _run_itself(run, views, reason=error.what)
 
 
 def _run_itself(run: "Run", views: str, reason: str = "") -> ServedModel:

@@ -1,5 +1,6 @@
 """The plan of a study whose runs are trainings of a recipe."""
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,8 +31,8 @@ OUTCOMES = {
         "steps until the mean validation accuracy that each contrast's other arm has at its end",
         "median seconds a training step",
     ],
-    "divergence": "a loss, or answers to the test images, that are not finite; such a run scores "
-    "accuracy 1/K, loss log K and never reaches an accuracy; it is never dropped",
+    "divergence": "a loss, or answers to the images that it is scored on, that are not finite; "
+    "such a run scores accuracy 1/K, loss log K and never reaches an accuracy; it is never dropped",
 }
 
 
@@ -62,7 +63,7 @@ class Design(Plan):
     """A study's plan.
 
     Attributes:
-        margin: what counts as no difference, a fraction of accuracy.
+        margin: what counts as no difference, a fraction of accuracy; of a loss, in its unit.
         thresholds: validation accuracies whose steps are counted.
         checks: at least so many checks of validation accuracy a run, evenly spread.
         data_name: what the data are called, wherever they lie; empty in studies before 0.2.
@@ -96,6 +97,7 @@ class Design(Plan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        most, below = (math.inf, "") if self.outcome == "loss" else (1.0, " and below 1")
         check(
             (
                 self.outcome in MEASURES,
@@ -103,7 +105,7 @@ class Design(Plan):
             ),
             (0 <= self.held_out < 1, f"held_out={self.held_out}: choose a share in [0, 1)"),
             (self.checks <= MOST_CHECKS, f"checks={self.checks}: choose at most {MOST_CHECKS:,}"),
-            (0 < self.margin < 1, f"margin={self.margin}: choose a fraction such as 0.005"),
+            (0 < self.margin < most, f"margin={self.margin}: choose a number above 0{below}"),
             (self.checks >= 1, f"checks={self.checks}: choose 1 or more"),
             (
                 all(0 < t < 1 for t in self.thresholds),

@@ -497,7 +497,7 @@ class FunctionJob(_Job):
         try:
             found = self.function(self.actual_seed, **self.settings)
             found = _plain(found)
-        except (Exception, SystemExit) as e:  # what a script says with sys.exit is no end of ours
+        except (Exception, SystemExit) as e:  # sys.exit in a script ends the run, not the study
             failure = f"{type(e).__name__}: {e}"
         return self.finish(
             found,

@@ -167,7 +167,7 @@ def train_one(
             diverged = str(e).split(":")[0]
         logits = logits_of(state.model, images.x_test) if test else None
     if diverged is None and logits is not None and not logits.isfinite().all():
-        diverged = "its answers to the test images are not finite"
+        diverged = "its answers are not finite"
     curve = None if not len(plan.validation) else watch.curve
     return Outcome(
         arm=arm,

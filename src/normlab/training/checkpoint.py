@@ -26,8 +26,8 @@ SECONDS_BETWEEN = 45.0
 class Checkpoints:
     """Writes what must survive: history and best weights each epoch, a checkpoint at times.
 
-    It is the last observer: what the others keep of a step is kept before the checkpoint, from
-    which a resumed run repeats no earlier one.
+    It is the last observer: what another observer keeps of a step is on the disk before the step's
+    checkpoint. A resumed run repeats only the steps behind its checkpoint.
     """
 
     def __init__(self, folder: Path, state: State) -> None:
