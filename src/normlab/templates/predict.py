@@ -31,11 +31,10 @@ found.000|lost+found|__pycache__|node_modules""".replace("\n", "").split("|")  #
 def answer(file):
     """Classes with probabilities, most probable first, and why it is not sure: "" if it is."""
     (probabilities,), *near = session.run(None, {"images": read(file)[None]})
-    pairs = sorted(zip(CLASSES, probabilities.tolist(), strict=True), key=lambda pair: -pair[1])
+    best = sorted(zip(CLASSES, probabilities.tolist(), strict=True), key=lambda pair: -pair[1])
     if (least := RULE.get("least_familiarity")) is not None and near[0][0] < least:
-        return pairs, "not sure, unlike the pictures it was trained on; if any: "
-    sure = pairs[0][1] >= RULE.get("least_probability", 0)
-    return pairs, "" if sure else "not sure, no class stands out: "
+        return best, "not sure, unlike the pictures it was trained on; if any: "
+    return best, "not sure, no class stands out: " * (best[0][1] < RULE.get("least_probability", 0))
 
 
 def read(file):
