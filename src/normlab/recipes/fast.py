@@ -11,7 +11,7 @@ def fast79() -> Recipe:
     """The notebook's accuracy from one look at each picture, well under a minute on two cores.
 
     Test accuracy 0.7970 ± 0.0042 (standard deviation over seeds; lowest 0.7916), n = 10, one view
-    of each picture, 0.8081 with the mirrored view as well; with two threads 4.5 s (4.3 to 5.0) on
+    of each picture, 0.8081 with the mirrored view as well; with two threads 4.2 s (3.7 to 4.3) on
     an AMD EPYC of Zen 5, 7.4 s (6.6 to 7.6) on one of Zen 4, the same bits. All 50,000 images, the
     first 30 % of the steps at 16 × 16 pixels. 2 cores, AVX-512 with bfloat16, compiled kernels,
     PyTorch 2.13.0, Python 3.11.7. In float32: 0.7956 ± 0.0022, n = 10; without compiled kernels
@@ -39,7 +39,7 @@ def fast84() -> Recipe:
     """The same network with four looks at each picture, the first half of them at half size.
 
     Test accuracy 0.8475 ± 0.0022 (standard deviation over seeds; lowest 0.8441), n = 10, one view
-    of each picture, 0.8581 with the mirrored view as well; with two threads 13.9 s (13.5 to 15.8)
+    of each picture, 0.8581 with the mirrored view as well; with two threads 12.2 s (11.7 to 12.8)
     on an AMD EPYC of Zen 5, 24.4 s (21.3 to 25.7) on one of Zen 4, the same bits; 2 cores, AVX-512
     with bfloat16, compiled kernels, PyTorch 2.13.0, Python 3.11.7. In float32: 0.8484 ± 0.0012,
     n = 10; without compiled kernels 0.8466 ± 0.0024, n = 5; the untuned twin, `--norm none`, in
@@ -61,7 +61,7 @@ def fast90() -> Recipe:
     """Six convolutions of 32 to 128 channels, seven looks at each picture, moved by up to 2 pixels.
 
     Test accuracy 0.9015 ± 0.0009 (standard deviation over seeds; lowest 0.9003), n = 5, one view
-    of each picture, 0.9090 with the mirrored view as well; with two threads 63 s (62 to 64) on an
+    of each picture, 0.9090 with the mirrored view as well; with two threads 51 s (49 to 55) on an
     AMD EPYC of Zen 5, 112 s (103 to 127) on one of Zen 4, the same bits; 2 cores, AVX-512 with
     bfloat16, compiled kernels, PyTorch 2.13.0, Python 3.11.7. With eight looks 0.9049 ± 0.0025,
     n = 5.
