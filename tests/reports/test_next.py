@@ -4,11 +4,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+import normlab
 from normlab.data.changes import Changes
 from normlab.recipes import get
-from normlab.reports.run_report import _lacks
+from normlab.reports.run_report import _lacks, warnings_of
 
 
 def run(accuracy: float, balanced: float, learnt: float, **changes: Any) -> Any:
@@ -78,3 +80,28 @@ def test_another_recipe_than_the_one_for_own_pictures_is_said() -> None:
     ((words, reason),) = _lacks(run(0.5, 0.5, 0.99, recipe="notebook"))
     assert words[:4] == ["normlab", "train", "--data", "pets"]
     assert "own pictures" in reason
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_test_pictures_of_another_kind_are_warned_of(shifted: bool, tmp_path: Path) -> None:
+    """Red or blue; on shifted test pictures the colours of a third have changed places."""
+    rng = np.random.default_rng(0)
+
+    def pictures(count: int) -> tuple[Any, Any]:
+        labels = np.arange(count) % 2
+        x = rng.integers(0, 60, (count, 16, 16, 3), dtype=np.uint8)
+        x[np.arange(count), :, :, 2 * labels] += 150
+        return x, labels
+
+    (x_train, y_train), (x_test, y_test) = pictures(300), pictures(90)
+    if shifted:
+        x_test[:30] = x_test[:30, :, :, ::-1]
+    np.savez(tmp_path / "d.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    run = normlab.train(
+        "fast79", data=tmp_path / "d.npz", out=tmp_path / "r", validation=0.2, epochs=8, threads=1
+    )
+    result = run.finished()
+    assert result["val_accuracy"] == 1
+    assert result["test_accuracy"] == (2 / 3 if shifted else 1)
+    told = [line for line in warnings_of(result) if "the test pictures are of another kind" in line]
+    assert [line.startswith("100.0% of the held-out pictures") for line in told] == [True] * shifted

@@ -30,6 +30,7 @@ from normlab.recipes.settings import option_words, written
 from normlab.reports import plots
 from normlab.reports.pages import render
 from normlab.runs import Result, Run
+from normlab.statistics import accuracy_interval
 from normlab.text import counted, html, listed, shell
 from normlab.training.starting_points import BUILTIN
 
@@ -40,6 +41,7 @@ HALF_SIZE = (
 )
 PRETRAINED = "resnet18.a1_in1k"  # a small network of timm, offered where none was named
 SURE = 0.95  # of an answer that makes its label doubtful
+MUCH = 0.1  # by which accuracies differ for a reason that is worth telling
 SHOWN_CLASSES = 20
 LISTED_CELLS = 40  # of the confusion matrix, where a table would be too large
 MOST_PICTURES = 1_000  # behind the numbers of the confusion matrix
@@ -249,7 +251,25 @@ def warnings_of(result: Result) -> list[str]:
             "this network is not clearly better than a logistic regression on 8 × 8 pixels: try "
             "more pictures, or more --minutes"
         )
-    return found
+    return found + _other_kind(result)
+
+
+def _other_kind(result: Result) -> list[str]:
+    """Whether far more of the pictures held out from training were right than of the test pictures:
+    chance, or the choice of the best epoch, does not make as much.
+    """
+    right, accuracy = result.get("val_accuracy"), result["test_accuracy"]
+    held_out = (result.get("length") or {}).get("held_out")
+    if not held_out or right is None or right - accuracy <= MUCH:
+        return []
+    least, _ = accuracy_interval(round(right * held_out), held_out)
+    if least <= result["test_accuracy_interval"][1]:
+        return []
+    return [
+        f"{right:.1%} of the held-out pictures are right and {accuracy:.1%} of the test pictures: "
+        "the test pictures are of another kind, or the held-out ones have copies among those for "
+        "training; `normlab data check` shows copies"
+    ]
 
 
 def _data_words(run: Run) -> list[str]:
@@ -321,10 +341,10 @@ def _lacks(run: Run) -> list[tuple[list[str], str]]:
     if accuracy - scores["balanced_accuracy"] > 0.03 and recipe.balance != "sampling":
         text = "rare classes are answered worse: show them more often"
         found.append(([*train, *data, "--balance", "sampling"], text))
-    if learnt - accuracy > 0.1 and start is None:
+    if learnt - accuracy > MUCH and start is None:
         text = "it knows its own pictures much better than new ones: start from CIFAR-10"
         found.append(([*train, *data, "--from", BUILTIN], text))
-    elif learnt - accuracy > 0.1 and start is not None and start.run == BUILTIN:
+    elif learnt - accuracy > MUCH and start is not None and start.run == BUILTIN:
         text = f"the same from ImageNet, a download; first {install('pretrained')}"
         found.append(([*train, *data, "--from", PRETRAINED], text))
     if learnt < 0.9:

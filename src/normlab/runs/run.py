@@ -65,6 +65,7 @@ class Result(TypedDict):
     test_accuracy: float
     test_accuracy_interval: list[float]
     test_loss: NotRequired[float]
+    val_accuracy: NotRequired[float | None]
     recipe: NotRequired[str]
     steps: NotRequired[int]
     weights_sha256: NotRequired[str]
