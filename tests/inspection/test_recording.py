@@ -38,7 +38,7 @@ from normlab.layers import BatchNorm, Dropout
 from normlab.models import NotebookNet
 from normlab.training.loop import fit
 from normlab.training.optimisers import make_optimizer
-from normlab.training.state import Plan, State
+from normlab.training.state import Observer, Plan, State
 
 
 def few_images() -> normlab.ImageData:
@@ -242,6 +242,12 @@ def test_drift_is_what_the_last_step_moved(tmp_path: Path) -> None:
     assert recording.arrays["hidden/effective_rate"] == pytest.approx(rate, rel=1e-5)
 
 
+def begin(folder: Path, observers: tuple[Observer, ...]) -> None:
+    """As `recorded` was trained."""
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 16, "threads": 1}
+    normlab.train("notebook", data=few_images(), out=folder, observers=observers, **options)
+
+
 def test_a_resumed_run_goes_on_with_its_recording(
     tmp_path: Path, recorded: tuple[Path, State, Recorder]
 ) -> None:
@@ -254,15 +260,7 @@ def test_a_resumed_run_goes_on_with_its_recording(
 
     data, folder = few_images(), tmp_path / "run"
     with pytest.raises(Interrupted):
-        normlab.train(
-            "notebook",
-            data=data,
-            out=folder,
-            epochs=3,
-            batch_size=16,
-            threads=1,
-            observers=(Recorder(), After(interrupt)),
-        )
+        begin(folder, (Recorder(), After(interrupt)))
     assert 1 < read_recording(folder).steps[-1] < last
     normlab.resume(folder, data=data, observers=(Recorder(),))
     whole, resumed = read_recording(recorded[0]), read_recording(folder)
@@ -289,15 +287,7 @@ def test_no_sample_is_lost_between_two_observers(
     data, folder = few_images(), tmp_path / "run"
     observers = (Recorder(), After(end))
     with pytest.raises(SystemExit):
-        normlab.train(
-            "notebook",
-            data=data,
-            out=folder,
-            epochs=3,
-            batch_size=16,
-            threads=1,
-            observers=observers if first else observers[::-1],
-        )
+        begin(folder, observers if first else observers[::-1])
     normlab.resume(folder, data=data)
     whole, resumed = read_recording(recorded[0]), read_recording(folder)
     assert 8 in sampled_steps(15)
