@@ -262,7 +262,7 @@ def test_a_resumed_run_goes_on_with_its_recording(
     with pytest.raises(Interrupted):
         begin(folder, (Recorder(), After(interrupt)))
     assert 1 < read_recording(folder).steps[-1] < last
-    normlab.resume(folder, data=data, observers=(Recorder(),))
+    normlab.resume(folder, data=data)
     whole, resumed = read_recording(recorded[0]), read_recording(folder)
     assert resumed.steps.tolist() == whole.steps.tolist() == steps
     assert resumed.arrays.keys() == whole.arrays.keys()

@@ -186,6 +186,8 @@ def test_a_layer_that_is_given_no_image_is_passed_by(tmp_path: Path) -> None:
             loss = model(torch.randn(4, 3))
             loss.backward()
             watch.step(loss)
+    assert read_recording(tmp_path / "w").layers == ("norm",)
+    assert watch.notes == ["not run as modules, or on no image, and left out: head"]
 
 
 def test_layers_kept_in_evaluation_mode_are_looked_at_in_it(tmp_path: Path) -> None:
@@ -256,7 +258,7 @@ def test_a_layer_that_sometimes_does_not_run_is_kept(tmp_path: Path) -> None:
     assert seen.layers == ("always", "sometimes")
     assert list(np.isnan(seen.arrays["sometimes/out/mean"]).all(1)) == [False, True]
     notes = json.loads((tmp_path / "w" / "watch.json").read_text())["notes"]
-    assert notes == ["not run as modules, and left out: never"]
+    assert notes == ["not run as modules, or on no image, and left out: never"]
     normlab.inspect(tmp_path / "w").write(tmp_path / "drawn")
 
 

@@ -11,6 +11,7 @@ import normlab
 from normlab.data.changes import Changes
 from normlab.recipes import get
 from normlab.reports.run_report import _lacks, warnings_of
+from normlab.statistics import accuracy_interval
 
 
 def run(accuracy: float, balanced: float, learnt: float, **changes: Any) -> Any:
@@ -82,9 +83,8 @@ def test_another_recipe_than_the_one_for_own_pictures_is_said() -> None:
     assert "own pictures" in reason
 
 
-@pytest.mark.parametrize("shifted", [True, False])
-def test_test_pictures_of_another_kind_are_warned_of(shifted: bool, tmp_path: Path) -> None:
-    """Red or blue; on shifted test pictures the colours of a third have changed places."""
+def test_test_pictures_of_another_kind_are_warned_of(tmp_path: Path) -> None:
+    """Red or blue; on the test pictures the colours of a third have changed places."""
     rng = np.random.default_rng(0)
 
     def pictures(count: int) -> tuple[Any, Any]:
@@ -94,14 +94,36 @@ def test_test_pictures_of_another_kind_are_warned_of(shifted: bool, tmp_path: Pa
         return x, labels
 
     (x_train, y_train), (x_test, y_test) = pictures(300), pictures(90)
-    if shifted:
-        x_test[:30] = x_test[:30, :, :, ::-1]
-    np.savez(tmp_path / "d.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    x_test[:30] = x_test[:30, :, :, ::-1]
+    data = tmp_path / "d.npz"
+    np.savez(data, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
     run = normlab.train(
-        "fast79", data=tmp_path / "d.npz", out=tmp_path / "r", validation=0.2, epochs=8, threads=1
+        "fast79", data=data, out=tmp_path / "r", validation=0.2, epochs=8, threads=1
     )
-    result = run.finished()
-    assert result["val_accuracy"] == 1
-    assert result["test_accuracy"] == (2 / 3 if shifted else 1)
-    told = [line for line in warnings_of(result) if "the test pictures are of another kind" in line]
-    assert [line.startswith("100.0% of the held-out pictures") for line in told] == [True] * shifted
+    [told] = [line for line in warnings_of(run.finished()) if "are of another kind" in line]
+    assert told.startswith(
+        "100.0% of the held-out pictures are right and 66.7% of the test pictures"
+    )
+
+
+@pytest.mark.parametrize(
+    ("right", "held_out", "accuracy", "images", "warned"),
+    [
+        (0.97, 60, 0.59, 100, True),
+        (0.95, 2000, 0.86, 2000, False),  # sure, and below ten points
+        (1.0, 10, 0.85, 20, False),  # may be chance
+        (0.6, 600, 0.9, 600, False),
+        (None, 0, 0.5, 100, False),
+    ],
+)
+def test_far_more_right_is_ten_points_and_beyond_chance(
+    right: float | None, held_out: int, accuracy: float, images: int, warned: bool
+) -> None:
+    result: Any = {
+        "val_accuracy": right,
+        "length": {"held_out": held_out},
+        "test_accuracy": accuracy,
+        "test_accuracy_interval": accuracy_interval(round(accuracy * images), images),
+        "evaluation": {"class_accuracy": {}, "test_accuracy": accuracy},
+    }
+    assert bool(warnings_of(result)) == warned

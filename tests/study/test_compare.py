@@ -152,6 +152,15 @@ def test_a_winner_is_not_named_more_often_by_adding_pairs_unless_the_first_ones_
     assert named / 2**12 <= 0.04
 
 
+def test_chance_is_a_balanced_accuracy_whose_interval_reaches_it() -> None:
+    design = make_design()
+    run = make_outcome(design, "batch", 0, 0.9)
+    assert not design.at_chance(run)
+    assert design.at_chance(replace(run, balanced_accuracy=0.1))  # the commonest class, always
+    assert design.at_chance(replace(run, test_accuracy=0.13))  # of 200: from 0.090 on
+    assert not design.at_chance(replace(run, test_accuracy=0.16))  # from 0.116 on
+
+
 def test_a_new_study_has_as_many_seeds_as_can_decide() -> None:
     assert [plans.enough_pairs(m) for m in (1, 2, 4)] == [6, 7, 8]
     assert plans.enough_pairs(1, look=2) == 9

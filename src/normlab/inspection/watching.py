@@ -291,7 +291,7 @@ class Watch:
             ) -> None:
                 both = first_tensor([*inputs, *named.values()]), first_tensor([output])
                 for side, t in zip(("in", "out"), both, strict=True):
-                    if t is None or not t.is_floating_point():
+                    if t is None or not t.is_floating_point() or not t.numel():
                         continue
                     t = channels_first(module, t).float()
                     mean, var = moments(t[:, chosen_channels(t.shape[1])])
@@ -370,7 +370,8 @@ class Watch:
                 "torch.compile"
             )
         if left := [name for name in self.layers if name not in ran]:
-            self.notes.append(f"not run as modules, and left out: {', '.join(left[:20])}")
+            names = ", ".join(left[:20])
+            self.notes.append(f"not run as modules, or on no image, and left out: {names}")
         self.recording = Recording(self.recording.steps, tuple(ran), {})
 
     def _rate(self, module: nn.Module) -> float:

@@ -18,7 +18,6 @@ with suppress(ImportError):  # HEIC, as phones write it, needs the package pillo
     FORMATS.append("HEIF")
 warnings.filterwarnings("ignore", module="PIL")  # of metadata
 Image.MAX_IMAGE_PIXELS = None  # `decode` has limits of its own
-TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientations as Pillow's Transpose
 session = onnxruntime.InferenceSession(Path(__file__).with_name("MODEL.onnx"))
 known = session.get_modelmeta().custom_metadata_map
 CLASSES, RULE = json.loads(known["class_names"]), json.loads(known.get("rule", "{}"))
@@ -31,10 +30,11 @@ found.000|lost+found|__pycache__|node_modules""".replace("\n", "").split("|")  #
 def answer(file):
     """Classes with probabilities, most probable first, and why it is not sure: "" if it is."""
     (probabilities,), *near = session.run(None, {"images": read(file)[None]})
-    best = sorted(zip(CLASSES, probabilities.tolist(), strict=True), key=lambda pair: -pair[1])
+    pairs = sorted(zip(CLASSES, probabilities.tolist(), strict=True), key=lambda pair: -pair[1])
     if (least := RULE.get("least_familiarity")) is not None and near[0][0] < least:
-        return best, "not sure, unlike the pictures it was trained on; if any: "
-    return best, "not sure, no class stands out: " * (best[0][1] < RULE.get("least_probability", 0))
+        return pairs, "not sure, unlike the pictures it was trained on; if any: "
+    sure = pairs[0][1] >= RULE.get("least_probability", 0)
+    return pairs, "" if sure else "not sure, no class stands out: "
 
 
 def read(file):
@@ -65,7 +65,7 @@ def decode(content):
     image.draft(image.mode, [n // times(image) for n in image.size])  # a large JPEG is unpacked
     image.load()  # at a half, a quarter or an eighth
     with suppress(Exception):
-        turn = TURNS.get(image.getexif().get(274))
+        turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}.get(image.getexif().get(274))  # EXIF
     if deep and (white := 2 ** int(np.max(tags.get(258, 16))) - 1):
         image = Image.fromarray(np.rint(np.clip(image, 0, white) * (255 / white)).astype("uint8"))
     if image.has_transparency_data:
