@@ -22,9 +22,9 @@ X86 = {
 }
 SOURCES = (
     *("kernels", "pixels", "dense", "pooled", "winograd2", "winograd4"),
-    *("winograd2_bfloat16", "winograd4_bfloat16"),
+    *(f"winograd{side}_{products}" for side in (2, 4) for products in ("bfloat16", "amx")),
 )
-HEADERS = ("bfloat16", "vectors", "winograd")
+HEADERS = ("amx", "bfloat16", "vectors", "winograd")
 VARIANTS = X86 if platform.machine().lower() in ("x86_64", "amd64") else {"default": []}
 # Compiled for OpenMP but not linked with a runtime: the symbols come from the one PyTorch loaded.
 # Apple's Clang takes the option only so, and leaves symbols open where it is told to; this has not

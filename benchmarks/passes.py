@@ -60,7 +60,8 @@ def cost(name: str, arguments: tuple[Any, ...]) -> tuple[str, int, int]:
         kind = "kernel's gradient" if name.endswith("gradient") else ""
         kind = "input's gradient" if turned else kind or "convolution"
         words = f"{kind}{', pooled' if which is not None else ''}, tiles of {side}"
-        words += f"{', bfloat16' if 'bfloat16' in name else ''}: {i}→{o}, {h}×{w}"
+        ways = {"bfloat16": ", bfloat16", "amx": ", AMX"}
+        words += f"{next((w for way, w in ways.items() if way in name), '')}: {i}→{o}, {h}×{w}"
         return words, *convolution(side, n, h, w, i, o, which is not None)
     if name.startswith("conv_pixels"):
         n, h, w, o = arguments[5:9]

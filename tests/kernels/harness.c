@@ -16,6 +16,8 @@ CONV(2)
 CONV(4)
 CONV(2_bfloat16)
 CONV(4_bfloat16)
+CONV(2_amx)
+CONV(4_amx)
 int normlab_conv3x3_pooled_gradients(const float *, const float *, const float *, const uint8_t *, i64, i64,
                                      i64, i64, i64, float *, float *, float *, int);
 int normlab_conv_pixels(const float *, const float *, const float *, const float *, const float *, i64,
@@ -147,8 +149,10 @@ static void reading(void) {
     free(x), free(y), free(Y);
 }
 
-static void convolution(conv_t *conv, conv_gradient_t *conv_gradient, double bound) {
-    shape_t s = {between(1, 3), between(1, 14), between(1, 14), 8 * between(1, 9), 16 * between(1, 5), 1};
+/* Of whole times `inputs` and `outputs` channels. */
+static void convolution(conv_t *conv, conv_gradient_t *conv_gradient, i64 inputs, i64 outputs, double bound) {
+    shape_t s = {between(1, 3), between(1, 14), between(1, 14), inputs * between(1, 72 / inputs),
+                 outputs * between(1, 80 / outputs), 1};
     i64 xs = s.N * s.H * s.W * s.I, ys = s.N * s.H * s.W * s.O, ws = s.O * s.I * 9;
     i64 h = s.H / 2, w2 = s.W / 2, ms = s.N * h * w2 * s.O;
     int threads = (int)between(1, 2);
@@ -381,12 +385,16 @@ int main(int argc, char **argv) {
     int rounds = argc > 1 ? atoi(argv[1]) : 10;
     srand(1);
     for (int i = 0; i < rounds; i++) {
-        convolution(normlab_conv3x3_by2, normlab_conv3x3_by2_gradient, 2e-6);
-        convolution(normlab_conv3x3_by4, normlab_conv3x3_by4_gradient, 6e-6);
+        convolution(normlab_conv3x3_by2, normlab_conv3x3_by2_gradient, 8, 16, 2e-6);
+        convolution(normlab_conv3x3_by4, normlab_conv3x3_by4_gradient, 8, 16, 6e-6);
 #ifdef BFLOAT16
         if (normlab_bfloat16()) {
-            convolution(normlab_conv3x3_by2_bfloat16, normlab_conv3x3_by2_bfloat16_gradient, 2.5e-2);
-            convolution(normlab_conv3x3_by4_bfloat16, normlab_conv3x3_by4_bfloat16_gradient, 8e-2);
+            convolution(normlab_conv3x3_by2_bfloat16, normlab_conv3x3_by2_bfloat16_gradient, 8, 16, 2.5e-2);
+            convolution(normlab_conv3x3_by4_bfloat16, normlab_conv3x3_by4_bfloat16_gradient, 8, 16, 8e-2);
+        }
+        if (normlab_amx()) {
+            convolution(normlab_conv3x3_by2_amx, normlab_conv3x3_by2_amx_gradient, 32, 32, 2.5e-2);
+            convolution(normlab_conv3x3_by4_amx, normlab_conv3x3_by4_amx_gradient, 32, 32, 8e-2);
         }
 #endif
         maxima();

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import normlab
+from normlab import kernels
 
 KERNELS = Path(normlab.__file__).parent / "kernels"
 HARNESS = Path(__file__).parent / "harness.c"
@@ -50,6 +51,20 @@ def test_kernels_are_right_and_clean_under_sanitizers(tmp_path: Path, variant: s
     if not all(flag[2:] in cpu for flag in X86[variant]):
         pytest.skip(f"this processor has no {variant}")
     assert comparisons(run(build(tmp_path, "gcc", *SANITIZED, *X86[variant]), "10")) > 200
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not shutil.which("gcc"), reason="no gcc")
+def test_products_in_tiles_of_amx_are_right(tmp_path: Path) -> None:
+    """Under an emulation of the tiles, as hardly any processor has them; all others are real."""
+    if "avx512_bf16" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
+        pytest.skip("this processor has no AVX512-BF16")
+    emulated = ["-include", str(HARNESS.parent / "emulated_amx.h")]
+    with_tiles = comparisons(
+        run(build(tmp_path, "gcc", *SANITIZED, *X86["avx512"], *emulated), "10")
+    )
+    without = comparisons(run(build(tmp_path, "gcc", "-O1", *X86["avx512"]), "10"))
+    assert with_tiles >= without + 160 or kernels.has_amx()
 
 
 @pytest.mark.soak

@@ -270,7 +270,7 @@ def _describe(threads: int, device: torch.device, ranks: Ranks) -> dict[str, Any
 
 def _facts(task: Task, machine: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for all processes of a training; the data's place need not be."""
-    keys = ("normlab", "torch", "numpy", "compiled_kernels", "cpu_capability", "bfloat16")
+    keys = ("normlab", "torch", "numpy", "compiled_kernels", "cpu_capability", "bfloat16", "amx")
     values = task.as_dict()
     return {
         **{f"version of {key}": machine[key] for key in keys[:3]},
@@ -445,7 +445,7 @@ def _differences(
 ) -> list[str]:
     # What older runs did not tell: one process, no products that a processor might lack, the code.
     same = {key: now[key] for key in ("bfloat16", "code_sha256")}
-    then = {"processes": 1, **same, "data_sha256": task.data_sha256, **then}
+    then = {"processes": 1, "amx": False, **same, "data_sha256": task.data_sha256, **then}
     now = {"processes": 1, **now, "data_sha256": images.sha256}
     found = [
         f"{key} ({then.get(key)} then, {now[key]} now)"
@@ -460,6 +460,7 @@ def _differences(
             "cpu_capability",
             "compiled_kernels",
             "bfloat16",
+            "amx",
         )
         if then.get(key) != now[key]
     ]

@@ -74,6 +74,7 @@ def describe_machine(threads: int, device: torch.device) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "compiled_kernels": kernels.available(),
         "bfloat16": kernels.available() and kernels.has_bfloat16(),
+        "amx": kernels.available() and kernels.has_amx(),
         "cores": cores(),
         "threads": threads,
         "device": str(device),

@@ -36,7 +36,7 @@ from normlab.kernels.convolutions import (
     whitens,
 )
 from normlab.kernels.layouts import as_saved, empty, layout, like, plain, shape_of
-from normlab.kernels.library import available, call, disabled, has_bfloat16
+from normlab.kernels.library import available, call, disabled, has_amx, has_bfloat16
 from normlab.kernels.products import dense, dense_gradients, multiplies, product, trains
 
 __all__ = [
@@ -64,6 +64,7 @@ __all__ = [
     "disabled",
     "flush_denormals",
     "gradient",
+    "has_amx",
     "has_bfloat16",
     "layout",
     "like",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from normlab.kernels.layouts import empty, layout, plain
-from normlab.kernels.library import call, has_bfloat16
+from normlab.kernels.library import call, has_amx, has_bfloat16
 
 
 def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,17 +40,23 @@ class Tiles(NamedTuple):
         side: of the tiles of the output that are computed together, 2 or 4: 4/9 or 1/4 of the
             multiplications; with 4 rounding is larger (winograd4.c).
         bfloat16: round the products' factors to bfloat16 where the processor has instructions for
-            it, twice as many a second; sums stay float32. Elsewhere nothing is rounded.
+            it, AVX512-BF16 or AMX, more of them a second; sums stay float32.
+            Elsewhere nothing is rounded.
     """
 
     side: int = 2
     bfloat16: bool = False
 
-    def kernel(self, height: int, width: int) -> str:
-        """What computes maps of `height` × `width`."""
+    def kernel(self, height: int, width: int, c_in: int, c_out: int) -> str:
+        """What computes maps of `height` × `width` from so many channels and to so many."""
         # Tiles of 4 on maps of two pixels would compute more than tiles of 2.
         side = self.side if min(height, width) > 2 else 2
-        return f"conv3x3_by{side}" + ("_bfloat16" if self.bfloat16 and has_bfloat16() else "")
+        if not (self.bfloat16 and has_bfloat16()):
+            return f"conv3x3_by{side}"
+        if not has_amx():
+            return f"conv3x3_by{side}_bfloat16"
+        # Where there is AMX, AVX512-BF16 is no faster than float32 (docs/benchmarks.md).
+        return f"conv3x3_by{side}" + ("_amx" if c_in % 32 == 0 and c_out % 32 == 0 else "")
 
 
 OF_TWO = Tiles()
@@ -84,7 +90,7 @@ def _convolve(
     """Write the convolution to `y`, or its maxima, and which they are to `which`."""
     (n, c_in, h, w), c_out = x.shape, len(weight)
     weight = weight.contiguous()
-    call(tiles.kernel(h, w), x, weight, bias, n, h, w, c_in, c_out, 0, y, which)
+    call(tiles.kernel(h, w, c_in, c_out), x, weight, bias, n, h, w, c_in, c_out, 0, y, which)
 
 
 def conv3x3_max_pool(
@@ -118,7 +124,8 @@ def conv3x3_gradients(
     weight = weight.contiguous()
     weight_grad, bias_grad = torch.empty_like(weight), g.new_empty(c_out)
     dx = empty(x.shape) if x_grad else None
-    grads, shape, name = (weight_grad, bias_grad), (n, h, w, c_in, c_out), tiles.kernel(h, w)
+    grads, shape = (weight_grad, bias_grad), (n, h, w, c_in, c_out)
+    name = tiles.kernel(h, w, c_in, c_out)
     if which is not None and name == "conv3x3_by2" and c_in % 32 == 0:
         call("conv3x3_pooled_gradients", x, weight, g, which, *shape, dx, *grads)
     else:

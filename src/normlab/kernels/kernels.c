@@ -14,6 +14,11 @@
 #include "bfloat16.h"
 #include "vectors.h"
 
+#if defined(BFLOAT16) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #define BLOCK 64          /* rows summed in float, in cache, before they join the double sums */
 #define STRIP 128         /* channels of one work item */
 #define CHUNKS 32         /* at most so many work items along the rows */
@@ -464,12 +469,25 @@ int normlab_normalize(const float *x, const float *mean, const float *var, const
 }
 
 /* Which signatures these are: a library of another number, from an older build, is not used. */
-int normlab_interface(void) { return 12; }
+int normlab_interface(void) { return 13; }
 
 /* Whether convolutions with products of bfloat16 are here and run on this processor. */
 int normlab_bfloat16(void) {
 #ifdef BFLOAT16
     return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+    return 0;
+#endif
+}
+
+/* The same with products in AMX's tiles. Linux gives their registers only to a process that has asked. */
+int normlab_amx(void) {
+#if defined(EMULATED)
+    return normlab_bfloat16();
+#elif defined(BFLOAT16) && defined(__linux__)
+    enum { REQUEST = 0x1023, TILES = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+    return normlab_bfloat16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
 #else
     return 0;
 #endif

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-INTERFACE = 12  # as in kernels.c: raised there and here whenever a signature changes
+INTERFACE = 13  # as in kernels.c: raised there and here whenever a signature changes
 
 
 class _Off(threading.local):
@@ -68,7 +68,7 @@ _STRUCTS = {  # the arguments of those that get them as one struct, as `struct` 
     "forward": "PP Qqif PPf qqqi PPddP PPP i",
     "gradient": "PPPPPPf if qqq PPP i",
 }
-_SIGNATURES = {
+_SIGNATURES: dict[str, list[Any]] = {
     "flush": [_INT, _INT],
     "relu_dropout": [_POINTER, *_DROPS, _LONG, _POINTER, _INT],
     "relu_dropout_gradient": [*[_POINTER] * 2, _FLOAT, _LONG, _POINTER, _INT],
@@ -97,11 +97,14 @@ _SIGNATURES = {
     "pool": [_POINTER, *[_LONG] * 4, *[_POINTER] * 2, _INT],
     "pool_gradient": [*[_POINTER] * 2, *[_LONG] * 4, _POINTER, _INT],
 }
-_BFLOAT16 = {  # which not every processor has
-    "conv3x3_by2_bfloat16": _CONV,
-    "conv3x3_by4_bfloat16": _CONV,
-    "conv3x3_by2_bfloat16_gradient": _CONV_GRADIENT,
-    "conv3x3_by4_bfloat16_gradient": _CONV_GRADIENT,
+# What not every processor has, by the function that says whether this one does.
+_SOME: dict[str, dict[str, list[Any]]] = {
+    products: {
+        f"conv3x3_by{side}_{products}{end}": types
+        for side in (2, 4)
+        for end, types in (("", _CONV), ("_gradient", _CONV_GRADIENT))
+    }
+    for products in ("bfloat16", "amx")
 }
 
 
@@ -130,10 +133,12 @@ def _library() -> ctypes.CDLL | None:
             library = ctypes.CDLL(str(path))
             if library.normlab_interface() != INTERFACE:
                 continue
-            missing = {} if library.normlab_bfloat16() else _BFLOAT16
-            for name, argtypes in (_SIGNATURES | _BFLOAT16).items():
-                if name not in missing:
-                    getattr(library, f"normlab_{name}").argtypes = argtypes
+            signatures = dict(_SIGNATURES)
+            for has, types in _SOME.items():
+                if getattr(library, f"normlab_{has}")():
+                    signatures |= types
+            for name, argtypes in signatures.items():
+                getattr(library, f"normlab_{name}").argtypes = argtypes
             for name in _STRUCTS:
                 getattr(library, f"normlab_{name}").argtypes = [ctypes.c_char_p]
         except (OSError, AttributeError):  # another platform's file, or an older build's
@@ -161,6 +166,13 @@ def has_bfloat16() -> bool:
     """Whether the kernels were compiled with, and this processor has, products of bfloat16."""
     library = _library()
     return library is not None and bool(library.normlab_bfloat16())
+
+
+@cache
+def has_amx() -> bool:
+    """Whether the same holds for AMX, whose products of bfloat16 are more at a time."""
+    library = _library()
+    return library is not None and bool(library.normlab_amx())
 
 
 @contextmanager

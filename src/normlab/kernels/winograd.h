@@ -20,15 +20,35 @@
  * belongs.
  *
  * Transformed tiles lie in strips of 16 channels, POINTS x C/16 x room x 16, transformed kernels too,
- * POINTS x O/16 x I x 16: what a product reads is contiguous and small, whatever C is.
+ * POINTS x O/16 x I x 16: what a product reads is contiguous and small, whatever C is. Where the distance of
+ * points is a power of two, all of them meet in one set of the cache.
  *
  * With BFLOAT16 the products' factors are bfloat16, the upper halves of float32, and their sums
  * float32. One instruction multiplies and adds two factors next to each other in the summed index, so
  * these lie together: channels of a tile do anyway; rows of a strip are summed over in pairs, which
  * lie value by value side by side (`deep`).
+ *
+ * With AMX an instruction multiplies 16 x 32 factors by 32 x 16 (amx.h), whose rows are 64 bytes of memory,
+ * the rows of the second such pairs. So what is summed over comes in whole 32s: tiles are filled up with
+ * zeros, and channels that are summed over lie in strips of 32. Where tiles are summed over, the first
+ * factor's pairs are turned into rows first. I and O are multiples of 32.
  */
 
-#define TILES 42 /* tiles transformed together: what they need stays in cache, in sets of its own */
+#ifdef AMX
+#define TILES 32 /* tiles transformed together: what they need stays in cache */
+#define TOGETHER 32 /* channels that lie together where they are summed over */
+#define FULL 32 /* tiles that are summed over come in so many */
+#define GROUP 32 /* tiles that a thread transforms at a time for a product over them */
+#define GAP 32 /* values between the points of transformed tiles: not all meet in one set of the cache */
+#define AT_ONCE(O) ((O) % (2 * PAIR) ? PAIR : 2 * PAIR) /* columns of a product that are there at a time */
+#else
+#define TILES 42
+#define TOGETHER 16
+#define FULL DEPTH
+#define GROUP 8
+#define GAP 0 /* rows are odd in number instead, or TILES */
+#define AT_ONCE(O) (O)
+#endif
 #define SPAN (SIDE + 2) /* height and width of a tile of the input */
 #define POINTS (SPAN * SPAN)
 #define PIXELS (SIDE * SIDE)
@@ -39,9 +59,12 @@
 #define ROWS (VEC == 16 ? 14 : 6) /* its rows; divides TILES, as do those of a block of one vector */
 #define ROWS_ALONE 14
 #define FEW 7 /* rows of a last block that has no more */
-#define GROUP 8 /* tiles that a thread transforms at a time for a product over them */
 #define SMALL (1 << 17) /* values of D, POINTS x I x O, of which there may be sixteen: 8 MiB */
 #define OVER (VEC == 16 ? 8 : 4) /* rows of a block of the products over tiles */
+
+#ifdef AMX
+#include "amx.h"
+#endif
 
 #ifdef BFLOAT16
 #define DEPTH 2 /* factors that an instruction sums over */
@@ -100,13 +123,21 @@ static inline i64 padded(i64 C) { return (C + STRIP - 1) / STRIP * STRIP; }
 /* Where column `c` of row `r` is in strips of `rows` rows. */
 static inline i64 at(i64 r, i64 c, i64 rows) { return (c / STRIP * rows + r) * STRIP + c % STRIP; }
 
+/* The same in strips whose columns are summed over. */
+static inline i64 wide(i64 r, i64 c, i64 rows) {
+    return (c / TOGETHER * rows + r) * TOGETHER + c % TOGETHER;
+}
+
 /* The same in strips whose rows are summed over, for the first of DEPTH rows that `put_rows` writes;
  * `rows` is a multiple of DEPTH. */
 static inline i64 deep(i64 r, i64 c, i64 rows) { return DEPTH * at(r / DEPTH, c, rows / DEPTH); }
 
-/* How far apart the points of transformed kernels lie. Where that is a power of two, all points of a
- * kernel meet in one set of the cache. */
+/* How far apart the points of transformed kernels lie, and those of transformed tiles. */
 static inline i64 apart(i64 I, i64 O) { return I * O + 32; }
+static inline i64 point_step(i64 rows, i64 C) { return rows * padded(C) + GAP; }
+
+/* Tiles that are summed over, with those of zeros that fill them up. */
+static inline i64 filled(i64 count) { return (count + FULL - 1) / FULL * FULL; }
 
 /* Column `c` of C, a multiple of 8, and those behind it; zeros behind the last. */
 static inline vec load_within(const float *p, i64 c, i64 C) {
@@ -181,26 +212,30 @@ INLINE void windows_of(const grid_t *s, place_t at, int nearby, i64 *windows) {
 
 /* Ask for the square of `side` x `side` pixels, of `size` bytes each, of a map of height H and width W:
  * while a product computes, memory is idle. */
-INLINE void fetch(const void *map, i64 H, i64 W, i64 size, i64 n, i64 top, i64 left, int side, int writes) {
+INLINE void fetch(const void *map, i64 H, i64 W, i64 size, i64 n, i64 top, i64 left, int side) {
     const char *corner = (const char *)map + ((n * H + top) * W + left) * size;
     for (int i = 0; i < side; i++)
-        for (i64 j = 0; j < side * size; j += 64)
-            if (writes) __builtin_prefetch(corner + i * W * size + j, 1, 2);
-            else __builtin_prefetch(corner + i * W * size + j, 0, 2);
+        for (i64 j = 0; j < side * size; j += 64) __builtin_prefetch(corner + i * W * size + j, 0, 2);
 }
 
 /* The pixels of a tile, from `after` its first row and column: 1 for those of its input that no tile
- * before it reads, 0 for its output. */
-INLINE void fetch_pixels(const float *x, const grid_t *s, i64 C, place_t at, int after, int writes) {
-    fetch(x, s->H, s->W, C * sizeof *x, at.n, at.top + after, at.left + after, SIDE, writes);
+ * before it reads, 0 for a gradient's. */
+INLINE void fetch_pixels(const float *x, const grid_t *s, i64 C, place_t at, int after) {
+    fetch(x, s->H, s->W, C * sizeof *x, at.n, at.top + after, at.left + after, SIDE);
+}
+
+/* The channels from `begin` of pixels that are written next. */
+INLINE void fetch_output(float *const pixels[PIXELS], i64 begin, i64 columns) {
+    for (int k = 0; k < PIXELS; k++)
+        for (i64 c = begin; c < begin + columns; c += 16) __builtin_prefetch(pixels[k] + c, 1, 2);
 }
 
 /* The windows of a tile in place of its pixels, to be read. */
 INLINE void fetch_windows(const float *g, const uint8_t *which, const grid_t *s, i64 C, place_t at,
                           int after) {
     i64 H = s->H / 2, W = s->W / 2, top = at.top / 2 + after, left = at.left / 2 + after;
-    fetch(g, H, W, C * sizeof *g, at.n, top, left, ACROSS, 0);
-    fetch(which, H, W, C, at.n, top, left, ACROSS, 0);
+    fetch(g, H, W, C * sizeof *g, at.n, top, left, ACROSS);
+    fetch(which, H, W, C, at.n, top, left, ACROSS);
 }
 
 /* The second half of B' d B of a tile: along the rows, to the points `step` apart from V on. */
@@ -213,12 +248,12 @@ INLINE void store_input(vec rows[SPAN][SPAN], i64 step, cell *V) {
 }
 
 /* V = B' x B of `count` tiles from `first`, in strips of `room` rows. `over_tiles`: for a product that sums
- * over the tiles, not the channels. DEPTH tiles at a time, the last ones filled up with zeros. */
+ * over the tiles, not the channels; the last ones are filled up with zeros. */
 INLINE void transform_input(const float *x, const grid_t *s, i64 C, i64 first, int count, i64 room,
                             int over_tiles, const float *zeros, cell *V) {
     place_t place = place_of(s, first);
-    i64 step = room * padded(C);
-    for (int t = 0; t < count; t += DEPTH) {
+    i64 step = point_step(room, C);
+    for (int t = 0; t < (over_tiles ? filled(count) : count); t += DEPTH) {
         const float *p[DEPTH][POINTS];
         for (int k = 0; k < DEPTH; k++, advance(s, &place)) {
             if (t + k < count) input_pixels(x, s, C, place, zeros, p[k]);
@@ -233,7 +268,7 @@ INLINE void transform_input(const float *x, const grid_t *s, i64 C, i64 first, i
                     input_side(d, r);
                     UNROLL for (int i = 0; i < SPAN; i++) rows[k][i][j] = r[i];
                 }
-                if (!over_tiles) store_input(rows[k], step, V + at(t + k, c, room));
+                if (!over_tiles) store_input(rows[k], step, V + wide(t + k, c, room));
             }
             if (!over_tiles) continue;
             UNROLL for (int i = 0; i < SPAN; i++) {
@@ -269,7 +304,7 @@ static void transform_windows(const float *g, const uint8_t *which, const grid_t
                 input_side(d, r);
                 UNROLL for (int i = 0; i < SPAN; i++) rows[i][j] = r[i];
             }
-            store_input(rows, room * C, V + at(t, c, room));
+            store_input(rows, point_step(room, C), V + wide(t, c, room));
         }
     }
 }
@@ -289,17 +324,18 @@ INLINE void load_output(const float *in, i64 step, vec bias, vec y[PIXELS]) {
     }
 }
 
-/* y = A' M A + bias of `count` tiles from `first`; with `which`, the maxima and where they are. */
-static void transform_output(const float *M, const grid_t *s, i64 C, i64 first, int count,
-                             const float *bias, float *const pixels[][PIXELS], float *y,
+/* y = A' M A + bias of `count` tiles from `first`, their `columns` channels from `begin`; with `which`, the
+ * maxima and where they are. */
+static void transform_output(const float *M, const grid_t *s, i64 C, i64 begin, i64 columns, i64 first,
+                             int count, const float *bias, float *const pixels[][PIXELS], float *y,
                              uint8_t *which) {
     place_t place = place_of(s, first);
     for (int t = 0; t < count; t++, advance(s, &place)) {
         i64 windows[ACROSS * ACROSS];
         windows_of(s, place, 0, windows);
-        for (i64 c = 0; c < C; c += VEC) {
+        for (i64 c = begin; c < begin + columns; c += VEC) {
             vec out[PIXELS], add = bias ? load(bias + c) : (vec){0};
-            load_output(M + at(t, c, TILES), TILES * padded(C), add, out);
+            load_output(M + at(t, c - begin, TILES), point_step(TILES, columns), add, out);
             if (which) {
                 UNROLL for (int k = 0; k < ACROSS * ACROSS; k++) {
                     if (windows[k] < 0) continue;
@@ -346,7 +382,8 @@ static void transform_gradient(const float *g, const uint8_t *which, const grid_
                                i64 first, int count, i64 room, float *zeros, cell *U,
                                float *sums) {
     place_t place = place_of(s, first);
-    for (int t = 0; t < count; t += DEPTH) {
+    i64 step = point_step(room, C);
+    for (int t = 0; t < filled(count); t += DEPTH) {
         gradient_t at_tiles[DEPTH];
         for (int k = 0; k < DEPTH; k++, advance(s, &place))
             gradient_of(g, which, s, C, t + k < count ? &place : NULL, zeros, at_tiles + k);
@@ -377,7 +414,7 @@ static void transform_gradient(const float *g, const uint8_t *which, const grid_
             UNROLL for (int i = 0; i < SPAN; i++) {
                 vec r[DEPTH][SPAN];
                 UNROLL for (int k = 0; k < DEPTH; k++) gradient_side(rows[k][i], r[k]);
-                put_points(r, room * C, U + deep(t, c, room) + SPAN * i * room * C);
+                put_points(r, step, U + deep(t, c, room) + SPAN * i * step);
             }
         }
     }
@@ -437,6 +474,54 @@ static void transform_back(const float *D, i64 O, i64 I, i64 first, float *dw) {
     }
 }
 
+#ifdef AMX
+/* M (rows x PAIR columns) = V (rows x I) U (I x O), at the columns from `o`; asks for U at the next point. */
+static void product(const cell *V, const cell *U, int rows, i64 I, i64 O, i64 o, float *M) {
+    const cell *u0 = U + at(0, o, I), *u1 = U + at(0, o + STRIP, I);
+    written();
+    for (int r = 0; r < rows; r += 2 * HIGH) {
+        zero_sums();
+        for (i64 i = 0; i < I; i += SUMMED) {
+            const cell *v = V + wide(r, i, TILES), *b0 = u0 + i * STRIP, *b1 = u1 + i * STRIP;
+            add_products(v, v + HIGH * TOGETHER, b0, b1);
+            if (r + 2 * HIGH < rows) continue;
+            for (int j = 0; j < SUMMED * STRIP; j += 32) {
+                __builtin_prefetch(b0 + apart(I, O) + j, 0, 2);
+                __builtin_prefetch(b1 + apart(I, O) + j, 0, 2);
+            }
+        }
+        store_sums(M + at(r, 0, TILES), M + at(r, STRIP, TILES));
+    }
+}
+
+/* Make V's transposed the first factor of products over `count` tiles. */
+static void turn(cell *V, int count, i64 room, i64 C) {
+    for (int p = 0; p < POINTS; p++)
+        for (i64 c = 0; c < C; c += HIGH)
+            for (i64 t = 0; t < count; t += FULL) turn_pairs(V + p * point_step(room, C) + deep(t, c, room));
+}
+
+/* D (I x O) += V' (I x rows) U (rows x O) at the PAIR of columns from `o`, V and U of `room` rows; V has been
+ * turned. `fresh`: = in place of +=. */
+static void product_over_tiles(const cell *V, const cell *U, int rows, i64 room, i64 I, i64 O, i64 o,
+                               float *D, int fresh) {
+    (void)O;
+    const cell *u0 = U + deep(0, o, room), *u1 = U + deep(0, o + STRIP, room);
+    written();
+    for (i64 i = 0; i < I; i += 2 * HIGH) {
+        const cell *v0 = V + deep(0, i, room), *v1 = V + deep(0, i + HIGH, room);
+        float *d0 = D + at(i, o, I), *d1 = D + at(i, o + STRIP, I);
+        if (fresh) zero_sums();
+        else load_sums(d0, d1);
+        for (i64 r = 0; r < rows * STRIP; r += SUMMED * STRIP) add_products(v0 + r, v1 + r, u0 + r, u1 + r);
+        store_sums(d0, d1);
+    }
+}
+#else
+static void begin_tiles(void) {}
+static void end_tiles(void) {}
+static void turn(cell *V, int count, i64 room, i64 C) { (void)V, (void)count, (void)room, (void)C; }
+
 /* M (rows x one vector of columns, or `two`) = V (rows x I) U (I x columns), `height` rows at a time
  * from row r on while more than `rest` are left, the last ones rounded up; V in strips of TILES rows.
  * The last rows ask for the PAIR of columns that comes next. Returns the row that follows. */
@@ -446,7 +531,7 @@ INLINE int product_of(const cell *V, const cell *u0, const cell *u1, int r, int 
         vec sum[ROWS_ALONE][2] = {{{0}}};
         const cell *a0 = u0, *a1 = u1;
         for (i64 first = 0; first < I; first += 8) {
-            const cell *v = V + at(r, first, TILES);
+            const cell *v = V + wide(r, first, TILES);
             for (int i = 0; i < 8; i += DEPTH, a0 += DEPTH * STRIP, a1 += DEPTH * STRIP) {
                 factors b0 = factors_at(a0), b1 = two ? factors_at(a1) : b0;
                 if (PAIR >= STRIP && two && r + height >= rows) {
@@ -513,6 +598,7 @@ static void product_over_tiles(const cell *V, const cell *U, int rows, i64 room,
     if (o + VEC < O) product_over_tiles_of(V, u0, u1, rows, room, I, d0, d1, 1, fresh);
     else product_over_tiles_of(V, u0, u0, rows, room, I, d0, d0, 0, fresh);
 }
+#endif
 
 /* y (N x H x W x O) = convolution of x (N x H x W x I) with w (O x I x 3 x 3), plus bias (may be
  * NULL). Turned: x is the gradient of y, N x H x W x O, and y that of x, N x H x W x I.
@@ -532,9 +618,10 @@ int CONV3X3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64
 #pragma omp for schedule(static)
         for (i64 first = 0; first < to; first += STRIP)
             transform_kernel(w, O, I, turned, first, U);
-        i64 in = POINTS * TILES * padded(from) * sizeof(cell), out = POINTS * TILES * padded(to);
+        i64 columns = AT_ONCE(to);
+        i64 in = POINTS * point_step(TILES, from) * sizeof(cell), out = POINTS * point_step(TILES, columns);
         i64 size = in + (out + padded(from) + padded(to)) * sizeof(float);
-        cell *V = aligned_alloc(64, size);
+        cell *V = aligned_alloc(64, (size + 63) / 64 * 64);
         float *pixels[TILES][PIXELS];
         float *M = (float *)((char *)V + in), *zeros = M + out, *outside = zeros + padded(from);
         if (V) memset(V, 0, size);
@@ -542,6 +629,7 @@ int CONV3X3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64
 #pragma omp atomic write
             failed = 1;
         }
+        begin_tiles();
 #pragma omp for schedule(static)
         for (i64 b = 0; b < blocks; b++) {
             if (!V) continue;
@@ -549,24 +637,29 @@ int CONV3X3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64
             if (which && turned)
                 transform_windows(x, which, &s, from, b * TILES, count, TILES, zeros, V);
             else transform_input(x, &s, from, b * TILES, count, TILES, 0, zeros, V);
-            int pooled = which && !turned, fetched = 0;
-            place_t place = place_of(&s, b * TILES), next = place_of(&s, (b + 1) * TILES);
-            for (int p = 0; p < POINTS; p++) {
-                for (; fetched < count * (p + 1) / POINTS; fetched++) {
-                    if (which && turned) fetch_windows(x, which, &s, from, next, 1);
-                    else fetch_pixels(x, &s, from, next, 1, 0);
-                    advance(&s, &next);
-                    if (pooled) continue;
-                    fetch_pixels(y, &s, to, place, 0, 1);
-                    output_pixels(y, &s, to, place, outside, pixels[fetched]);
-                    advance(&s, &place);
+            int pooled = which && !turned;
+            for (i64 begin = 0; begin < to; begin += columns) {
+                place_t place = place_of(&s, b * TILES), next = place_of(&s, (b + 1) * TILES);
+                int last = begin + columns >= to, fetched = 0;
+                for (int p = 0; p < POINTS; p++) {
+                    for (; fetched < count * (p + 1) / POINTS; fetched++) {
+                        if (last && which && turned) fetch_windows(x, which, &s, from, next, 1);
+                        else if (last) fetch_pixels(x, &s, from, next, 1);
+                        advance(&s, &next);
+                        if (pooled) continue;
+                        output_pixels(y, &s, to, place, outside, pixels[fetched]);
+                        fetch_output(pixels[fetched], begin, columns);
+                        advance(&s, &place);
+                    }
+                    for (i64 o = begin; o < begin + columns; o += PAIR)
+                        product(V + p * point_step(TILES, from), U + p * apart(I, O), count, from, to, o,
+                                M + p * point_step(TILES, columns) + at(0, o - begin, TILES));
                 }
-                for (i64 o = 0; o < to; o += PAIR)
-                    product(V + p * TILES * padded(from), U + p * apart(I, O), count, from, to, o,
-                            M + p * TILES * padded(to) + at(0, o, TILES));
+                transform_output(M, &s, to, begin, columns, b * TILES, count, bias, pixels, y,
+                                 pooled ? which : NULL);
             }
-            transform_output(M, &s, to, b * TILES, count, bias, pixels, y, pooled ? which : NULL);
         }
+        end_tiles();
         free(V);
     }
     free(U);
@@ -576,10 +669,11 @@ int CONV3X3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64
 /* Tiles whose transforms are kept for one product over them: the more, the fewer passes over D. A thread
  * `alone` keeps 3 MiB of them; all threads together, half of what a large D takes, so that both stay in
  * the last cache. Of either at least TILES rows and at most 128. They are odd in number, since the points
- * of a tile lie so many apart, and must not meet in one set of the cache. */
+ * of a tile lie so many apart where there is no GAP, and must not meet in one set of the cache. */
 static i64 room_for(i64 I, i64 O, int alone) {
     i64 rows = alone ? 3 * (1 << 18) / (POINTS * (I + O)) : I * O / (2 * (I + O));
-    return (max64(TILES, min64(rows, 128)) | 1) * DEPTH;
+    rows = max64(TILES, min64(rows, 128));
+    return GAP ? filled(rows * DEPTH) : (rows | 1) * DEPTH;
 }
 
 /* What a gradient of a kernel is computed from, and room for the transforms of `room` tiles. */
@@ -595,14 +689,15 @@ typedef struct {
 static void transform_both(const gradient_of_kernel_t *k, i64 first, int count, cell *V, cell *U,
                            float *sums) {
     transform_input(k->x, &k->grid, k->I, first, count, k->room, 1, k->zeros, V);
+    turn(V, count, k->room, k->I);
     transform_gradient(k->g, k->which, &k->grid, k->O, first, count, k->room, k->zeros, U, sums);
 }
 
 /* What the transforms of a tile read first. In line, as GCC leaves out calls of what only fetches. */
 INLINE void fetch_both(const gradient_of_kernel_t *k, place_t at) {
-    fetch_pixels(k->x, &k->grid, k->I, at, 1, 0);
+    fetch_pixels(k->x, &k->grid, k->I, at, 1);
     if (k->which) fetch_windows(k->g, k->which, &k->grid, k->O, at, 0);
-    else fetch_pixels(k->g, &k->grid, k->O, at, 0, 0);
+    else fetch_pixels(k->g, &k->grid, k->O, at, 0);
 }
 
 /* D += V' U of `count` tiles, at one point and for one PAIR of output channels: the product `number`.
@@ -610,7 +705,7 @@ INLINE void fetch_both(const gradient_of_kernel_t *k, place_t at) {
 static void product_at(const gradient_of_kernel_t *k, i64 number, int count, const cell *V,
                        const cell *U, float *D, int fresh) {
     i64 across = (k->O + PAIR - 1) / PAIR, p = number / across, o = number % across * PAIR;
-    product_over_tiles(V + p * k->room * padded(k->I), U + p * k->room * k->O, count, k->room, k->I,
+    product_over_tiles(V + p * point_step(k->room, k->I), U + p * point_step(k->room, k->O), count, k->room, k->I,
                        k->O, o, D + p * apart(k->I, k->O), fresh);
 }
 
@@ -628,7 +723,8 @@ int CONV3X3_GRADIENT(const float *x, const float *g, const uint8_t *which, i64 N
     i64 room = room_for(padded(I), O, alone), products = POINTS * ((O + PAIR - 1) / PAIR);
     i64 parts = alone ? min64(16, 1 + tiles / (4 * room / DEPTH)) : 1;
     i64 groups = alone ? 1 : (room + GROUP - 1) / GROUP, size = values + groups * O;
-    i64 space = POINTS * room * (padded(I) + O), blocks = alone ? min64(threads, parts) : 1;
+    i64 of_x = POINTS * point_step(room, I), space = of_x + POINTS * point_step(room, O);
+    i64 blocks = alone ? min64(threads, parts) : 1;
     cell *transforms = aligned_alloc(64, (blocks * space * sizeof(cell) + 63) / 64 * 64);
     i64 numbers = parts * size + padded(I) + O;
     float *sums = aligned_alloc(64, numbers * sizeof(float));
@@ -644,9 +740,10 @@ int CONV3X3_GRADIENT(const float *x, const float *g, const uint8_t *which, i64 N
     for (i64 j = parts * size; j < numbers; j++) sums[j] = 0;
 #pragma omp parallel num_threads(threads)
     {
+        begin_tiles();
 #pragma omp for schedule(static)
         for (i64 part = 0; part < (alone ? parts : 0); part++) {
-            cell *V = transforms + thread() * space, *U = V + POINTS * room * padded(I);
+            cell *V = transforms + thread() * space, *U = V + of_x;
             float *D = sums + part * size;
             i64 begin = tiles * part / parts, end = tiles * (part + 1) / parts;
             for (i64 t = begin; t < end; t += room) {
@@ -662,7 +759,7 @@ int CONV3X3_GRADIENT(const float *x, const float *g, const uint8_t *which, i64 N
             }
         }
         for (i64 t = 0; t < (alone ? 0 : tiles); t += room) {
-            cell *V = transforms, *U = V + POINTS * room * padded(I);
+            cell *V = transforms, *U = V + of_x;
             int count = (int)min64(room, tiles - t);
 #pragma omp for schedule(static)
             for (i64 j = 0; j < (count + GROUP - 1) / GROUP; j++) {
@@ -673,6 +770,7 @@ int CONV3X3_GRADIENT(const float *x, const float *g, const uint8_t *which, i64 N
 #pragma omp for schedule(static)
             for (i64 j = 0; j < products; j++) product_at(&k, j, count, V, U, sums, t == 0);
         }
+        end_tiles();
 #pragma omp for schedule(static)
         for (i64 j = 0; j < size; j++)
             for (i64 part = 1; part < parts; part++) sums[j] += sums[part * size + j];
