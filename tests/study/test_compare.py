@@ -303,7 +303,8 @@ def test_the_report_says_what_decided_and_on_which_pictures(tmp_path: Path) -> N
 def test_every_environment_that_runs_were_made_in_is_named(tmp_path: Path) -> None:
     study = make_study(tmp_path, BETTER)
     assert not [line for line in closing_lines(study) if line.startswith("Made with")]
-    newer = {**study.design.environment, "torch": "9.8.7", "normlab": "6.5"}
+    code = study.design.environment["code_sha256"]
+    newer = {**study.design.environment, "code_sha256": 64 * "f"}  # edited within a version
     later = tuple(replace(o, environment=newer) if o.seed > 3 else o for o in study.outcomes)
     for outcome in later:
         runs.save(tmp_path / "runs", outcome)
@@ -314,7 +315,8 @@ def test_every_environment_that_runs_were_made_in_is_named(tmp_path: Path) -> No
     assert len(both) == len(study.as_dict()["environments"]) == 2
     for line in both:
         assert page.count(line.removeprefix("Made with: ")) == 2  # in the list and the methods
-    assert "normlab 6.5, PyTorch 9.8.7, " in both[1]
+    assert f" (code {code[:8]}), PyTorch " in both[0]
+    assert " (code ffffffff), PyTorch " in both[1]
 
 
 def test_the_table_of_runs_holds_every_run(tmp_path: Path) -> None:

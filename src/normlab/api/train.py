@@ -15,7 +15,6 @@ from normlab import runs
 from normlab.api.run import Evaluation, Run, open_run
 from normlab.core.environment import (
     describe_machine,
-    digest_of_code,
     resolve_device,
     resolve_threads,
 )
@@ -264,7 +263,7 @@ def settle_recipe(
 
 
 def _describe(threads: int, device: torch.device, ranks: Ranks) -> dict[str, Any]:
-    machine = describe_machine(threads, device) | {"code_sha256": digest_of_code()}
+    machine = describe_machine(threads, device)
     return machine | {"processes": ranks.size} if ranks.size > 1 else machine
 
 

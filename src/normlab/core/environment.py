@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def describe_machine(threads: int, device: torch.device) -> dict[str, Any]:
     """What a reader needs to judge a time or to repeat a run."""
     return {
         "normlab": version("normlab"),
+        "code_sha256": _own_code(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": version("numpy"),
@@ -94,6 +96,12 @@ def digest_of_code(package: Path = Path(__file__).parents[1]) -> str:
         content = path.read_bytes()
         digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()
+
+
+@cache
+def _own_code() -> str:
+    """The digest when it is first asked for: what this process runs, whatever is edited later."""
+    return digest_of_code()
 
 
 @contextlib.contextmanager

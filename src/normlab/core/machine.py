@@ -38,9 +38,11 @@ def told(environment: Mapping[str, Any]) -> str:
         versions = {names[key]: environment.get(key) for key in names}
     cores, threads = environment.get("cores"), environment.get("threads")
     processor = [environment.get("cpu_model"), environment.get("cpu_capability")]
+    processor.append("AMX" if environment.get("amx") else None)
     processor.append(f"{cores} core{'' if cores == 1 else 's'}")
+    code = environment.get("code_sha256", "")[:8]  # a checkout changes within a version
     parts = [
-        f"normlab {environment.get('normlab')}",
+        f"normlab {environment.get('normlab')}{f' (code {code})' if code else ''}",
         *(f"{name} {version}" for name, version in versions.items()),
         "" if environment.get("compiled_kernels", True) else "no compiled kernels",
         f"{environment.get('cpu')} ({', '.join(filter(None, processor))})",
