@@ -37,16 +37,19 @@ def spread(values: list[float]) -> Spread:
 
 
 def processor(machine: dict[str, Any]) -> str:
-    """Its name without the signs and words that all names have, and its generation if known.
+    """Its name without the signs and words that all names have, its generation, and AMX if any.
 
     >>> processor({"cpu": "Intel(R) Xeon(R) Processor"})
     'Intel Xeon'
     >>> processor({"cpu": "AMD EPYC", "cpu_model": "family 26, model 2"})
     'AMD EPYC (family 26, model 2)'
+    >>> processor({"cpu": "Intel(R) Xeon(R) Processor", "amx": True})
+    'Intel Xeon (AMX)'
     """
     name = " ".join(machine["cpu"].replace("(R)", "").replace("Processor", "").split())
-    model = machine.get("cpu_model")  # older results lack it
-    return f"{name} ({model})" if model else name
+    # Older results lack both.
+    known = ", ".join(filter(None, (machine.get("cpu_model"), machine.get("amx") and "AMX")))
+    return f"{name} ({known})" if known else name
 
 
 def names(result: Result, group: str) -> list[str]:

@@ -37,3 +37,16 @@ def test_a_processor_is_told_from_its_other_generations(
     monkeypatch.setattr(machine.platform, "processor", lambda: "aarch64")
     assert machine.cpu_name() == name
     assert machine.cpu_model() == model
+
+
+def test_what_changes_results_is_told() -> None:
+    environment = {
+        **{"normlab": "0.1.0", "code_sha256": 8 * "1a2b3c4d", "torch": "2.13.0", "threads": 2},
+        **{"cpu": "A Xeon", "cpu_model": "family 6", "cpu_capability": "AVX512", "cores": 2},
+    }
+    assert machine.told(environment | {"amx": True}) == (
+        "normlab 0.1.0 (code 1a2b3c4d), PyTorch 2.13.0, NumPy None, Python None, "
+        "A Xeon (family 6, AVX512, AMX, 2 cores), 2 threads a run"
+    )
+    assert "AMX" not in machine.told(environment | {"amx": False})
+    assert "code" not in machine.told({**environment, "code_sha256": ""})

@@ -34,7 +34,7 @@ int normlab_small_dense_gradients(const float *, const float *, const float *, i
 int normlab_read(const uint8_t *, const i64 *, const uint8_t *, const i64 *, i64, i64, i64, float *, int);
 int normlab_whiten(const float *, const float *, const float *, i64, i64, i64, i64, float *, int);
 
-static int compared;
+static int compared, of_amx;
 
 static i64 between(i64 low, i64 high) { return low + rand() % (high - low + 1); }
 
@@ -149,10 +149,12 @@ static void reading(void) {
     free(x), free(y), free(Y);
 }
 
-/* Of whole times `inputs` and `outputs` channels. */
+/* Of whole times `inputs` and `outputs` channels. Sometimes there are many tiles, for several products over
+ * them. */
 static void convolution(conv_t *conv, conv_gradient_t *conv_gradient, i64 inputs, i64 outputs, double bound) {
     shape_t s = {between(1, 3), between(1, 14), between(1, 14), inputs * between(1, 72 / inputs),
                  outputs * between(1, 80 / outputs), 1};
+    if (rand() % 4 == 0) s.N = between(4, 12), s.O = outputs * between(1, 96 / outputs);
     i64 xs = s.N * s.H * s.W * s.I, ys = s.N * s.H * s.W * s.O, ws = s.O * s.I * 9;
     i64 h = s.H / 2, w2 = s.W / 2, ms = s.N * h * w2 * s.O;
     int threads = (int)between(1, 2);
@@ -393,8 +395,10 @@ int main(int argc, char **argv) {
             convolution(normlab_conv3x3_by4_bfloat16, normlab_conv3x3_by4_bfloat16_gradient, 8, 16, 8e-2);
         }
         if (normlab_amx()) {
+            of_amx -= compared;
             convolution(normlab_conv3x3_by2_amx, normlab_conv3x3_by2_amx_gradient, 32, 32, 2.5e-2);
             convolution(normlab_conv3x3_by4_amx, normlab_conv3x3_by4_amx_gradient, 32, 32, 8e-2);
+            of_amx += compared;
         }
 #endif
         maxima();
@@ -407,6 +411,6 @@ int main(int argc, char **argv) {
         normalisation();
         pooling();
     }
-    printf("%d comparisons held, vectors of %d\n", compared, VEC);
+    printf("%d comparisons held, %d of AMX, vectors of %d\n", compared, of_amx, VEC);
     return 0;
 }

@@ -269,9 +269,10 @@ def test_resume_under_other_data_or_threads_is_refused(
     with pytest.raises(normlab.UserError, match="data"):
         normlab.resume(tmp_path / "r", data=other)
     environment = json.loads((tmp_path / "r" / "environment.json").read_text())
-    environment |= {"torch": "1.0", "code_sha256": 64 * "0"}
+    amx = environment.pop("amx")  # as in older runs, which had none
+    environment |= {"torch": "1.0", "code_sha256": 64 * "0"} | ({} if amx else {"amx": True})
     (tmp_path / "r" / "environment.json").write_text(json.dumps(environment))
-    with pytest.raises(normlab.UserError, match=r"torch .*; code \(000000000000… then"):
+    with pytest.raises(normlab.UserError, match=r"torch .*; amx .*; code \(000000000000… then"):
         normlab.resume(tmp_path / "r", data=data)
     assert "later" not in normlab.open_run(tmp_path / "r").environment
     with pytest.raises(Interrupted):
@@ -283,7 +284,8 @@ def test_resume_under_other_data_or_threads_is_refused(
     assert later["step"] == 1
     assert later["torch"] == torch.__version__  # type: ignore[typeddict-item]
     assert later["differs"][0] == f"torch (1.0 then, {torch.__version__} now)"
-    assert later["differs"][1].startswith("code (000000000000… then, ")
+    assert later["differs"][1] == f"amx ({not amx} then, {amx} now)"
+    assert later["differs"][2].startswith("code (000000000000… then, ")
     page = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
     assert f"from step 2 on</th><td>with other torch (1.0 then, {torch.__version__} now)" in page
 

@@ -442,7 +442,8 @@ def _redraw(run: Run, data: str | Path | Mapping[str, Any] | ImageData | None) -
 def _differences(
     task: Task, then: Mapping[str, Any], images: ImageData, now: Mapping[str, Any]
 ) -> list[str]:
-    # What older runs did not tell: one process, no products that a processor might lack, the code.
+    # What older runs did not tell: one process, whether products were bfloat16, the code. They had
+    # no AMX.
     same = {key: now[key] for key in ("bfloat16", "code_sha256")}
     then = {"processes": 1, "amx": False, **same, "data_sha256": task.data_sha256, **then}
     now = {"processes": 1, **now, "data_sha256": images.sha256}

@@ -100,7 +100,7 @@ def digest_of_code(package: Path = Path(__file__).parents[1]) -> str:
 
 @cache
 def _own_code() -> str:
-    """The digest when it is first asked for: what this process runs, whatever is edited later."""
+    """The digest when it is first asked for: later edits are not what this process runs."""
     return digest_of_code()
 
 

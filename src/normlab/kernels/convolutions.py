@@ -39,9 +39,9 @@ class Tiles(NamedTuple):
     Attributes:
         side: of the tiles of the output that are computed together, 2 or 4: 4/9 or 1/4 of the
             multiplications; with 4 rounding is larger (winograd4.c).
-        bfloat16: round the products' factors to bfloat16 where the processor has instructions for
-            it, AVX512-BF16 or AMX, more of them a second; sums stay float32.
-            Elsewhere nothing is rounded.
+        bfloat16: round the products' factors to bfloat16 where the processor multiplies these
+            faster, by AVX512-BF16 or AMX; sums stay float32. Elsewhere nothing is rounded, nor on a
+            processor with AMX in layers whose channels are no multiples of 32.
     """
 
     side: int = 2

@@ -486,8 +486,11 @@ int normlab_amx(void) {
     return normlab_bfloat16();
 #elif defined(BFLOAT16) && defined(__linux__)
     enum { REQUEST = 0x1023, TILES = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
-    return normlab_bfloat16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-           syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
+    static int asked, given;
+    if (!asked++)
+        given = normlab_bfloat16() && __builtin_cpu_supports("amx-tile") &&
+                __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
+    return given;
 #else
     return 0;
 #endif

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-INTERFACE = 13  # as in kernels.c: raised there and here whenever a signature changes
+INTERFACE = 13  # as in kernels.c: raised there and here whenever a signature changes or is added
 
 
 class _Off(threading.local):

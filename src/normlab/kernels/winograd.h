@@ -36,17 +36,19 @@
 
 #ifdef AMX
 #define TILES 32 /* tiles transformed together: what they need stays in cache */
+#define LEAST 64 /* times DEPTH tiles, at least, that a product over tiles sums over at a time */
 #define TOGETHER 32 /* channels that lie together where they are summed over */
 #define FULL 32 /* tiles that are summed over come in so many */
 #define GROUP 32 /* tiles that a thread transforms at a time for a product over them */
 #define GAP 32 /* values between the points of transformed tiles: not all meet in one set of the cache */
 #define AT_ONCE(O) ((O) % (2 * PAIR) ? PAIR : 2 * PAIR) /* columns of a product that are there at a time */
 #else
-#define TILES 42
+#define TILES 42 /* no whole 32s: the points of a strip do not all meet in one set of the cache */
+#define LEAST 42
 #define TOGETHER 16
 #define FULL DEPTH
 #define GROUP 8
-#define GAP 0 /* rows are odd in number instead, or TILES */
+#define GAP 0
 #define AT_ONCE(O) (O)
 #endif
 #define SPAN (SIDE + 2) /* height and width of a tile of the input */
@@ -56,7 +58,7 @@
 #define NEAR (ACROSS + 2) /* and those that its input touches */
 #define STRIP 16
 #define PAIR (2 * VEC) /* columns of a register block of the matrix products */
-#define ROWS (VEC == 16 ? 14 : 6) /* its rows; divides TILES, as do those of a block of one vector */
+#define ROWS (VEC == 16 ? 14 : 6) /* its rows, not with AMX; divides TILES, as do those of a block of one vector */
 #define ROWS_ALONE 14
 #define FEW 7 /* rows of a last block that has no more */
 #define SMALL (1 << 17) /* values of D, POINTS x I x O, of which there may be sixteen: 8 MiB */
@@ -668,11 +670,11 @@ int CONV3X3(const float *x, const float *w, const float *bias, i64 N, i64 H, i64
 
 /* Tiles whose transforms are kept for one product over them: the more, the fewer passes over D. A thread
  * `alone` keeps 3 MiB of them; all threads together, half of what a large D takes, so that both stay in
- * the last cache. Of either at least TILES rows and at most 128. They are odd in number, since the points
- * of a tile lie so many apart where there is no GAP, and must not meet in one set of the cache. */
+ * the last cache. Of either LEAST to 128 times DEPTH. Points lie so many rows apart: without a GAP they are an
+ * odd number times DEPTH, so that not all points meet in one set of the cache. */
 static i64 room_for(i64 I, i64 O, int alone) {
     i64 rows = alone ? 3 * (1 << 18) / (POINTS * (I + O)) : I * O / (2 * (I + O));
-    rows = max64(TILES, min64(rows, 128));
+    rows = max64(LEAST, min64(rows, 128));
     return GAP ? filled(rows * DEPTH) : (rows | 1) * DEPTH;
 }
 
