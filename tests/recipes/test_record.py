@@ -20,6 +20,7 @@ from normlab.recipes.optimizers import OPTIMIZERS
 from normlab.recipes.pictures import fitted, pictures
 from normlab.recipes.record import AUGMENTS, PARTS
 from normlab.recipes.settings import Setting, option_words, settings_of
+from normlab.runs import Task
 from normlab.training import optimisers
 
 # As the release before wrote them: flat, with numbers that now are settings in the code.
@@ -286,10 +287,19 @@ def test_every_setting_is_an_option(command: str) -> None:
 )
 def test_an_edited_file_is_named_with_what_is_wrong(edit: dict[str, Any], tmp_path: Path) -> None:
     images = normlab.load("sample")
-    values = normlab.runs.Task(
+    values = Task(
         recipe=get("notebook"), seed=0, data="sample", data_sha256=images.sha256,
         class_names=images.class_names, image_size=32,
     ).as_dict()  # fmt: skip
     (tmp_path / "recipe.json").write_text(json.dumps(values | edit))
     with pytest.raises(normlab.DataError, match=r"recipe\.json is not a run's recipe"):
         normlab.open_run(tmp_path)
+
+
+def test_a_folder_in_place_of_a_recipe_is_data(tmp_path: Path) -> None:
+    with pytest.raises(
+        normlab.UserError, match=f"'{tmp_path}' is a folder, no recipe: .* --data {tmp_path}$"
+    ):
+        get(str(tmp_path))
+    with pytest.raises(normlab.UserError, match="unknown recipe 'fast97': did you mean"):
+        get("fast97")

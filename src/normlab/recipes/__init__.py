@@ -4,6 +4,7 @@ A docstring says what the recipe gives, how long it takes, on what, and the comm
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from normlab.errors import UserError, nearest
@@ -39,6 +40,8 @@ def get(recipe: str | Recipe) -> Recipe:
     """
     if isinstance(recipe, Recipe):
         return recipe
+    if recipe not in RECIPES and Path(recipe).is_dir():
+        raise UserError(f"{recipe!r} is a folder, no recipe: give pictures as --data {recipe}")
     if recipe not in RECIPES:
         raise UserError(f"unknown recipe {nearest(recipe, RECIPES)}")
     return RECIPES[recipe]()
