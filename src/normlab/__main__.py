@@ -10,6 +10,7 @@ if __name__ == "__main__":  # `python -m` has put the folder first: before anyth
     leave_out_current_folder()
 
 import errno
+import gc
 import os
 import signal
 import sys
@@ -39,6 +40,9 @@ ALLOCATION_FAILED = (
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
     leave_out_current_folder()
+    # Imports make objects by the hundred thousand and hardly a cycle: looked for less often, a
+    # quarter of a second less of each command.
+    gc.set_threshold(10_000, 10, 10)
     code = run(arguments)
     if code == 128 + signal.SIGINT:  # a second one shall not end in a traceback of Python's end
         signal.signal(signal.SIGINT, signal.SIG_IGN)
