@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from normlab.__main__ import run
+from normlab.training.state import State
+from normlab.training.tensorboard import TensorBoard
 
 SAMPLE = ["--data", "sample", "--threads", "1"]
 TINY = [*SAMPLE, "--epochs", "1", "--batch-size", "90"]
@@ -97,6 +99,7 @@ def test_the_printed_commands_work(trained: Path) -> None:
         (["train", "--allow-changes", *SAMPLE], "--allow-changes", "--resume"),
         (["evaluate"], "runs", "normlab train"),
         (["evaluate", "nowhere"], "nowhere", "normlab train"),
+        (["evaluate", "0001-notebook"], "0001-notebook", "runs/0001-notebook"),
         (["summary", "notebok"], "notebok", "notebook"),
         (["frobnicate"], "frobnicate", "--help"),
     ],
@@ -108,6 +111,7 @@ def test_a_mistake_is_one_line_with_value_and_remedy(
     (in_tmp / "full").mkdir()
     (in_tmp / "full" / "thesis.tex").touch()
     (in_tmp / "file").touch()
+    (in_tmp / "runs" / "0001-notebook").mkdir(parents=True)
     before = sorted(in_tmp.rglob("*"))
     assert run(words) == 2
     shown = capsys.readouterr()
@@ -271,22 +275,33 @@ def test_odd_surroundings(in_tmp: Path) -> None:
     assert (folder / "ein Lauf é" / "result.json").exists()
 
 
-def test_tensorboard_events(in_tmp: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "normlab", "train", "notebook", *TINY, "--tensorboard"],
-        cwd=in_tmp,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+def test_tensorboard_events_go_on_when_a_run_is_resumed(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after_step = TensorBoard.after_step
+
+    def interrupted(self: TensorBoard, state: State, *place: int) -> None:
+        after_step(self, state, *place)
+        if state.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as m:
+        m.setattr(TensorBoard, "after_step", interrupted)
+        train = [*SAMPLE, "--epochs", "2", "--batch-size", "90"]
+        assert run(["train", "notebook", *train, "--tensorboard"]) == 130
+    assert run(["train", "--resume", "runs/0001-notebook"]) == 0
+    folder = in_tmp / "runs" / "0001-notebook"
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    for name in ("loss", "val_accuracy"):
+        assert scalars(folder, name) == {row["epoch"]: pytest.approx(row[name]) for row in rows}
+
+
+def scalars(folder: Path, name: str) -> dict[int, float]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = in_tmp / "runs" / "0001-notebook"
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    row = json.loads((folder / "history.jsonl").read_text().splitlines()[0])
-    (scalar,) = events.Scalars("val_accuracy")
-    assert scalar.value == pytest.approx(row["val_accuracy"])
+    return {event.step: event.value for event in events.Scalars(name)}
 
 
 def test_help_is_instant_and_the_front_door_light(tmp_path: Path) -> None:

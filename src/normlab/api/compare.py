@@ -199,11 +199,7 @@ def _design(
         split_images(images, arm.recipe(recipe).validation)
         if arm.image_size not in (None, size):
             other = resized(arm.image_size)
-            if other.image_shape[0] != arm.image_size:
-                raise UserError(
-                    f"arm {arm.name!r}: image_size={arm.image_size}: {images.name} has images of "
-                    f"{size} pixels; only pictures from a folder or parquet are resized"
-                )
+            check_size(f"arm {arm.name!r}: {images.name}", other.image_shape, arm.image_size)
             other = hold_out(other, plan["held_out"]) if plan["held_out"] else other
             sizes[str(arm.image_size)] = other.sha256
     starts = {

@@ -34,6 +34,7 @@ from normlab.inspection.recording import (
     WATCHED,
     Recording,
     drift_of,
+    is_due,
 )
 from normlab.inspection.watching import Side, random_streams
 from normlab.layers import moments
@@ -111,7 +112,7 @@ class Watch(_Stepping):
         self.probe = _Probe(self.model)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if self.before is None and self._is_due(self.steps + 1):
+        if self.before is None and is_due(self.steps + 1, self.every):
             began = time.perf_counter()
             self.before = self.probe.sample(self.images)
             self.spent = time.perf_counter() - began
@@ -141,9 +142,6 @@ class Watch(_Stepping):
 
     def on_train_end(self, logs: Any = None) -> None:
         self._write(compress=True)
-
-    def _is_due(self, step: int) -> bool:
-        return step % self.every == 0 or (step < self.every and step & (step - 1) == 0)
 
     def _write(self, *, compress: bool) -> None:
         self.recording.write(self.folder / RECORDING, compress=compress)

@@ -145,10 +145,10 @@ def train(
 
     observer = _progress() if rank == 0 else None
     observers: list[Observer] = [] if observer is None else [observer]
-    if tensorboard and rank == 0:
+    if (tensorboard or resume is not None) and rank == 0:  # a resumed run goes on with its events
         from normlab.training.tensorboard import TensorBoard
 
-        observers.append(TensorBoard())
+        observers.append(TensorBoard(begin=tensorboard))
     install_seconds = None
     with suppress(ValueError):  # of `make run`; anything else that is there is no reason to fail
         install_seconds = float(os.environ.get("NORMLAB_INSTALL_SECONDS", ""))

@@ -37,6 +37,11 @@ MAX_RATIO = 4  # bytes that one packed byte of a recording may become; floats ar
 STEPS_A_SAMPLE = 100  # on average at least; a sample costs about as much as two to five steps
 
 
+def is_due(step: int, every: int) -> bool:
+    """Whether a sample is taken after `step`: each `every` steps, before that at 1, 2, 4, 8, …"""
+    return step % every == 0 or (step < every and step & (step - 1) == 0)
+
+
 @dataclass(frozen=True)
 class Recording:
     """Samples of a training, in the order of the steps.

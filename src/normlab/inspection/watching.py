@@ -53,6 +53,7 @@ from normlab.inspection.recording import (
     WATCHED,
     Recording,
     drift_of,
+    is_due,
 )
 from normlab.layers import NoNorm, moments
 from normlab.layers.norms import GroupNorm as OurGroupNorm
@@ -210,7 +211,7 @@ class Watch:
         began = time.perf_counter()
         if self.handles:
             self._sample(loss, began)
-        if self._is_due(self.steps + 1):
+        if is_due(self.steps + 1, self.every):
             self._arm()
             self.spent = time.perf_counter() - began
 
@@ -220,9 +221,6 @@ class Watch:
         if self.active and len(self.recording.steps):
             self._write(compress=True)
             self.active = False
-
-    def _is_due(self, step: int) -> bool:
-        return step % self.every == 0 or (step < self.every and step & (step - 1) == 0)
 
     def _make_folder(self) -> None:
         try:

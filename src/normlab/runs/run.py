@@ -1,6 +1,7 @@
 """A run's folder, opened, and the records in it."""
 
 import json
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from normlab.core.records import as_object, checked, read_json
 from normlab.core.tensors import read_tensors
 from normlab.data import ImageData
 from normlab.errors import DataError, UserError, nearest
-from normlab.runs.folders import latest
+from normlab.runs.folders import RUNS, latest
 from normlab.runs.task import Task
 from normlab.text import listed
 
@@ -224,7 +225,9 @@ def open_run(path: str | Path | None = None) -> Run:
     """
     folder = latest() if path is None else Path(path)
     if not folder.is_dir():
-        raise UserError(f"run {str(folder)!r} is not a folder: name one that `normlab train` made")
+        near = str(RUNS / folder)
+        hint = f"did you mean {near!r}?" if os.path.isdir(near) else "`normlab train` makes one"
+        raise UserError(f"run {str(folder)!r} is not a folder: {hint}")
     file = folder / "recipe.json"
     values = read_json(file)
     try:

@@ -9,6 +9,7 @@ reads a command unless it is asked for; then values are quoted for it.
 
 import csv
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -24,6 +25,7 @@ from typing import Any
 
 from normlab.core.children import outer_environment
 from normlab.errors import UserError, nearest
+from normlab.study import versions
 
 OWN = ("seed", "arm", "threads", "out")
 PLACEHOLDER = re.compile(r"\{(\*?)([A-Za-z_][A-Za-z0-9_-]*)\}")
@@ -32,10 +34,6 @@ MOST_HASHED = 64 << 20  # bytes of a file named in a command
 THREADS = (
     *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"),
     *("VECLIB_MAXIMUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"),
-)
-FRAMEWORKS = (
-    *("torch", "torchvision", "timm", "lightning", "tensorflow", "tensorflow-cpu", "keras"),
-    *("jax", "flax", "scikit-learn", "xgboost", "lightgbm", "numpy"),
 )
 
 
@@ -248,20 +246,12 @@ def pick(found: Any, metric: str | None) -> tuple[float, dict[str, float]]:
 
 @lru_cache(maxsize=8)
 def versions_of(program: str) -> dict[str, str]:
-    """Versions of Python and the frameworks that a Python program has; none of another program."""
+    """`versions.own_versions` of the Python that a command starts; none of another program."""
     if not re.fullmatch(r"python[0-9.]*", os.path.basename(program)):
         return {}
-    code = (
-        "import json, platform\nfrom importlib.metadata import PackageNotFoundError, version\n"
-        "found = {'python': platform.python_version()}\n"
-        f"for name in {FRAMEWORKS!r}:\n"
-        "    try: found[name] = version(name)\n"
-        "    except PackageNotFoundError: pass\n"
-        "print(json.dumps(found))"
-    )
     try:
         answer = subprocess.run(
-            [program, "-c", code],
+            [program, "-c", inspect.getsource(versions)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=60,

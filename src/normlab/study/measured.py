@@ -6,7 +6,6 @@ One of the numbers, in its own unit, decides. No deep-learning framework is need
 import inspect
 import math
 import re
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -39,6 +38,7 @@ from normlab.study.commands import (
 from normlab.study.judged import Judged
 from normlab.study.plan import Plan, check, tell_arms
 from normlab.study.runner import StudyStopped
+from normlab.study.versions import own_versions
 
 LOGS, FILES, REPEAT = "logs", "files", "repeat"
 TIMES = re.compile(r"(?i:time(s|r|stamp)?|seconds?)(?![a-z])")  # in a name; not "sentiment"
@@ -509,7 +509,7 @@ class FunctionJob(_Job):
             environment={
                 **describe_host(),
                 "threads": self.design.threads,
-                "versions": versions_of(sys.executable),
+                "versions": own_versions(),
             },
         )
 

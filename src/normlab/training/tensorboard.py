@@ -13,23 +13,28 @@ if TYPE_CHECKING:
 class TensorBoard:
     """Writes losses and accuracies after each epoch into the run's folder `tensorboard/`.
 
+    Args:
+        begin: also where the run has no such folder yet.
+
     Raises:
-        UserError: TensorBoard is not installed.
+        UserError: TensorBoard is not installed; before the training where it goes on with a folder.
     """
 
-    def __init__(self) -> None:
-        try:
-            import tensorboard  # noqa: F401
-        except ImportError:
-            raise UserError(f"--tensorboard needs TensorBoard: {install('tensorboard')}") from None
+    def __init__(self, *, begin: bool) -> None:
+        self.begin = begin
+        if begin:
+            _check_installed("--tensorboard")
         self.writer: SummaryWriter | None = None
 
     def before_training(self, plan: Plan) -> None:
+        folder = None if plan.folder is None else plan.folder / "tensorboard"
+        if folder is None or not (self.begin or folder.is_dir()):
+            return
+        _check_installed(f"this run's folder {str(folder)!r}")
         from torch.utils.tensorboard import SummaryWriter
 
-        if plan.folder is not None:
-            make_folder(plan.folder / "tensorboard")
-            self.writer = SummaryWriter(str(plan.folder / "tensorboard"))
+        make_folder(folder)
+        self.writer = SummaryWriter(str(folder))
 
     def after_step(self, state: State, epoch: int, batch: int, batches: int) -> None:
         if batch < batches or self.writer is None:
@@ -39,3 +44,10 @@ class TensorBoard:
             if row[key] is not None:
                 self.writer.add_scalar(key, row[key], row["epoch"])
         self.writer.flush()
+
+
+def _check_installed(what: str) -> None:
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        raise UserError(f"{what} needs TensorBoard: {install('tensorboard')}") from None
