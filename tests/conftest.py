@@ -1,6 +1,7 @@
 """What all tests share: a thread each, a cache that goes away, folders of their own."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -27,6 +28,10 @@ if "NORMLAB_CACHE" not in os.environ:
 
 import torch
 
+from normlab.api.train import _draw as DRAW
+
+gc.set_threshold(10_000, 10, 10)
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -36,6 +41,22 @@ def one_thread() -> Iterator[None]:
     torch.set_flush_denormal(False)  # a training that was cut off in this process left it on
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings in this process leave an empty page: to draw it takes a second each time."""
+
+    def leave_page(run: Any, *_: Any) -> None:
+        (run.path / "report.html").touch()
+
+    monkeypatch.setattr("normlab.api.train._draw", leave_page)
+
+
+@pytest.fixture
+def drawn(undrawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They draw it, in a module of undrawn ones."""
+    monkeypatch.setattr("normlab.api.train._draw", DRAW)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,8 @@ from normlab.evaluation.sureness import sureness
 from normlab.formats.onnx_model import open_onnx
 from normlab.interchange import export_run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:

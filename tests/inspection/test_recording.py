@@ -40,6 +40,8 @@ from normlab.training.loop import fit
 from normlab.training.optimisers import make_optimizer
 from normlab.training.state import Observer, Plan, State
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def few_images() -> normlab.ImageData:
     """80 training and 20 test images, of all classes."""

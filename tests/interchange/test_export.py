@@ -32,9 +32,12 @@ from normlab.models import FastNet, NotebookNet
 from normlab.runs import Run, Start, Task
 
 # Keras 3.15's own conversions on this backend, with NumPy 2.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.usefixtures("undrawn"),
+    pytest.mark.filterwarnings(
+        "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+    ),
+]
 
 
 def scrambled(run: Run) -> Run:

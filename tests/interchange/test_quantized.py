@@ -20,7 +20,10 @@ from normlab.interchange.folding import fold
 from normlab.interchange.steps import chain_of
 
 # ONNX Runtime's quantiser recommends a preparation that folding has done.
-pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("undrawn"),
+    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),
+]
 
 
 @pytest.fixture(scope="module")

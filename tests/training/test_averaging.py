@@ -16,6 +16,8 @@ from normlab.models import NotebookNet
 from normlab.training.averaging import averaged, update
 from normlab.training.state import Plan, State
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SHORT: dict[str, Any] = {
     "data": "sample",
     "threads": 1,

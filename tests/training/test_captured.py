@@ -23,7 +23,10 @@ from normlab.training.optimisers import Adam
 from normlab.training.state import Hook, State
 from normlab.training.step import train_step
 
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels here")
+pytestmark = [
+    pytest.mark.usefixtures("undrawn"),
+    pytest.mark.skipif(not kernels.available(), reason="no compiled kernels here"),
+]
 
 
 def batch(step: int, size: int = 32, side: int = 32) -> tuple[Tensor, Tensor]:

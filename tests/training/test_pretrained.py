@@ -35,6 +35,8 @@ from normlab.training.loop import Interrupted
 from normlab.training.pretrained import fit_names, open_pretrained, read_weights
 from stopping import StopAfter
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TINY = "test_resnet"  # of timm, 0.4 million parameters, 15 batch normalisations
 
 

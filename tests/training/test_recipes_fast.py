@@ -23,6 +23,8 @@ from normlab.training.optimisers import Muon, make_optimizer, orthogonalize, set
 from normlab.training.step import train_step
 from stopping import StopAfter
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SHORT: dict[str, Any] = {"data": "sample", "threads": 1, "epochs": 2, "batch_size": 100}
 
 

@@ -24,6 +24,8 @@ from normlab.training.preparation import make_plan, new_state
 from normlab.training.starting_points import begin
 from stopping import StopAfter
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TINY: dict[str, Any] = {"epochs": 2, "batch_size": 32, "threads": 1}
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -172,6 +174,7 @@ def test_weights_that_changed_since_they_were_planned_with_are_refused(
         begin(other, run.task, normlab.load(NEW))
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_start_is_part_of_what_the_run_is(fast: Run, tmp_path: Path) -> None:
     run = normlab.train(data=NEW, out=tmp_path / "r", start=fast.path, freeze=True, **TINY)
     written = json.loads((run.path / "recipe.json").read_text())["start"]

@@ -32,6 +32,8 @@ from normlab.training.progress import Lines
 from normlab.training.state import Plan, State, Totals
 from normlab.training.step import train_step
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 KEYS = """
 run recipe norm seed steps test_accuracy test_accuracy_interval test_loss val_accuracy val_loss
 train_seconds images_per_second weights_sha256
@@ -257,6 +259,7 @@ def test_a_second_signal_ends_at_once_and_writes_no_torn_checkpoint(
     assert not list((tmp_path / "r").glob("*checkpoint*"))
 
 
+@pytest.mark.usefixtures("drawn")
 def test_resume_under_other_data_or_threads_is_refused(
     sample: normlab.ImageData, tmp_path: Path
 ) -> None:
