@@ -49,8 +49,9 @@ bench: $(BENCH)/.installed
 	@echo "The environment took $$(cat $(BENCH)/.installed) s to install, when it was."
 	$(BENCH)/bin/python -m benchmarks $(if $(QUICK),--quick) $(ARGS)
 
+# Three at a time on two cores: some tests wait for a silence, a signal or a process to end.
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not soak" $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not soak" $(ARGS)
 
 check: $(VENV)/.checked
 	$(BIN)/ruff format --check .

@@ -35,7 +35,7 @@ gc.set_threshold(10_000, 10, 10)
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tests run two at a time, so each takes one thread; what a test sets is put back."""
+    """Tests run side by side, so each takes one thread; what a test sets is put back."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_flush_denormal(False)  # a training that was cut off in this process left it on

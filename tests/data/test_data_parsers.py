@@ -281,7 +281,7 @@ def test_damaged_archives_raise_nothing_but_data_errors(tmp_path_factory, data):
 
 def png(mode, size):
     buffer = io.BytesIO()
-    Image.new(mode, size).save(buffer, "PNG")
+    Image.new(mode, size).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 

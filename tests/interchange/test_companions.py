@@ -9,6 +9,7 @@ import sys
 import venv
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,6 +52,7 @@ def alone(folder: Path) -> Iterator[ModuleType]:
     Image.MAX_IMAGE_PIXELS = limit
 
 
+@cache
 def photograph(width: int = 90, height: int = 60) -> Image.Image:
     """A test picture, larger and sharp."""
     return ImageOps.fit(Image.fromarray(load("sample").x_test[7]), (width, height))

@@ -140,7 +140,8 @@ def refuse(context: click.Context, why: str, names: set[str]) -> None:
         source = context.get_parameter_source(name)
         given = source == click.core.ParameterSource.COMMANDLINE
         if name in names and given and context.params.get(name) is not None:
-            raise click.UsageError(f"{parameter.opts[0]}: {why}: leave it out")
+            shown = "RECIPE" if isinstance(parameter, click.Argument) else parameter.opts[0]
+            raise click.UsageError(f"{shown}: {why}: leave it out")
 
 
 def _option(setting: Setting) -> Callable[..., Any]:
