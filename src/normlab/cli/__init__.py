@@ -68,7 +68,7 @@ def cli(context: click.Context) -> None:
     rank, size = world()
     if size > 1 and context.invoked_subcommand != "train":
         if rank:
-            raise SystemExit(2)
+            context.exit(2)
         raise UserError(
             f"`normlab {context.invoked_subcommand}` is work for one process and was started in "
             f"{size}: leave out torchrun, which is for `normlab train`"

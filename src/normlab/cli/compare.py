@@ -163,7 +163,7 @@ def compare(
         )
     _close(result, as_json)
     if result.given_up or not result.decided:
-        raise SystemExit(1)
+        context.exit(1)
 
 
 _OF_RECIPES = {

@@ -56,7 +56,7 @@ def verify(as_json: bool) -> None:
     result = datasets.verify()
     _tell(result, as_json)
     if not result.ok:
-        raise SystemExit(1)
+        click.get_current_context().exit(1)
 
 
 @data.command()

@@ -113,7 +113,7 @@ def predict(
     for line in _summary(seen, rule):
         say(line, err=True)
     if bad:
-        raise SystemExit(1)
+        click.get_current_context().exit(1)
 
 
 def _share(percent: float | None) -> float | None:
