@@ -15,6 +15,8 @@ from normlab.study.arms import Arm, parse_arm
 from normlab.study.design import MEASURES
 from studies import make_design, make_outcome
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

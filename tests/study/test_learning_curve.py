@@ -18,6 +18,8 @@ from normlab.data.batches import split_images
 from normlab.errors import UserError
 from normlab.study.learning_curve import LearningCurve, Point, extrapolate
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SIZES = (1000, 2000, 4000)
 
 
