@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from build import torch_file
+from crafted import torch_file
 
 from normlab.core.pickles import as_array, read_pickle
 from normlab.data.cifar10.archives import read_members
