@@ -276,7 +276,7 @@ def test_odd_surroundings(in_tmp: Path) -> None:
 
 
 def test_tensorboard_events_go_on_when_a_run_is_resumed(
-    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     after_step = TensorBoard.after_step
 
@@ -289,6 +289,10 @@ def test_tensorboard_events_go_on_when_a_run_is_resumed(
         m.setattr(TensorBoard, "after_step", interrupted)
         train = [*SAMPLE, "--epochs", "2", "--batch-size", "90"]
         assert run(["train", "notebook", *train, "--tensorboard"]) == 130
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, "tensorboard", None)
+        assert run(["train", "--resume", "runs/0001-notebook"]) == 2
+    assert "remove that folder" in capsys.readouterr().err
     assert run(["train", "--resume", "runs/0001-notebook"]) == 0
     folder = in_tmp / "runs" / "0001-notebook"
     rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]

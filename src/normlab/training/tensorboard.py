@@ -22,15 +22,19 @@ class TensorBoard:
 
     def __init__(self, *, begin: bool) -> None:
         self.begin = begin
-        if begin:
-            _check_installed("--tensorboard")
+        if begin and not _installed():
+            raise UserError(f"--tensorboard needs TensorBoard: {install('tensorboard')}")
         self.writer: SummaryWriter | None = None
 
     def before_training(self, plan: Plan) -> None:
         folder = None if plan.folder is None else plan.folder / "tensorboard"
         if folder is None or not (self.begin or folder.is_dir()):
             return
-        _check_installed(f"this run's folder {str(folder)!r}")
+        if not _installed():
+            raise UserError(
+                f"to go on with {str(folder)!r} takes TensorBoard: {install('tensorboard')}, or "
+                "remove that folder"
+            )
         from torch.utils.tensorboard import SummaryWriter
 
         make_folder(folder)
@@ -46,8 +50,9 @@ class TensorBoard:
         self.writer.flush()
 
 
-def _check_installed(what: str) -> None:
+def _installed() -> bool:
     try:
         import tensorboard  # noqa: F401
     except ImportError:
-        raise UserError(f"{what} needs TensorBoard: {install('tensorboard')}") from None
+        return False
+    return True
