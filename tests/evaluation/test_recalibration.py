@@ -20,8 +20,6 @@ from normlab.evaluation.population import Moments, pool, population_moments, set
 from normlab.evaluation.scores import three_way
 from normlab.models import NotebookNet
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 
 @pytest.fixture(scope="module")
 def sample() -> normlab.ImageData:

@@ -25,8 +25,6 @@ from normlab.training.optimisers import make_optimizer
 from normlab.training.state import Plan, State
 from recorded import write_run
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 SIZES = (0.05, 0.1, 0.4)
 
 

@@ -25,8 +25,6 @@ from normlab.errors import DataError, UserError
 from normlab.evaluation.prediction import open_predictor, predict
 from normlab.interchange import export_run
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> normlab.Run:

@@ -16,8 +16,6 @@ from normlab.interchange.steps import chain_of
 from normlab.models import FastNet, NotebookNet, SigmoidNet
 from normlab.study.arms import Arm, parse_arm
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 
 def settled(model: nn.Module) -> nn.Module:
     """Parameters and statistics that make every normaliser matter; evaluation mode."""

@@ -52,6 +52,7 @@ def definition(seen: list[dict[str, np.ndarray]], ema: float) -> dict[str, np.nd
     return mean
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("ema", [0.5, 0.9])  # the warm-up's end within the run, and after it
 def test_the_kept_weights_are_the_average_with_statistics_of_its_own(
     in_tmp: Path, ema: float

@@ -21,8 +21,6 @@ from normlab.training.hooks import Patience, first_low, make_hooks
 from normlab.training.preparation import check_network, make_plan, new_state
 from normlab.training.state import StepResult
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 SHORT: dict[str, Any] = {"data": "sample", "threads": 1}
 
 

@@ -21,8 +21,6 @@ from normlab.training.pace import Pace, largest_in, measure, steps_in
 from normlab.training.preparation import make_plan, new_state
 from normlab.training.state import State, StepResult
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 PACE = Pace(step=0.1, half_step=0.03, image=0.001)
 
 

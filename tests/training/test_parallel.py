@@ -26,8 +26,6 @@ from normlab.training.preparation import make_plan, new_state
 from normlab.training.step import train_step
 from together import together
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 STEPS = 20
 RECIPES: dict[str, dict[str, Any]] = {
     "notebook": {"flip": True, "shift": 2, "colour": 0.1, "crop": 0.9, "cutout": 3},

@@ -57,6 +57,7 @@ def test_resumed_within_an_epoch_ends_with_the_same_bits(in_tmp: Path, norm: str
         assert resumed.result["weights_sha256"] == whole.result["weights_sha256"]
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize(("size", "classes"), [(64, 3), (33, 2), (16, 12)])
 def test_other_sizes_and_numbers_of_classes(in_tmp: Path, size: int, classes: int) -> None:
     rng = stream(0, "pictures")

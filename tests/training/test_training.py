@@ -409,6 +409,7 @@ def test_the_test_set_is_seen_by_nothing_before_the_end(
     assert one.result["test_loss"] != two.result["test_loss"]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_patience_ends_the_training_after_the_best_epoch(
     sample: normlab.ImageData, tmp_path: Path
 ) -> None:
@@ -462,6 +463,7 @@ def test_a_rate_of_1e10_overwrites_no_good_weights(
     assert not list((tmp_path / "s").glob("[bl]*.safetensors"))
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize(
     ("n", "options"),
     [
