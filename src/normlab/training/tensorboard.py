@@ -32,7 +32,7 @@ class TensorBoard:
             return
         if not _installed():
             raise UserError(
-                f"to go on with {str(folder)!r} takes TensorBoard: {install('tensorboard')}, or "
+                f"going on with {str(folder)!r} needs TensorBoard: {install('tensorboard')}, or "
                 "remove that folder"
             )
         from torch.utils.tensorboard import SummaryWriter
